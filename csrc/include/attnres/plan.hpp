@@ -1,0 +1,210 @@
+// The traffic plan: how many bytes each operator must move, and from that whether a block's sites
+// read its finished blocks one by one (single pass) or all at once (two phases).
+//
+// Everything here is pure arithmetic. The unit is X = num_tokens * hidden * itemsize, one full-size
+// tensor. Statistics (4 bytes per token, source and site) and weights (D per site) are left out:
+// against X they are 1/D and 1/M.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+
+namespace attnres {
+
+enum class DeviceKind { kCpu, kCuda };
+enum class Direction { kForward, kBackward };
+
+// Shape of a question to the plan. `num_sources` counts the finished blocks (with the embedding),
+// without the open partial sum; `num_queries` counts the sites that read them.
+struct Shape {
+  int64_t num_sources = 1;  // N
+  int64_t num_queries = 1;  // S
+  int64_t num_tokens = 1;   // M
+  int64_t hidden = 1;       // D
+  int64_t itemsize = 2;     // bytes per element
+};
+
+constexpr int64_t tensor_bytes(const Shape& s) { return s.num_tokens * s.hidden * s.itemsize; }
+
+// Full-size tensors that one call of an operator reads and writes. `accumulate` says that the
+// backward adds into source gradients that exist already, so it also reads them.
+namespace tensors_moved {
+
+// Forward: read N, write the mix. Backward: read grad_out and N sources, write N gradients.
+constexpr int64_t depth_attention(Direction direction, int64_t n, bool accumulate) {
+  if (direction == Direction::kForward) return n + 1;
+  return 2 * n + 1 + (accumulate ? n : 0);
+}
+
+// Forward: read N blocks, partial, delta; write the new partial and the mix.
+// Backward: read two incoming gradients, N blocks and the new partial; write N gradients and the
+// one that partial and delta share.
+constexpr int64_t accumulate_depth_attention(Direction direction, int64_t n, bool accumulate) {
+  if (direction == Direction::kForward) return n + 4;
+  return 2 * n + 4 + (accumulate ? n : 0);
+}
+
+// Forward: read N blocks, write S mixes. Backward: read S gradients and N blocks, write N.
+constexpr int64_t inter_block_attention(Direction direction, int64_t n, int64_t s,
+                                        bool accumulate) {
+  if (direction == Direction::kForward) return n + s;
+  return 2 * n + s + (accumulate ? n : 0);
+}
+
+// Forward: read out, partial, delta; write the new partial and the mix.
+// Backward: read two incoming gradients, out and the new partial; write the gradient of out and the
+// one that partial and delta share.
+constexpr int64_t merge_partial(Direction direction) {
+  return direction == Direction::kForward ? 5 : 6;
+}
+
+// A write into an open slot: delta in, slot out, and the slot read once more when it is added to.
+constexpr int64_t block_cache_write(bool add) { return add ? 3 : 2; }
+
+}  // namespace tensors_moved
+
+// Bytes one call must move, by the operator's name. For cache operators `accumulate` says that the
+// delta is added to an open slot that holds something, and `num_sources` counts the sealed slots.
+inline int64_t bytes_moved(std::string_view op, Direction direction, const Shape& shape,
+                           bool accumulate) {
+  const int64_t n = shape.num_sources;
+  const int64_t x = tensor_bytes(shape);
+  const bool forward = direction == Direction::kForward;
+  if (op == "depth_attention") {
+    return tensors_moved::depth_attention(direction, n, accumulate) * x;
+  }
+  if (op == "accumulate_depth_attention") {
+    return tensors_moved::accumulate_depth_attention(direction, n, accumulate) * x;
+  }
+  if (op == "inter_block_attention") {
+    return tensors_moved::inter_block_attention(direction, n, shape.num_queries, accumulate) * x;
+  }
+  if (op == "merge_partial") return tensors_moved::merge_partial(direction) * x;
+  const bool cache_op = op.substr(0, 12) == "block_cache_";
+  if (cache_op && !forward) {
+    throw std::invalid_argument("bytes_moved: " + std::string(op) +
+                                " is an inference operator and has no backward");
+  }
+  if (op == "block_cache_write") return tensors_moved::block_cache_write(accumulate) * x;
+  // Reading the sealed slots and writing the mix comes on top of the write; the open slot's new
+  // content is scored and mixed while it is on chip.
+  if (op == "block_cache_attend") {
+    return (n + 1 + tensors_moved::block_cache_write(accumulate)) * x;
+  }
+  if (op == "block_cache_inter") return (n + shape.num_queries) * x;
+  if (op == "block_cache_merge") {
+    return (2 + tensors_moved::block_cache_write(accumulate)) * x;
+  }
+  throw std::invalid_argument("bytes_moved: unknown operator '" + std::string(op) +
+                              "', expected depth_attention, accumulate_depth_attention, "
+                              "inter_block_attention, merge_partial or block_cache_{write,attend,"
+                              "inter,merge}");
+}
+
+// What the plan assumes of a device.
+struct DeviceFacts {
+  // A kernel launch (with its tail and ramp) costs about as much time as moving this many bytes.
+  int64_t launch_bytes;
+  // On-chip bytes in which one tile's sources wait between being scored and being mixed.
+  int64_t tile_bytes;
+};
+
+constexpr DeviceFacts device_facts(DeviceKind device) {
+  switch (device) {
+    case DeviceKind::kCpu:
+      // ~10 us for a call through the dispatcher at ~20 GB/s; half of a 1 MiB private L2.
+      return {200 << 10, 512 << 10};
+    case DeviceKind::kCuda:
+      // ~2 us at ~3 TB/s; 227 KiB of shared memory is the most one sm90 CTA may use.
+      return {6 << 20, 227 << 10};
+  }
+  return {0, 0};
+}
+
+// Bytes that the sites of one block move: S sites, each with N finished blocks before it and the
+// block's partial sum beside them. The first site saves 2X in either schedule, because the block's
+// first delta is its partial sum: nothing to add, nothing to write.
+constexpr int64_t single_pass_bytes(const Shape& shape, bool training) {
+  // Backward: delta's and partial's gradient is one tensor, block gradients are added to in place.
+  const int64_t forward = shape.num_queries * (shape.num_sources + 4) - 2;
+  const int64_t backward = shape.num_queries * (3 * shape.num_sources + 4);
+  return (forward + (training ? backward : 0)) * tensor_bytes(shape);
+}
+
+constexpr int64_t two_phase_bytes(const Shape& shape, bool training) {
+  // Phase 1 N + S and S merges of 5, so N + 6S; backward 3N + S and S merges of 6.
+  const int64_t forward = shape.num_sources + 6 * shape.num_queries - 2;
+  const int64_t backward = 3 * shape.num_sources + 7 * shape.num_queries;
+  return (forward + (training ? backward : 0)) * tensor_bytes(shape);
+}
+
+struct Plan {
+  bool two_phase = false;
+  int64_t bytes_single_pass = 0;
+  int64_t bytes_two_phase = 0;
+  // Two phases win from this many tokens on; the largest int64 where they never do.
+  int64_t two_phase_from_tokens = std::numeric_limits<int64_t>::max();
+  // Tokens whose sources fit on chip at once, at least 1.
+  int64_t tile_tokens = 1;
+  // Whether one token's sources fit on chip, so that each is read from memory once.
+  bool row_resident = true;
+  std::string reason;
+};
+
+namespace detail {
+
+inline void require_positive(const char* name, int64_t value) {
+  if (value < 1) {
+    throw std::invalid_argument(std::string("plan: ") + name + " is " + std::to_string(value) +
+                                ", expected at least 1");
+  }
+}
+
+}  // namespace detail
+
+// Chooses how a block's sites read. In bytes alone two phases win where
+// S(N+4) > N + 6S, that is N(1 - 1/S) > 2; with a backward already where N(1 - 1/S) > 1.25. They
+// take one launch more, which decides for small M.
+inline Plan make_plan(const Shape& shape, DeviceKind device, bool training = false) {
+  detail::require_positive("num_sources", shape.num_sources);
+  detail::require_positive("num_queries", shape.num_queries);
+  detail::require_positive("hidden", shape.hidden);
+  detail::require_positive("itemsize", shape.itemsize);
+  if (shape.num_tokens < 0) {
+    throw std::invalid_argument("plan: num_tokens is " + std::to_string(shape.num_tokens) +
+                                ", expected at least 0");
+  }
+  const DeviceFacts facts = device_facts(device);
+  Plan plan;
+  plan.bytes_single_pass = single_pass_bytes(shape, training);
+  plan.bytes_two_phase = two_phase_bytes(shape, training);
+
+  Shape one_token = shape;
+  one_token.num_tokens = 1;
+  const int64_t saved_per_token =
+      single_pass_bytes(one_token, training) - two_phase_bytes(one_token, training);
+  const int64_t extra_launches = training ? 2 : 1;
+  if (saved_per_token > 0) {
+    plan.two_phase_from_tokens =
+        (extra_launches * facts.launch_bytes + saved_per_token - 1) / saved_per_token;
+  }
+  plan.two_phase = shape.num_tokens >= plan.two_phase_from_tokens;
+
+  const int64_t row_bytes = (shape.num_sources + 1) * shape.hidden * shape.itemsize;
+  plan.row_resident = row_bytes <= facts.tile_bytes;
+  plan.tile_tokens = plan.row_resident ? facts.tile_bytes / row_bytes : 1;
+
+  if (plan.two_phase) {
+    plan.reason = "two phases move fewer bytes, by more than their extra launch costs";
+  } else if (saved_per_token > 0) {
+    plan.reason = "two phases would move fewer bytes, but by less than their extra launch costs";
+  } else {
+    plan.reason = "the single pass moves no more bytes than two phases";
+  }
+  return plan;
+}
+
+}  // namespace attnres

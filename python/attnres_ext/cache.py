@@ -1,0 +1,266 @@
+"""A preallocated store of blocks for inference, changed in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from attnres_ext import _C
+
+__all__ = ["BlockCache"]
+
+
+class BlockCache:
+    """Slots for the blocks of one forward, reused from forward to forward.
+
+    Slot 0 .. are finished blocks; the next one is *open*: it is the running sum of the block being
+    computed. Closing it is counting one up, not a copy. The reciprocal RMS of a block is computed
+    when it is written and reused by every later read. Nothing is allocated after construction,
+    except the results of reads and, once, the scratch memory of two phases.
+
+    Blocks live within one forward of the current tokens: nothing is kept from one decoding step to
+    the next.
+
+    Args:
+        capacity: Number of slots: blocks and the embedding.
+        shape: Leading shape of what is written, or the number of tokens.
+        hidden_size: ``D``.
+        dtype: Dtype of the slots.
+        device: Device of the slots; None means the default device.
+        eps: Epsilon of the key RMSNorm.
+
+    Raises:
+        ValueError: For a capacity, shape, size or dtype that cannot be.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        shape: int | Sequence[int],
+        hidden_size: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        eps: float = 1e-6,
+    ) -> None:
+        self._state = _C.CacheState(capacity)
+        self._leading = (shape,) if isinstance(shape, int) else tuple(shape)
+        if any(size < 0 for size in self._leading):
+            raise ValueError(f"BlockCache: shape is {self._leading}, expected sizes not below 0")
+        if hidden_size < 1:
+            raise ValueError(f"BlockCache: hidden_size is {hidden_size}, expected at least 1")
+        if not dtype.is_floating_point:
+            raise ValueError(f"BlockCache: dtype is {dtype}, expected a floating point dtype")
+        if capacity > _C.max_sources:
+            raise ValueError(
+                f"BlockCache: capacity is {capacity}, at most {_C.max_sources} slots are supported"
+            )
+        self.hidden_size = hidden_size
+        self.eps = eps
+        num_tokens = 1
+        for size in self._leading:
+            num_tokens *= size
+        self._num_tokens = num_tokens
+        self._slots = torch.empty(capacity, num_tokens, hidden_size, dtype=dtype, device=device)
+        self._rstd = torch.empty(capacity, num_tokens, dtype=torch.float32, device=device)
+        self._phase1: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def capacity(self) -> int:
+        """Number of slots."""
+        return self._state.capacity
+
+    @property
+    def num_sealed(self) -> int:
+        """Number of closed slots; also the index of the open one."""
+        return self._state.sealed
+
+    @property
+    def open_holds_partial(self) -> bool:
+        """Whether the open slot holds a partial sum."""
+        return self._state.open_holds_partial
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the slots."""
+        return self._slots.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the slots."""
+        return self._slots.device
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of what is written and read, ``(*leading, hidden_size)``."""
+        return (*self._leading, self.hidden_size)
+
+    def sources(self) -> list[Tensor]:
+        """Views ``[..., D]`` of the slots that a read attends over."""
+        return [slot.view(self.shape) for slot in self._slots[: self._state.num_sources].unbind(0)]
+
+    def reset(self) -> None:
+        """Opens slot 0 again. Contents are left to be overwritten."""
+        self._state.reset()
+
+    def close(self) -> None:
+        """Seals the open slot: the running sum becomes a finished block.
+
+        Raises:
+            RuntimeError: If the open slot holds nothing, or every slot is closed.
+        """
+        self._state.close()
+
+    def write(self, delta: Tensor) -> None:
+        """Adds ``delta`` ``[..., D]`` to the open slot, without reading.
+
+        Raises:
+            RuntimeError: If every slot is closed.
+            ValueError: If ``delta`` does not have the cache's shape, dtype and device.
+        """
+        flat = self._flat("delta", delta)
+        slot, add = self._open()
+        torch.ops.attnres.block_cache_write(self._slots, self._rstd, flat, slot, add, self.eps)
+        self._state.begin_write()
+
+    def attend(
+        self,
+        delta: Tensor | None,
+        query: Tensor,
+        key_weight: Tensor | None = None,
+        *,
+        out_weight: Tensor | None = None,
+        out_eps: float | None = None,
+        scale: float = 1.0,
+    ) -> Tensor:
+        """Adds ``delta`` to the open slot and attends over all slots in use, in one kernel (paper,
+        Eq. 5-6).
+
+        Args:
+            delta: ``[..., D]``, or None to read without adding anything.
+            query: Pseudo-query ``[D]``.
+            key_weight: Gain of the key RMSNorm ``[D]``.
+            out_weight: Gain ``[D]`` of the following RMSNorm, fused when given.
+            out_eps: Its epsilon; None takes the cache's.
+            scale: Factor on the logits.
+
+        Returns:
+            The mix ``[..., D]`` in the cache's dtype.
+
+        Raises:
+            RuntimeError: If every slot is closed and ``delta`` is given, or the cache holds nothing
+                to read.
+            ValueError: If ``delta`` does not have the cache's shape, dtype and device.
+        """
+        if delta is None:
+            if self._state.num_sources == 0:
+                raise RuntimeError("block cache: attend has nothing to read, the cache is empty")
+            flat, slot, add = None, self._state.num_sources - 1, False
+        else:
+            flat = self._flat("delta", delta)
+            slot, add = self._open()
+        out = torch.empty_like(self._slots[0])
+        torch.ops.attnres.block_cache_attend(
+            self._slots,
+            self._rstd,
+            flat,
+            slot,
+            add,
+            query,
+            key_weight,
+            out_weight,
+            self.eps,
+            out_eps,
+            scale,
+            out,
+        )
+        if delta is not None:
+            self._state.begin_write()
+        return out.view(self.shape)
+
+    def inter(
+        self, queries: Tensor, key_weights: Tensor | None = None, *, scale: float = 1.0
+    ) -> None:
+        """Phase 1: attends over the sealed slots for all ``S`` queries ``[S, D]`` of the open block
+        (paper, Algorithm 1).
+
+        The results stay in the cache's scratch memory, for :meth:`merge`.
+
+        Raises:
+            RuntimeError: If no slot is sealed.
+        """
+        if self._state.sealed == 0:
+            raise RuntimeError("block cache: inter has nothing to read, no slot is closed")
+        num_queries = queries.shape[0]
+        if self._phase1 is None or self._phase1[0].shape[0] < num_queries:
+            self._phase1 = (
+                self._slots.new_empty(num_queries, self._num_tokens, self.hidden_size),
+                self._rstd.new_empty(num_queries, self._num_tokens),
+            )
+        out, lse = (scratch[:num_queries] for scratch in self._phase1)
+        torch.ops.attnres.block_cache_inter(
+            self._slots, self._rstd, self._state.sealed, queries, key_weights, scale, out, lse
+        )
+
+    def merge(
+        self,
+        index: int,
+        delta: Tensor,
+        query: Tensor,
+        key_weight: Tensor | None = None,
+        *,
+        out_weight: Tensor | None = None,
+        out_eps: float | None = None,
+        scale: float = 1.0,
+    ) -> Tensor:
+        """Phase 2: adds ``delta`` to the open slot and merges it with row ``index`` of the last
+        :meth:`inter`.
+
+        Other arguments, result and errors as for :meth:`attend`.
+        """
+        if self._phase1 is None:
+            raise RuntimeError("block cache: merge needs the result of inter, which was not called")
+        flat = self._flat("delta", delta)
+        slot, add = self._open()
+        out, lse = self._phase1
+        hidden = torch.empty_like(self._slots[0])
+        torch.ops.attnres.block_cache_merge(
+            self._slots,
+            self._rstd,
+            out[index],
+            lse[index],
+            flat,
+            slot,
+            add,
+            query,
+            key_weight,
+            out_weight,
+            self.eps,
+            out_eps,
+            scale,
+            hidden,
+        )
+        self._state.begin_write()
+        return hidden.view(self.shape)
+
+    def check_fits(self, name: str, tensor: Tensor) -> None:
+        """Raises ValueError unless ``tensor`` has the cache's shape, dtype and device."""
+        if tuple(tensor.shape) != self.shape:
+            raise ValueError(
+                f"block cache: {name} has shape {tuple(tensor.shape)}, expected {self.shape}"
+            )
+        if tensor.dtype != self.dtype:
+            raise ValueError(f"block cache: {name} has dtype {tensor.dtype}, expected {self.dtype}")
+        if tensor.device != self.device:
+            raise ValueError(f"block cache: {name} is on {tensor.device}, expected {self.device}")
+
+    def _flat(self, name: str, tensor: Tensor) -> Tensor:
+        self.check_fits(name, tensor)
+        return tensor.reshape(self._num_tokens, self.hidden_size)
+
+    def _open(self) -> tuple[int, bool]:
+        """The open slot, and whether a write adds to it. The write is counted only once the
+        operator has run."""
+        return self._state.open_slot, self._state.open_holds_partial

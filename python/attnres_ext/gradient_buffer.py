@@ -1,0 +1,95 @@
+"""One gradient buffer per block, filled by the kernels of every site that reads the block.
+
+A block is read by every later site, and each read has a gradient for it. Left to autograd, those
+gradients are materialised and added pairwise: three full-size transfers per block and site, more
+than the backward itself moves. Instead a block passes through :func:`tap`, an identity; the
+operators that read it add their gradients into the tap's :class:`GradientBuffer` inside their own
+kernels and return none; and the tap, which autograd runs after the block's last reader, hands the
+buffer on.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+__all__ = ["GradientBuffer", "can_tap", "tap"]
+
+
+class GradientBuffer:
+    """The gradient of one tapped tensor while a backward pass collects it.
+
+    A deposit belongs to the backward pass (autograd calls it a graph task) that made it. What an
+    aborted pass left behind, or a pass that never reached the tap because its gradient was not
+    asked for, is dropped when the next one begins. One graph takes one backward pass at a time.
+    """
+
+    __slots__ = ("_gradient", "_task")
+
+    def __init__(self) -> None:
+        self._gradient: Tensor | None = None
+        self._task = -1
+
+    def slot(self, like: Tensor) -> tuple[Tensor, bool]:
+        """The tensor to write a gradient of ``like`` into, and whether to add to what it holds.
+
+        Call it in a backward, and write before the next call.
+
+        Returns:
+            ``(gradient, accumulate)``: contiguous, of the shape, dtype and device of ``like``. The
+            first call of a backward pass gets uninitialised memory and ``False``.
+        """
+        task = torch._C._current_graph_task_id()
+        if self._gradient is not None and self._task == task:
+            return self._gradient, True
+        self._gradient = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+        self._task = task
+        return self._gradient, False
+
+    def take(self) -> Tensor | None:
+        """The gradient that this backward pass collected, or None; the buffer is empty
+        afterwards."""
+        gradient, task = self._gradient, self._task
+        self._gradient, self._task = None, -1
+        return gradient if task == torch._C._current_graph_task_id() else None
+
+
+class _Tap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor: Tensor, buffer: GradientBuffer) -> Tensor:
+        ctx.set_materialize_grads(
+            False
+        )  # no reader but our operators: the incoming gradient is None, not zeros
+        ctx.buffer = buffer
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor | None) -> tuple[Tensor | None, None]:
+        collected = ctx.buffer.take()
+        if collected is None:
+            return gradient, None
+        if gradient is not None:  # readers that know nothing of the buffer
+            collected.add_(gradient)
+        return collected, None
+
+
+def tap(tensor: Tensor, buffer: GradientBuffer) -> Tensor:
+    """``tensor`` itself in value; in the backward, its gradient plus whatever ``buffer``
+    collected."""
+    return _Tap.apply(tensor, buffer)
+
+
+def can_tap(tensor: Tensor) -> bool:
+    """Whether gradients of ``tensor`` can go through a buffer.
+
+    Not without gradients; nor under ``torch.compile`` and ``torch.func``, which see functions and
+    no side effects: there autograd adds.
+    """
+    return (
+        tensor.requires_grad
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+    )

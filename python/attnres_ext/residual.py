@@ -1,0 +1,305 @@
+"""Attention Residuals as a module: what a model uses instead of ``x + f(x)``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from attnres_ext import _C
+from attnres_ext.cache import BlockCache
+from attnres_ext.recording import Record
+from attnres_ext.residual_state import CachedState, ResidualState, TrainingState
+
+__all__ = ["AttentionResiduals"]
+
+MODES = ("standard", "block", "full")
+SAVE_LEVELS = ("nothing", "stats", "output")
+# About eight blocks recover most of what full depth attention gives (paper, section 3.2 and Fig.
+# 6).
+DEFAULT_NUM_BLOCKS = 8
+
+
+class AttentionResiduals(nn.Module):
+    """Softmax attention over depth in place of the residual stream (paper, section 3).
+
+    A *site* is where a sublayer reads its input: site ``i`` feeds sublayer ``i``, and the last
+    site, ``num_sublayers``, feeds the model's output. Every site owns a pseudo-query and a gain for
+    its keys. Queries start at zero, so that a fresh model reads plain averages; they are
+    one-dimensional float32 parameters, which weight decay conventionally skips.
+
+    A model's forward::
+
+        state = residual.start(embedding)
+        for site, (norm, sublayer) in enumerate(sublayers):
+            state.write(sublayer(state.read(site, norm.weight, norm.eps)))
+        hidden = state.read_output(final_norm.weight, final_norm.eps)
+
+    Args:
+        hidden_size: ``D``, the size of a token's hidden vector.
+        num_sublayers: How many sublayers write; attention and MLP count one each.
+        mode: ``"block"`` sums the outputs of ``sublayers_per_block`` sublayers and attends over
+            these sums, ``"full"`` attends over every sublayer's output, ``"standard"`` is the usual
+            sum (no parameters of its own).
+        sublayers_per_block: Size of a block in sublayers (Kimi K3's ``attn_res_block_size`` counts
+            decoder layers: twice as many sublayers). The last block may be shorter. None makes
+            about eight blocks. Only ``mode="block"`` uses it.
+        eps: Epsilon of the key RMSNorm, and of the fused output norm where a read gives none.
+        two_phase: Whether a block's sites read its finished blocks all at once (paper, Algorithm
+            1). ``"auto"`` asks the traffic plan. Results are the same up to rounding.
+        save: What the single pass keeps for its backward: ``"nothing"``, ``"stats"`` or
+            ``"output"``.
+        device: Where the parameters are made.
+
+    Raises:
+        ValueError: For sizes below one, an unknown mode or an unknown choice; the message says
+            which.
+
+    Attributes:
+        queries: ``num_sites`` parameters ``[D]``, float32, initially 0; the last is the output
+            site's.
+        key_weights: ``num_sites`` parameters ``[D]``, float32, initially 1.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_sublayers: int,
+        *,
+        mode: str = "block",
+        sublayers_per_block: int | None = None,
+        eps: float = 1e-6,
+        two_phase: str | bool = "auto",
+        save: str = "stats",
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if hidden_size < 1:
+            raise ValueError(
+                f"AttentionResiduals: hidden_size is {hidden_size}, expected at least 1"
+            )
+        if num_sublayers < 1:
+            raise ValueError(
+                f"AttentionResiduals: num_sublayers is {num_sublayers}, expected at least 1"
+            )
+        if mode not in MODES:
+            raise ValueError(
+                f"AttentionResiduals: mode is {mode!r}, expected one of {', '.join(MODES)}"
+            )
+        if sublayers_per_block is not None and sublayers_per_block < 1:
+            raise ValueError(
+                f"AttentionResiduals: sublayers_per_block is {sublayers_per_block}, expected at least 1"
+            )
+        if two_phase not in ("auto", True, False):
+            raise ValueError(
+                f"AttentionResiduals: two_phase is {two_phase!r}, expected 'auto', True or False"
+            )
+        if save not in SAVE_LEVELS:
+            raise ValueError(
+                f"AttentionResiduals: save is {save!r}, expected one of {', '.join(SAVE_LEVELS)}"
+            )
+        if not eps >= 0:
+            raise ValueError(f"AttentionResiduals: eps is {eps}, expected a number not below 0")
+
+        self.hidden_size = hidden_size
+        self.num_sublayers = num_sublayers
+        self.mode = mode
+        self.eps = eps
+        self.two_phase = two_phase
+        self.save = save
+        if mode == "standard":
+            # The sum is never closed: one source, whose weight is 1 whatever the query.
+            self.sublayers_per_block = num_sublayers
+            self.register_buffer(
+                "zero_query", torch.zeros(hidden_size, device=device), persistent=False
+            )
+        elif mode == "full":
+            self.sublayers_per_block = 1
+        else:
+            self.sublayers_per_block = sublayers_per_block or -(
+                -num_sublayers // DEFAULT_NUM_BLOCKS
+            )
+
+        def parameters() -> nn.ParameterList:
+            count = 0 if mode == "standard" else self.num_sites
+            return nn.ParameterList(
+                nn.Parameter(torch.empty(hidden_size, device=device, dtype=torch.float32))
+                for _ in range(count)
+            )
+
+        self.queries = parameters()
+        self.key_weights = parameters()
+        self.reset_parameters()
+        if self.num_blocks + 1 > _C.max_sources:
+            raise ValueError(
+                f"AttentionResiduals: {self.num_blocks} blocks and the embedding make {self.num_blocks + 1} sources, "
+                f"at most {_C.max_sources} are supported; raise sublayers_per_block"
+            )
+        self._two_phase_from_tokens = self._plan_thresholds()
+        self._record: Record | None = None
+
+    def reset_parameters(self) -> None:
+        """Zero queries and unit gains: every site reads the plain average of its sources."""
+        for query in self.queries:
+            nn.init.zeros_(query)
+        for key_weight in self.key_weights:
+            nn.init.ones_(key_weight)
+
+    @property
+    def num_sites(self) -> int:
+        """How many reads a forward makes: one per sublayer and the output's."""
+        return self.num_sublayers + 1
+
+    @property
+    def num_blocks(self) -> int:
+        """How many blocks the sublayers form, without the embedding; 0 in standard mode."""
+        if self.mode == "standard":
+            return 0
+        return -(-self.num_sublayers // self.sublayers_per_block)
+
+    def closes_block(self, site: int) -> bool:
+        """Whether the sum that ``site`` reads last is a finished block (the embedding, at site
+        0)."""
+        return self.mode != "standard" and site % self.sublayers_per_block == 0
+
+    def sites_of_block(self, block: int) -> range:
+        """The sites that read ``block`` (counted from 1) while it is open or just finished.
+
+        They share their other sources, the embedding and the blocks before: phase 1 reads these
+        once for all of them.
+        """
+        first = (block - 1) * self.sublayers_per_block + 1
+        return range(first, min(first + self.sublayers_per_block, self.num_sites))
+
+    def sources_at(self, site: int) -> list[str]:
+        """Names of what ``site`` attends over, in order.
+
+        Finished blocks come first, then the open block's running sum, ``"partial"``. The last block
+        is finished at the output site, however short it is.
+
+        Raises:
+            IndexError: If there is no such site.
+        """
+        if not 0 <= site < self.num_sites:
+            raise IndexError(f"sources_at: site is {site}, expected 0 to {self.num_sites - 1}")
+        if self.mode == "standard":
+            return ["sum"]
+        if site == 0:
+            return ["embedding"]
+        last = -(-site // self.sublayers_per_block)
+        finished = self.closes_block(site) or site == self.num_sublayers
+        return [
+            "embedding",
+            *(f"block {block}" for block in range(1, last)),
+            f"block {last}" if finished else "partial",
+        ]
+
+    def start(self, embedding: Tensor, cache: BlockCache | None = None) -> ResidualState:
+        """Begins a forward pass.
+
+        Args:
+            embedding: ``[..., D]``, source 0.
+            cache: Where blocks are kept in place. Inference only: nothing is differentiable, reads
+                allocate their result and nothing else. Without it the state is differentiable.
+
+        Returns:
+            The state to read from and write to.
+
+        Raises:
+            ValueError: If ``embedding`` or ``cache`` does not fit the module.
+        """
+        if not embedding.is_floating_point():
+            raise ValueError(
+                f"start: embedding has dtype {embedding.dtype}, expected a floating point dtype"
+            )
+        if embedding.dim() < 1 or embedding.shape[-1] != self.hidden_size:
+            raise ValueError(
+                f"start: embedding has shape {tuple(embedding.shape)}, expected [..., {self.hidden_size}]"
+            )
+        if cache is not None:
+            return CachedState(self, embedding, cache)
+        return TrainingState(self, embedding)
+
+    def new_cache(
+        self,
+        shape: int | Sequence[int],
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> BlockCache:
+        """A block cache with as many slots as this module needs.
+
+        Args:
+            shape: Leading shape of the embeddings that a forward starts with (or the number of
+                tokens).
+            dtype: Their dtype.
+            device: Their device; None means the default device.
+        """
+        return BlockCache(
+            self.num_blocks + 1, shape, self.hidden_size, dtype=dtype, device=device, eps=self.eps
+        )
+
+    @contextmanager
+    def recording(self) -> Iterator[Record]:
+        """Records the mean depth-attention weights of every read inside the ``with`` block.
+
+        The weights are computed once more for it, without gradients: forwards inside are slower.
+        """
+        previous, self._record = self._record, Record()
+        try:
+            yield self._record
+        finally:
+            self._record = previous
+
+    def reads_in_two_phases(self, block: int, state_like: Tensor, training: bool) -> bool:
+        """Whether the sites of ``block`` read in two phases, for tensors like ``state_like``
+        ``[..., D]``."""
+        if self.mode == "standard":
+            return False
+        if self.two_phase != "auto":
+            return self.two_phase
+        device = "cpu" if state_like.device.type == "cpu" else "cuda"
+        threshold = self._two_phase_from_tokens[device, state_like.element_size(), training][
+            block - 1
+        ]
+        return state_like.numel() // self.hidden_size >= threshold
+
+    def _plan_thresholds(self) -> dict[tuple[str, int, bool], list[int]]:
+        """From how many tokens on each block reads in two phases.
+
+        Asked once, so that a forward under ``torch.compile`` compares two numbers instead of
+        calling into ``_C``.
+        """
+
+        def threshold(block: int, device: str, itemsize: int, training: bool) -> int:
+            plan = _C.plan(
+                num_sources=block,  # the embedding and the blocks before
+                num_queries=len(self.sites_of_block(block)),
+                num_tokens=1,
+                hidden=self.hidden_size,
+                itemsize=itemsize,
+                device=device,
+                training=training,
+            )
+            return plan.two_phase_from_tokens
+
+        return {
+            (device, itemsize, training): [
+                threshold(block, device, itemsize, training)
+                for block in range(1, self.num_blocks + 1)
+            ]
+            for device in ("cpu", "cuda")
+            for itemsize in (2, 4, 8)
+            for training in (False, True)
+        }
+
+    def extra_repr(self) -> str:
+        """Sizes and mode, for ``print(module)``."""
+        text = f"{self.hidden_size}, num_sublayers={self.num_sublayers}, mode={self.mode!r}"
+        if self.mode == "block":
+            text += (
+                f", sublayers_per_block={self.sublayers_per_block}, num_blocks={self.num_blocks}"
+            )
+        return text
