@@ -1,0 +1,96 @@
+"""The facts that ``attnres info`` shows, as plain data."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import attnres_ext
+from attnres_ext import _C
+
+
+def collect() -> dict[str, Any]:
+    """Versions, binaries and devices of this process, ready for JSON."""
+    return {
+        "versions": {
+            "attnres-ext": _C.version,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+        },
+        "binaries": _binaries(),
+        "cpu": {
+            "model": _cpu_model(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "torch capability": torch.backends.cpu.get_cpu_capability(),
+        },
+        "cuda": {
+            "architectures built": list(_C.cuda_archs),
+            "torch CUDA": torch.version.cuda,
+            "devices": _cuda_devices(),
+        },
+    }
+
+
+def _binaries() -> dict[str, Any]:
+    folder = Path(attnres_ext.__file__).parent
+    operators = folder / "_ops.so"
+    return {
+        "operators": str(operators),
+        "operators MB": round(operators.stat().st_size / 1e6, 2),
+        "bindings": str(_C.__file__),
+        "compiler": _C.compiler,
+        "C++ standard": _C.cxx_standard,
+        "most sources": _C.max_sources,
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _cuda_devices() -> list[str]:
+    return [
+        f"{torch.cuda.get_device_name(index)} "
+        f"(compute capability {'.'.join(map(str, torch.cuda.get_device_capability(index)))})"
+        for index in range(torch.cuda.device_count())
+    ]
+
+
+def collect_plan(shape: tuple[int, ...], dtype: str, itemsize: int) -> dict[str, Any]:
+    """The plan for a block, per device kind and for inference and training."""
+    sources, queries, tokens, hidden = shape
+    plans: dict[str, Any] = {
+        "shape": f"N={sources} S={queries} M={tokens} D={hidden} {dtype}",
+    }
+    for device in ("cuda", "cpu"):
+        for training in (False, True):
+            plan = _C.plan(
+                num_sources=sources,
+                num_queries=queries,
+                num_tokens=tokens,
+                hidden=hidden,
+                itemsize=itemsize,
+                device=device,
+                training=training,
+            )
+            plans[f"{device} {'training' if training else 'inference'}"] = {
+                "passes": "two phases" if plan.two_phase else "single pass",
+                "bytes in a single pass": plan.bytes_single_pass,
+                "bytes in two phases": plan.bytes_two_phase,
+                "two phases from tokens": plan.two_phase_from_tokens,
+                "tokens in a tile": plan.tile_tokens,
+                "row stays on chip": plan.row_resident,
+                "reason": plan.reason,
+            }
+    return plans

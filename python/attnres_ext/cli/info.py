@@ -1,0 +1,103 @@
+"""``attnres info``: what is installed, what this machine can run, and the plan for a shape."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from attnres_ext.cli.arguments import HelpFormatter, number, one_of
+
+_EXAMPLES = """\
+examples:
+  attnres info
+  attnres info --json
+  attnres info --shape 9,6,8192,2304 --dtype bfloat16      Kimi Linear 48B: the last block's sites
+  attnres info --shape 8,24,8192,7168 --dtype bfloat16     Kimi K3
+
+The plan says whether the S sites of a block read its N finished blocks one by one (single pass) or
+all at once (two phases), and how many bytes either way has to move.
+"""
+
+_ITEMSIZE = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Adds ``info`` to the parser of ``attnres``."""
+    parser = subparsers.add_parser(
+        "info",
+        help="versions, binaries, instruction sets, devices, and the plan for a shape",
+        description="Shows what is installed and what it can run on this machine.",
+        epilog=_EXAMPLES,
+        formatter_class=HelpFormatter,
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    plan = parser.add_argument_group("plan")
+    plan.add_argument(
+        "--shape", type=_shape, metavar="N,S,M,D",
+        help="finished blocks (embedding included), sites that read them, tokens, hidden size",
+    )  # fmt: skip
+    plan.add_argument(
+        "--dtype", type=one_of(*_ITEMSIZE), default="bfloat16", metavar="DTYPE",
+        help=f"one of {', '.join(_ITEMSIZE)}",
+    )  # fmt: skip
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if len(parts) != 4:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} has {len(parts)} numbers, expected four: N,S,M,D"
+        )
+    return tuple(number(int, least=1)(part) for part in parts)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the facts, as tables or as JSON."""
+    from attnres_ext.cli.facts import collect, collect_plan
+
+    facts = collect()
+    if args.shape:
+        facts["plan"] = collect_plan(args.shape, args.dtype, _ITEMSIZE[args.dtype])
+    if args.json:
+        print(json.dumps(facts, indent=2))
+    else:
+        _print(facts)
+    return 0
+
+
+def _print(facts: dict) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(width=120)
+    for heading, values in facts.items():
+        table = Table(show_header=False, box=None, padding=(0, 2, 0, 2))
+        table.add_column(style="dim", no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, value in _flat(values):
+            table.add_row(name, value, style=None)
+        console.print(heading, style="bold", markup=False)
+        console.print(table)
+
+
+def _flat(values: dict, prefix: str = ""):
+    """Names and values of a nested dictionary, one level of nesting shown as "outer inner"."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name} ")
+        elif isinstance(value, list):
+            yield prefix + name, ", ".join(map(str, value)) or "none"
+        else:
+            yield prefix + name, _say(value)
+
+
+def _say(value) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int) and value >= 10_000:
+        return f"{value:,}"
+    return str(value)

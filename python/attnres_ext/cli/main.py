@@ -1,0 +1,89 @@
+"""Entry point of ``attnres``: picks the subcommand, turns user errors into one sentence."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from attnres_ext.training.errors import UserError
+
+_SUBCOMMANDS = ("train", "generate", "info", "bench")
+
+_DESCRIPTION = """\
+Attention Residuals: train a Kimi Linear language model whose layers attend over depth, generate
+text with it, and look at the compiled operators underneath.
+"""
+
+_EXAMPLES = """\
+examples:
+  attnres train --out runs/first                      train on Python's own sources, 2 arms
+  attnres generate --checkpoint runs/first --prompt "def "
+  attnres info                                        what is installed, what this machine can run
+  attnres bench --device cpu                          operators against eager and torch.compile
+
+`attnres COMMAND --help` explains each command.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence; the usage line would bury it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints ``message`` on stderr and leaves with exit code 2."""
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def make_parser(subcommands: Sequence[str] = _SUBCOMMANDS) -> argparse.ArgumentParser:
+    """The parser of ``attnres``.
+
+    Args:
+        subcommands: Which to know; each one's file is imported.
+    """
+    parser = _Parser(
+        prog="attnres",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name in subcommands:
+        module = importlib.import_module(f"attnres_ext.cli.{name}")
+        module.add_parser(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs ``attnres`` and returns its exit code.
+
+    Args:
+        argv: Arguments after the program's name; None takes those of the process.
+
+    Returns:
+        0 after success, 2 after a mistake of the user's, 130 when interrupted.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    # The file of a subcommand that is not asked for is not imported, so it cannot be in the way.
+    named = argv[:1] if argv and argv[0] in _SUBCOMMANDS else _SUBCOMMANDS
+    args = make_parser(named).parse_args(argv)
+    module = importlib.import_module(f"attnres_ext.cli.{args.command}")
+    try:
+        return module.run(args)
+    except UserError as error:
+        print(f"attnres {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"attnres {args.command}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output left (`attnres info | head`): nothing of ours went wrong. Python
+        # would complain once more when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""``attnres train``: a Kimi Linear language model per residual mode, side by side on one text."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from attnres_ext.cli.arguments import Given, HelpFormatter, list_of, number, one_of
+
+_EXAMPLES = """\
+examples:
+  # Standard residual against Block AttnRes, on the sources of Python's standard library.
+  attnres train --out runs/first
+
+  # All three modes, two seeds each, byte-pair encoding, on a folder of text.
+  attnres train --text books/ --tokenizer bpe --residual standard,block,full --seeds 0,1 \\
+      --steps 2000 --out runs/books
+
+  # After a kill: continues from the last checkpoint, with the settings the run began with.
+  attnres train --out runs/books --resume
+
+Arms of one seed start from the same weights and see the same batches, and take turns within every
+step, so that their times can be compared on a busy machine. The run's folder holds metrics.jsonl
+(an object per arm and step), loss.png, depth_attention.png, summary.json and checkpoints/.
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Adds ``train`` to the parser of ``attnres``."""
+    parser = subparsers.add_parser(
+        "train",
+        help="train a language model, one arm per residual mode, and compare them",
+        description="Trains a Kimi Linear language model once per residual mode and compares.",
+        epilog=_EXAMPLES,
+        formatter_class=HelpFormatter,
+    )
+    _add_run_arguments(parser)
+    _add_text_arguments(parser)
+    _add_model_arguments(parser)
+    _add_optimization_arguments(parser)
+
+
+def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder for everything written"
+    )
+    either = group.add_mutually_exclusive_group()
+    either.add_argument(
+        "--resume", action="store_true", help="continue the run in DIR, bit for bit"
+    )
+    either.add_argument(
+        "--overwrite", action="store_true", help="start again where DIR already holds a run"
+    )
+    group.add_argument(
+        "--checkpoint-every", type=number(int, least=1), default=100, action=Given, metavar="STEPS",
+        help="steps between checkpoints; the last step always has one",
+    )  # fmt: skip
+    group.add_argument(
+        "--validate-every", type=number(int, least=1), default=50, action=Given, metavar="STEPS",
+        help="steps between validations",
+    )  # fmt: skip
+    group.add_argument(
+        "--validation-batches", type=number(int, least=1), default=8, action=Given, metavar="N",
+        help="batches of a validation, spread over the held-out text",
+    )  # fmt: skip
+    group.add_argument("--device", default="cpu", action=Given, help="cpu, cuda, cuda:1, ...")
+
+
+def _add_text_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("text")
+    group.add_argument(
+        "--text", type=Path, action=Given, metavar="FILE_OR_DIR",
+        help="what to learn; a folder is read with all its text files "
+        "(default: the sources of Python's standard library)",
+    )  # fmt: skip
+    group.add_argument(
+        "--tokenizer", type=one_of("byte", "bpe"), default="byte", action=Given, metavar="KIND",
+        help="byte (any file) or bpe (UTF-8 only; learnt from the training part)",
+    )  # fmt: skip
+    group.add_argument(
+        "--vocab-size", type=number(int, least=300, most=2**20), default=4096, action=Given,
+        metavar="N", help="ids of the bpe tokenizer",
+    )  # fmt: skip
+    group.add_argument(
+        "--validation-fraction", type=number(float, above=0, most=0.5), default=0.05, action=Given,
+        metavar="SHARE", help="share of the text held out",
+    )  # fmt: skip
+    group.add_argument(
+        "--sequence-length", type=number(int, least=2), default=256, action=Given,
+        metavar="TOKENS", help="tokens of a training sequence",
+    )  # fmt: skip
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--residual", type=list_of(one_of("standard", "block", "full")),
+        default="standard,block", action=Given, metavar="MODES",
+        help="arms to train, of standard, block and full, with commas between",
+    )  # fmt: skip
+    either = group.add_mutually_exclusive_group()
+    either.add_argument(
+        "--preset", default="demo", action=Given, metavar="NAME",
+        help="size of the model: tiny, demo or small",
+    )  # fmt: skip
+    either.add_argument(
+        "--config", type=Path, action=Given, metavar="FILE",
+        help="configuration of the model in JSON, in place of a preset",
+    )  # fmt: skip
+    group.add_argument(
+        "--sublayers-per-block", type=number(int, least=1), action=Given, metavar="N",
+        help="attention and MLP sublayers in one block (default: the model's own)",
+    )  # fmt: skip
+
+
+def _add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("optimization")
+    group.add_argument(
+        "--steps", type=number(int, least=1), default=300, action=Given, metavar="N",
+        help="optimizer steps",
+    )  # fmt: skip
+    group.add_argument(
+        "--seed", "--seeds", dest="seeds", type=list_of(number(int, least=0, most=2**31)),
+        default="0", action=Given, metavar="N[,N...]",
+        help="each arm is trained once per seed; a seed decides weights and batches",
+    )  # fmt: skip
+    group.add_argument(
+        "--batch-size", type=number(int, least=1), default=8, action=Given, metavar="N",
+        help="sequences per step",
+    )  # fmt: skip
+    group.add_argument(
+        "--learning-rate", type=number(float, above=0), default=3e-3, action=Given, metavar="RATE",
+        help="peak of the cosine schedule",
+    )  # fmt: skip
+    group.add_argument(
+        "--final-learning-rate", type=number(float, least=0, most=1), default=0.1, action=Given,
+        metavar="SHARE", help="where the cosine ends, as a share of the peak",
+    )  # fmt: skip
+    group.add_argument(
+        "--warmup-steps", type=number(int, least=0), default=20, action=Given, metavar="N",
+        help="steps of linear warm-up",
+    )  # fmt: skip
+    group.add_argument(
+        "--weight-decay", type=number(float, least=0), default=0.1, action=Given, metavar="RATE",
+        help="AdamW's decay of matrices; vectors have none",
+    )  # fmt: skip
+    group.add_argument(
+        "--gradient-clip", type=number(float, above=0), default=1.0, action=Given, metavar="NORM",
+        help="largest gradient norm",
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains, or resumes, and reports; see ``attnres train --help``."""
+    from attnres_ext.cli.train_run import resume_run, start_run
+
+    return resume_run(args) if args.resume else start_run(args)

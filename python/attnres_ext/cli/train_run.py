@@ -1,0 +1,259 @@
+"""What ``attnres train`` does once its arguments are read."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from attnres_ext import _C
+from attnres_ext.cli.devices import check_device
+from attnres_ext.cli.train_display import Display, print_table
+from attnres_ext.models.kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
+from attnres_ext.training.checkpoint import ArmState, load_arm
+from attnres_ext.training.data import Corpus, check_utf8, read_text, tokenize
+from attnres_ext.training.errors import UserError
+from attnres_ext.training.files import write_json
+from attnres_ext.training.loop import Arm, Settings, build_arms, depth_weights, train
+from attnres_ext.training.model import make_config, site_names, source_names
+from attnres_ext.training.run import Run, check_vacant
+from attnres_ext.training.summary import summarize
+from attnres_ext.training.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer
+
+
+def start_run(args: argparse.Namespace) -> int:
+    """Starts a run in an empty directory; returns the exit code.
+
+    Everything that can be wrong with the request is found before anything is written.
+    """
+    check_vacant(args.out, args.overwrite)
+    settings = _settings(args)
+    text = read_text(args.text, args.validation_fraction)
+    if args.tokenizer == "bpe":
+        check_utf8(text)
+        documents = (document.content for document in text.training)
+        tokenizer: Tokenizer = BpeTokenizer.learn(documents, args.vocab_size)
+    else:
+        tokenizer = ByteTokenizer()
+    corpus = tokenize(text, tokenizer, settings.sequence_length)
+    config = make_config(
+        args.preset,
+        args.config,
+        tokenizer.vocab_size,
+        args.sublayers_per_block,
+        settings.sequence_length,
+    )
+    arms = _build(settings, config)
+    description = {
+        "format": 1,
+        "attnres_ext": _C.version,
+        "torch": torch.__version__,
+        "settings": dataclasses.asdict(settings),
+        "model": "config" if args.config else args.preset,
+        "config": config.to_dict(),
+        "text": {
+            "path": str(args.text.resolve()) if args.text else None,
+            "source": text.source,
+            "validation_fraction": args.validation_fraction,
+            "fingerprint": text.fingerprint,
+        },
+    }
+    run = Run.create(args.out, description, tokenizer, args.overwrite)
+    with run.lock():
+        return _train(run, description, settings, config, tokenizer, corpus, arms, 0)
+
+
+def resume_run(args: argparse.Namespace) -> int:
+    """Continues the run in ``args.out`` from its last checkpoint; returns the exit code."""
+    run = Run.open(args.out)
+    with run.lock():
+        description = run.description
+        _check_unchanged(args, description)
+        settings = _stored_settings(description)
+        config = KimiLinearConfig.from_dict(description["config"])
+        tokenizer = run.tokenizer
+        stored = description["text"]
+        path = Path(stored["path"]) if stored["path"] else None
+        text = read_text(path, stored["validation_fraction"])
+        if text.fingerprint != stored["fingerprint"]:
+            raise UserError(
+                f"--resume: the text ({text.source}) is not what {args.out} was started with "
+                f"({stored['source']}, then with other content)"
+            )
+        corpus = tokenize(text, tokenizer, settings.sequence_length)
+        step, checkpoint = run.latest_checkpoint()
+        arms = _build(settings, config)
+        if checkpoint is not None:
+            for arm in arms:
+                load_arm(checkpoint, _state(arm, config))
+        run.rewind(step if checkpoint else None)
+        return _train(run, description, settings, config, tokenizer, corpus, arms, step)
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    check_device(args.device)
+    named = {
+        field.name: getattr(args, field.name)
+        for field in dataclasses.fields(Settings)
+        if hasattr(args, field.name)
+    }
+    return Settings(**named, residuals=args.residual)
+
+
+def _stored_settings(description: dict[str, Any]) -> Settings:
+    stored = dict(description["settings"])
+    for name in ("residuals", "seeds"):
+        stored[name] = tuple(stored[name])
+    return Settings(**stored)
+
+
+def _check_unchanged(args: argparse.Namespace, description: dict[str, Any]) -> None:
+    """Refuses settings on the command line that differ from those the run began with."""
+    stored = dict(description["settings"])
+    stored["residual"] = stored.pop("residuals")
+    stored["text"] = description["text"]["path"]
+    stored["validation_fraction"] = description["text"]["validation_fraction"]
+    stored["preset"] = description["model"]
+    for name, option in getattr(args, "given", {}).items():
+        value = getattr(args, name)
+        if isinstance(value, tuple):
+            value = list(value)
+        if isinstance(value, Path):
+            value = str(value.resolve())
+        if name in stored and stored[name] != value:
+            raise UserError(
+                f"--resume: {option} {_shown(value)} differs from {_shown(stored[name])}, with "
+                f"which {args.out} was started; a resumed run keeps its settings"
+            )
+
+
+def _shown(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _build(settings: Settings, config: KimiLinearConfig) -> list[Arm]:
+    def make_model(residual: str) -> KimiLinearForCausalLM:
+        return KimiLinearForCausalLM(config.replace(residual=residual))
+
+    return build_arms(settings, make_model)
+
+
+def _state(arm: Arm, config: KimiLinearConfig) -> ArmState:
+    arm_config = config.replace(residual=arm.residual).to_dict()
+    return ArmState(arm.name, arm.model, arm.optimizer, arm_config)
+
+
+def _train(
+    run: Run,
+    description: dict[str, Any],
+    settings: Settings,
+    config: KimiLinearConfig,
+    tokenizer: Tokenizer,
+    corpus: Corpus,
+    arms: list[Arm],
+    done: int,
+) -> int:
+    states = [_state(arm, config) for arm in arms]
+    title = _title(description, settings, corpus)
+    print(title, file=sys.stderr)
+    saved = done
+    with _StopRequest() as stop, Display(settings, done) as display:
+        for records in train(arms, corpus, settings, first_step=done + 1):
+            run.append(records)
+            done = records[0].step
+            display.show(records)
+            wanted = done % settings.checkpoint_every == 0 or done == settings.steps
+            if done > saved and (wanted or stop.requested):
+                run.save(done, states, tokenizer)
+                saved = done
+            if stop.requested and done < settings.steps:
+                break
+    if done < settings.steps:
+        command = f"attnres train --out {run.path} --resume"
+        print(f"stopped after step {done}; continue with: {command}", file=sys.stderr)
+        return 130
+    _report(run, settings, config, corpus, arms, title)
+    return 0
+
+
+def _title(description: dict[str, Any], settings: Settings, corpus: Corpus) -> str:
+    tokens = settings.batch_size * settings.sequence_length
+    return (
+        f"Kimi Linear ({description['model']}) on the {description['text']['source']}, "
+        f"{corpus.training.numel() / 1e6:.1f} M tokens: {settings.steps} steps of {tokens} tokens"
+    )
+
+
+def _report(
+    run: Run,
+    settings: Settings,
+    config: KimiLinearConfig,
+    corpus: Corpus,
+    arms: Sequence[Arm],
+    title: str,
+) -> None:
+    parameters = {arm.residual: arm.num_parameters for arm in arms}
+    records = run.records()
+    rows = summarize(records, parameters, corpus.bytes_per_token)
+    depth = {
+        arm.name: {
+            "sites": site_names(config),
+            "sources": source_names(config, arm.model.residual),
+            "weights": depth_weights(arm, corpus, settings),
+        }
+        for arm in arms
+        if arm.residual != "standard"
+    }
+    summary = {"arms": [dataclasses.asdict(row) for row in rows], "depth_attention": depth}
+    write_json(run.path / "summary.json", summary)
+    _plot(run, records, depth, title)
+    print_table(rows)
+    print(f"everything is in {run.path}; to see it write:")
+    print(f'  attnres generate --checkpoint {run.path} --prompt "def "')
+
+
+def _plot(run: Run, records: Sequence[Any], depth: dict[str, Any], title: str) -> None:
+    try:
+        from attnres_ext.training import plots
+    except ImportError as error:
+        # Hours of training are worth more than their picture; summary.json has the figures.
+        print(f"no loss.png and depth_attention.png: {error}", file=sys.stderr)
+        return
+    plots.plot_loss(run.path / "loss.png", records, title)
+    by_arm: dict[str, list[plots.DepthMap]] = {}
+    for name, data in depth.items():
+        arm = name.split("-")[0]
+        by_arm.setdefault(arm, []).append(plots.DepthMap(arm=arm, **data))
+    if by_arm:
+        plots.plot_depth_attention(
+            run.path / "depth_attention.png", plots.maps_by_arm(by_arm), title
+        )
+
+
+class _StopRequest:
+    """Turns the first Ctrl-C or SIGTERM into a request to stop at the end of the step."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> _StopRequest:
+        self._previous = {
+            number: signal.signal(number, self._request)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _request(self, number: int, frame: object) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True

@@ -1,0 +1,265 @@
+"""The training loop: several arms, one batch, one step each, again and again.
+
+All arms are alive at once and take turns within a step. A machine that is busy for a minute then
+slows every arm alike, and the ratio of two arms' times stays honest. Everything random in a step is
+drawn from generators seeded by (seed, step), so a run that is resumed continues bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from attnres_ext.training.data import Corpus, step_seed
+from attnres_ext.training.errors import UserError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What defines a run besides its text and its model; stored in ``run.json``.
+
+    Attributes:
+        residuals: Residual modes to compare, in order.
+        seeds: Each mode is trained once per seed.
+        steps: Optimizer steps.
+        batch_size: Sequences a step.
+        sequence_length: Tokens a sequence.
+        learning_rate: Peak of the schedule.
+        final_learning_rate: Where the cosine ends, as a share of the peak.
+        warmup_steps: Steps of linear warm-up.
+        weight_decay: For parameters with two or more dimensions; others have none.
+        gradient_clip: Largest gradient norm.
+        validate_every: Steps between validations.
+        validation_batches: Batches of a validation.
+        checkpoint_every: Steps between checkpoints.
+        device: Where to train, as torch names it.
+    """
+
+    residuals: tuple[str, ...] = ("standard", "block")
+    seeds: tuple[int, ...] = (0,)
+    steps: int = 300
+    batch_size: int = 8
+    sequence_length: int = 256
+    learning_rate: float = 3e-3
+    final_learning_rate: float = 0.1
+    warmup_steps: int = 20
+    weight_decay: float = 0.1
+    gradient_clip: float = 1.0
+    validate_every: int = 50
+    validation_batches: int = 8
+    checkpoint_every: int = 100
+    device: str = "cpu"
+
+
+@dataclass
+class Arm:
+    """One model in training.
+
+    Attributes:
+        residual: Residual mode of the model.
+        seed: Seed of its weights and batches.
+        model: The model, on its device.
+        optimizer: AdamW over all its parameters.
+    """
+
+    residual: str
+    seed: int
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+
+    @property
+    def name(self) -> str:
+        """Name that is unique within a run, and its folder in a checkpoint."""
+        return f"{self.residual}-seed{self.seed}"
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of trainable weights."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one arm did in one step; a line of ``metrics.jsonl``.
+
+    Attributes:
+        arm: Residual mode.
+        seed: Seed of the arm.
+        step: Optimizer steps done; 0 is before the first.
+        tokens: Training tokens seen.
+        loss: Cross entropy of the step's batch before the update, nats a token; None at step 0.
+        val_loss: Cross entropy on the held-out text after the update; None between validations.
+        lr: Learning rate of the step; None at step 0.
+        grad_norm: Gradient norm before clipping; None at step 0.
+        ms: Wall time of forward, backward and update in milliseconds; None at step 0.
+    """
+
+    arm: str
+    seed: int
+    step: int
+    tokens: int
+    loss: float | None
+    val_loss: float | None
+    lr: float | None
+    grad_norm: float | None
+    ms: float | None
+
+
+def build_arms(settings: Settings, make_model: Callable[[str], nn.Module]) -> list[Arm]:
+    """Builds every arm; arms of one seed start from the same weights.
+
+    Args:
+        settings: The run's settings.
+        make_model: Gives a freshly initialised model for a residual mode. Parameters that two
+            modes share by name and shape are copied from the first mode's model.
+    """
+    arms = []
+    for seed in settings.seeds:
+        first: dict[str, torch.Tensor] | None = None
+        for residual in settings.residuals:
+            torch.manual_seed(seed)
+            model = make_model(residual).to(settings.device)
+            state = model.state_dict()
+            if first is None:
+                first = state
+            for name, tensor in state.items():
+                if name in first and first[name].shape == tensor.shape:
+                    tensor.copy_(first[name])
+            arms.append(Arm(residual, seed, model, make_optimizer(model, settings)))
+    return arms
+
+
+def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
+    """AdamW that decays matrices only: norms, gains, biases and pseudo-queries are 1-D."""
+    decayed = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+    kept = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    groups = [
+        {"params": decayed, "weight_decay": settings.weight_decay},
+        {"params": kept, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95), fused=True)
+
+
+def learning_rate(settings: Settings, step: int) -> float:
+    """Learning rate of 1-based ``step``: linear warm-up, then a cosine down to its final share."""
+    if step <= settings.warmup_steps:
+        return settings.learning_rate * step / settings.warmup_steps
+    remaining = max(1, settings.steps - settings.warmup_steps)
+    progress = (step - settings.warmup_steps) / remaining
+    cosine = (1 + math.cos(math.pi * progress)) / 2
+    floor = settings.final_learning_rate
+    return settings.learning_rate * (floor + (1 - floor) * cosine)
+
+
+def train(
+    arms: Sequence[Arm], corpus: Corpus, settings: Settings, first_step: int
+) -> Iterator[list[Record]]:
+    """Trains all arms side by side.
+
+    Args:
+        arms: The arms, at the state after ``first_step - 1`` steps.
+        corpus: Where batches come from.
+        settings: The run's settings.
+        first_step: 1-based step to begin with; 1 also validates the untrained arms.
+
+    Yields:
+        The records of each step, one per arm in the order of ``arms``. Between two yields the arms
+        are consistent and may be saved.
+
+    Raises:
+        UserError: A loss is no longer finite.
+    """
+    tokens = settings.batch_size * settings.sequence_length
+    if first_step == 1:
+        yield [
+            Record(arm.residual, arm.seed, 0, 0, None, validate(arm, corpus, settings), *[None] * 3)
+            for arm in arms
+        ]
+    for step in range(first_step, settings.steps + 1):
+        rate = learning_rate(settings, step)
+        records: dict[str, Record] = {}
+        # Whoever goes first pays for cold caches, so it is someone else each step.
+        turn = step % len(arms)
+        for arm in [*arms[turn:], *arms[:turn]]:
+            inputs, targets = corpus.batch(
+                arm.seed, step, settings.batch_size, settings.sequence_length
+            )
+            torch.manual_seed(step_seed(arm.seed, step))
+            start = time.perf_counter()
+            loss, norm = _step(arm, inputs, targets, rate, settings)
+            elapsed = (time.perf_counter() - start) * 1e3
+            records[arm.name] = Record(
+                arm.residual, arm.seed, step, step * tokens, loss, None, rate, norm, elapsed
+            )
+        if step % settings.validate_every == 0 or step == settings.steps:
+            for arm in arms:
+                value = validate(arm, corpus, settings)
+                records[arm.name] = _with_validation(records[arm.name], value)
+        yield [records[arm.name] for arm in arms]
+
+
+def _step(
+    arm: Arm, inputs: torch.Tensor, targets: torch.Tensor, rate: float, settings: Settings
+) -> tuple[float, float]:
+    for group in arm.optimizer.param_groups:
+        group["lr"] = rate
+    arm.model.train()
+    loss = _loss(arm.model, inputs.to(settings.device), targets.to(settings.device))
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(arm.model.parameters(), settings.gradient_clip)
+    # One wait for the device instead of two.
+    loss_value, norm_value = torch.stack([loss.detach().float(), norm.float()]).tolist()
+    if not math.isfinite(loss_value) or not math.isfinite(norm_value):
+        raise UserError(
+            f"arm {arm.name}: the loss is {loss_value} and the gradient norm {norm_value} at a "
+            f"learning rate of {rate:.3g}; try a smaller --learning-rate"
+        )
+    arm.optimizer.step()
+    arm.optimizer.zero_grad(set_to_none=True)
+    return loss_value, norm_value
+
+
+def _loss(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    logits = model(inputs).logits
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+
+def _with_validation(record: Record, value: float) -> Record:
+    return Record(**{**vars(record), "val_loss": value})
+
+
+@torch.no_grad()
+def validate(arm: Arm, corpus: Corpus, settings: Settings) -> float:
+    """Mean cross entropy on the held-out text, nats a token."""
+    arm.model.eval()
+    losses = [
+        _loss(arm.model, inputs.to(settings.device), targets.to(settings.device))
+        for inputs, targets in _validation(corpus, settings)
+    ]
+    return torch.stack(losses).double().mean().item()
+
+
+@torch.no_grad()
+def depth_weights(arm: Arm, corpus: Corpus, settings: Settings) -> list[list[float]]:
+    """Mean depth-attention weights over the held-out text.
+
+    Returns:
+        One list per site, output site last, with a weight for each of its sources.
+    """
+    arm.model.eval()
+    with arm.model.residual.recording() as record:
+        for inputs, _ in _validation(corpus, settings):
+            arm.model(inputs.to(settings.device))
+    return [weights.tolist() for _, weights in sorted(record.weights.items())]
+
+
+def _validation(corpus: Corpus, settings: Settings) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    return corpus.validation_batches(
+        settings.validation_batches, settings.batch_size, settings.sequence_length
+    )

@@ -1,0 +1,76 @@
+"""Which model a run trains, and what its sites and sources are called in plots."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from attnres_ext.models.kimi_linear.configuration import KimiLinearConfig, presets
+from attnres_ext.residual import AttentionResiduals
+from attnres_ext.training.errors import UserError
+
+# About eight blocks recover most of what full depth attention gives (paper, Fig. 6).
+_BLOCKS = 8
+
+
+def make_config(
+    preset: str,
+    config: Path | None,
+    vocab_size: int,
+    sublayers_per_block: int | None,
+    sequence_length: int,
+) -> KimiLinearConfig:
+    """The configuration that all arms share; each sets its own ``residual``.
+
+    Args:
+        preset: Name of a preset, used when ``config`` is None.
+        config: A ``config.json``.
+        vocab_size: The tokenizer's.
+        sublayers_per_block: In place of the configuration's own; None keeps that, or makes about
+            eight blocks where it has none.
+        sequence_length: What the model must be able to take.
+
+    Raises:
+        UserError: No such preset or file, or a configuration that cannot work.
+    """
+    try:
+        model = KimiLinearConfig.from_json(config) if config else presets(preset)
+        per_block = sublayers_per_block or model.sublayers_per_block
+        model = model.replace(
+            vocab_size=vocab_size,
+            residual="block",
+            sublayers_per_block=per_block or max(2, math.ceil(model.num_sublayers / _BLOCKS)),
+        )
+    except OSError as error:
+        raise UserError(f"--config {config} cannot be read: {error.strerror}") from error
+    except (ValueError, TypeError) as error:
+        option = f"--config {config}" if config else f"--preset {preset}"
+        raise UserError(f"{option}: {error}") from error
+    if sequence_length > model.model_max_length:
+        raise UserError(
+            f"--sequence-length {sequence_length} is more than the model takes: model_max_length "
+            f"is {model.model_max_length}"
+        )
+    return model
+
+
+def site_names(config: KimiLinearConfig) -> list[str]:
+    """Names of a model's sites by what they feed: "1 kda", "1 mlp", ..., "8 moe", "output"."""
+    names = []
+    for layer in range(config.num_hidden_layers):
+        names.append(f"{layer + 1} {'kda' if config.is_kda_layer(layer) else 'mla'}")
+        names.append(f"{layer + 1} {'moe' if config.is_moe_layer(layer) else 'mlp'}")
+    return [*names, "output"]
+
+
+def source_names(config: KimiLinearConfig, residual: AttentionResiduals) -> list[list[str]]:
+    """Names of what each site attends over.
+
+    In full mode a block is one sublayer and goes by that sublayer's name; in block mode the names
+    are those of :meth:`AttentionResiduals.sources_at`.
+    """
+    names = [residual.sources_at(site) for site in range(residual.num_sites)]
+    if residual.mode != "full":
+        return names
+    sublayers = {f"block {i + 1}": name for i, name in enumerate(site_names(config))}
+    return [[sublayers.get(source, source) for source in sources] for sources in names]
