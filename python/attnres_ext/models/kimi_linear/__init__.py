@@ -1,0 +1,27 @@
+"""Kimi Linear (arXiv 2510.26692) with Attention Residuals (arXiv 2603.15031)."""
+
+from attnres_ext.models.kimi_linear.configuration import (
+    KimiLinearConfig,
+    LinearAttentionConfig,
+    preset_names,
+    presets,
+)
+from attnres_ext.models.kimi_linear.modeling import (
+    KimiLinearForCausalLM,
+    KimiLinearOutput,
+    KimiLinearState,
+)
+from attnres_ext.models.kimi_linear.weights import load_model, load_weights, save_weights
+
+__all__ = [
+    "KimiLinearConfig",
+    "KimiLinearForCausalLM",
+    "KimiLinearOutput",
+    "KimiLinearState",
+    "LinearAttentionConfig",
+    "load_model",
+    "load_weights",
+    "preset_names",
+    "presets",
+    "save_weights",
+]

@@ -1,0 +1,268 @@
+"""The gated delta rule of Kimi Delta Attention, chunk by chunk for training and token by token for
+decoding.
+
+Per head and token (Kimi Linear report, Eq. 1; ``S`` is the state ``[K, V]``, ``g <= 0`` the
+log-decay of each key channel):
+
+    S_t = (I - beta_t k_t k_t^T) Diag(exp(g_t)) S_{t-1} + beta_t k_t v_t^T,        o_t = S_t^T q_t /
+    sqrt(K)
+
+Shapes: ``B`` batch, ``T`` tokens, ``H`` heads, ``K`` key channels, ``V`` value channels, ``C``
+    tokens of a chunk.
+
+**Safe decays.** The chunkwise form needs ``sum_d q_c k_i exp(g_{i+1} + ... + g_c)`` per channel for
+every pair ``i <= c`` of a chunk. Splitting the exponential into ``exp(G_c) exp(-G_i)`` makes it a
+matrix product, but ``exp(-G_i)`` overflows as soon as a channel forgets more than ``e^88`` within
+the chunk. Here each pair is split at a boundary that lies *between* its tokens: the chunk is halved
+again and again, and at half size ``s`` the tokens after a block's middle meet those before it,
+
+    exp(g_{i+1} + ... + g_mid) * exp(g_{mid+1} + ... + g_c),
+
+so both exponents are sums of non-positive numbers: nothing overflows for any gate, and as no two
+cumulative sums are subtracted, an exponent ``x`` carries a relative error of at most ``C``
+roundings. The absolute error of a decay is then at most ``C ulp max|x e^x| = C ulp / e``, however
+strong the gate. log2(C) levels of matrix products cover all pairs once.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["chunk_gated_delta_rule", "recurrent_gated_delta_rule"]
+
+
+def recurrent_gated_delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The recurrence as written, one token after another; what a decoder runs and what tests
+    compare with.
+
+    Args:
+        q: Queries ``[B, T, H, K]``, normalised by the caller; scaled by ``K^-1/2`` here.
+        k: Keys ``[B, T, H, K]``, normalised by the caller.
+        v: Values ``[B, T, H, V]``.
+        g: Log-decay of each key channel ``[B, T, H, K]``, at most 0.
+        beta: Writing strength ``[B, T, H]`` in (0, 1).
+        state: State before the first token ``[B, H, K, V]``; None is zeros.
+
+    Returns:
+        Outputs ``[B, T, H, V]`` and the state after the last token ``[B, H, K, V]``. All in the
+        dtype of the arguments, which must agree; float32 or float64.
+    """
+    if state is None:
+        state = _zero_state(k, v)
+    q, decay, outputs = q * q.shape[-1] ** -0.5, g.exp(), []
+    for t in range(q.shape[1]):
+        state = state * decay[:, t].unsqueeze(-1)
+        error = v[:, t] - torch.einsum("bhk,bhkv->bhv", k[:, t], state)
+        write = error * beta[:, t].unsqueeze(-1)
+        state = state + k[:, t].unsqueeze(-1) * write.unsqueeze(-2)
+        outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, t], state))
+    return torch.stack(outputs, dim=1), state
+
+
+def chunk_gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor | None = None,
+    chunk_size: int = 32,
+) -> tuple[Tensor, Tensor]:
+    """The same map in chunkwise form (Kimi Linear report, Eq. 6-9): matrix products over all chunks
+    at once.
+
+    Within a chunk the writes ``beta_c (v_c - S^T k_c)`` depend on one another through a unit lower
+    triangular system; it is solved for all chunks together with the state left open (``W``: what
+    the chunk reads of the incoming state, ``U``: what it writes regardless). Only the state's own
+    recurrence runs over chunks one by one.
+
+    Args:
+        q: See :func:`recurrent_gated_delta_rule`, as for ``k``, ``v``, ``g``, ``beta`` and
+            ``state``.
+        k: ...
+        v: ...
+        g: ...
+        beta: ...
+        state: ...
+        chunk_size: Tokens of a chunk, a power of two. ``T`` need not be a multiple.
+
+    Returns:
+        Outputs ``[B, T, H, V]`` and the state after the last token ``[B, H, K, V]``.
+    """
+    if chunk_size < 1 or chunk_size & (chunk_size - 1):
+        raise ValueError(f"chunk_size is {chunk_size}; it must be a power of two")
+    tokens, key_dim = q.shape[1], q.shape[-1]
+    while chunk_size > 1 and chunk_size >= 2 * tokens:
+        chunk_size //= 2
+    # Tokens of padding neither decay the state (g = 0) nor write to it (beta = 0).
+    q, k, v, g = (
+        _split(x, chunk_size) for x in (q * key_dim**-0.5, k, v, g)
+    )  # [B, H, n, C, K or V]
+    beta = _split(beta.unsqueeze(-1), chunk_size)  # [B, H, n, C, 1]
+
+    attention, similarity = _ChunkScores.apply(q, k, g)  # [B, H, n, C, C] each
+    until, after = _prefix_masks(chunk_size, g.dtype, g.device)
+    decay_in = (until @ g).exp()  # from the chunk's start up to and including the token
+    decay_out = (after @ g).exp()  # from after the token to the chunk's end
+    decay_chunk = decay_in[..., -1, :].unsqueeze(-1)  # [B, H, n, K, 1]
+    solved = torch.linalg.solve_triangular(
+        beta * similarity,
+        beta * torch.cat([decay_in * k, v], dim=-1),
+        upper=False,
+        unitriangular=True,
+    )
+    reads, writes = solved.split(
+        [key_dim, v.shape[-1]], dim=-1
+    )  # W [B, H, n, C, K], U [B, H, n, C, V]
+    keys_out = (decay_out * k).transpose(-1, -2)  # [B, H, n, K, C]
+
+    if state is None:
+        state = _zero_state(k.transpose(1, 2), v.transpose(1, 2))
+    states, deltas = [], []
+    for read, write, key_out, decay in zip(
+        reads.unbind(2), writes.unbind(2), keys_out.unbind(2), decay_chunk.unbind(2), strict=True
+    ):
+        delta = write - read @ state
+        states.append(state)
+        deltas.append(delta)
+        state = decay * state + key_out @ delta
+    out = (decay_in * q) @ torch.stack(states, dim=2) + attention @ torch.stack(deltas, dim=2)
+    return out.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :tokens], state
+
+
+class _ChunkScores(torch.autograd.Function):
+    """Decayed inner products within each chunk, ``[..., C, K] -> [..., C, C]``, by halving (see the
+    module's docstring).
+
+    Returns ``sum_d q_c k_i e^{g_{i+1..c}}`` for ``i <= c`` and ``sum_d k_c k_i e^{g_{i+1..c}}`` for
+    ``i < c``, zeros above. Its own backward, because autograd's would keep the decays of every
+    level and add full-size gradients level by level: here only the inputs are kept and a level's
+    gradient is two matrix products.
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(q, k, g)
+        shape, (chunk, key_dim) = g.shape[:-2], g.shape[-2:]
+        q, k, g = (x.reshape(-1, chunk, key_dim) for x in (q, k, g))
+        scores = q.new_zeros(2, q.shape[0], chunk, chunk)
+        scores[0].diagonal(dim1=-2, dim2=-1).copy_((q * k).sum(-1))
+        half = chunk // 2
+        while half:
+            left, right, _ = _level(q, k, g, half)
+            product = left @ right.transpose(
+                -1, -2
+            )  # [M * C/2s, 2s, s], queries' rows above keys' rows
+            _cross(scores, half).copy_(
+                product.view(-1, chunk // (2 * half), 2, half, half).permute(2, 0, 3, 4, 1)
+            )
+            half //= 2
+        return scores[0].view(*shape, chunk, chunk), scores[1].view(*shape, chunk, chunk)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(
+        ctx, grad_attention: Tensor, grad_similarity: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, g = ctx.saved_tensors
+        shape, (chunk, key_dim) = g.shape, g.shape[-2:]
+        q, k, g = (x.reshape(-1, chunk, key_dim) for x in (q, k, g))
+        grads = torch.stack(
+            [x.reshape(-1, chunk, chunk) for x in (grad_attention, grad_similarity)]
+        )
+        diagonal = grads[0].diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+        grad_q, grad_k, grad_g = diagonal * k, diagonal * q, torch.zeros_like(g)
+        half = chunk // 2
+        while half:
+            blocks = chunk // (2 * half)
+            left, right, decay = _level(q, k, g, half)
+            grad = _cross(grads, half).permute(1, 4, 0, 2, 3).reshape(-1, 2 * half, half)
+            # Gradients of the decayed factors; times the factor they are the gradients of the
+            # exponents.
+            grad_left = (grad @ right).view(-1, blocks, 2, half, key_dim)
+            grad_right = (grad.transpose(-1, -2) @ left).view(-1, blocks, half, key_dim)
+            left, right = left.view_as(grad_left), right.view_as(grad_right)
+            exponent = torch.empty_like(decay)
+            torch.mul(grad_right, right, out=exponent[:, :, 0])
+            torch.mul(grad_left[:, :, 0], left[:, :, 0], out=exponent[:, :, 1])
+            exponent[:, :, 1].addcmul_(grad_left[:, :, 1], left[:, :, 1])
+            mask = _level_mask(chunk, half, g.dtype, g.device).mT
+            grad_g.baddbmm_(mask.expand(g.shape[0], -1, -1), exponent.view_as(g))
+            before, behind = decay.unbind(2)
+            _halves(grad_q, half)[1].addcmul_(grad_left[:, :, 0], behind)
+            _halves(grad_k, half)[1].addcmul_(grad_left[:, :, 1], behind)
+            _halves(grad_k, half)[0].addcmul_(grad_right, before)
+            half //= 2
+        return grad_q.view(shape), grad_k.view(shape), grad_g.view(shape)
+
+
+def _level(q: Tensor, k: Tensor, g: Tensor, half: int) -> tuple[Tensor, Tensor, Tensor]:
+    """One level's factors from ``[M, C, K]``: rows ``[M * C/2s, 2s, K]``, columns ``[M * C/2s, s,
+    K]``, decays.
+    """
+    chunk, key_dim = g.shape[-2:]
+    decay = (
+        (_level_mask(chunk, half, g.dtype, g.device) @ g)
+        .exp_()
+        .view(-1, chunk // (2 * half), 2, half, key_dim)
+    )
+    before, behind = decay.unbind(2)
+    rows = torch.empty_like(decay)
+    torch.mul(_halves(q, half)[1], behind, out=rows[:, :, 0])
+    torch.mul(_halves(k, half)[1], behind, out=rows[:, :, 1])
+    columns = _halves(k, half)[0] * before
+    return rows.view(-1, 2 * half, key_dim), columns.view(-1, half, key_dim), decay
+
+
+def _halves(x: Tensor, half: int) -> tuple[Tensor, Tensor]:
+    """The tokens before and after the middle of each block of ``2 * half``: views ``[M, C/2s, s,
+    K]`` of ``[M, C, K]``.
+    """
+    return x.view(x.shape[0], -1, 2, half, x.shape[-1]).unbind(2)
+
+
+def _cross(scores: Tensor, half: int) -> Tensor:
+    """The lower left quarter of each diagonal block of ``2 * half``: a view ``[2, M, s, s, C/2s]``
+    of ``[2, M, C, C]``.
+    """
+    blocks = scores.shape[-1] // (2 * half)
+    tiles = scores.unflatten(-1, (blocks, 2 * half)).unflatten(-3, (blocks, 2 * half))
+    return tiles.diagonal(dim1=2, dim2=4)[:, :, half:, :half]
+
+
+@lru_cache(maxsize=64)
+def _level_mask(chunk: int, half: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """0/1 matrix ``[C, C]`` that sums log-decays between each token and the middle of its block of
+    ``2 * half``.
+    """
+    token = torch.arange(chunk, device=device)
+    middle = (token // (2 * half) * (2 * half) + half - 1).unsqueeze(
+        -1
+    )  # the last token before the middle
+    row, column = token.unsqueeze(-1), token.unsqueeze(0)
+    before = (row < column) & (column <= middle)
+    behind = (middle < column) & (column <= row)
+    return (before | behind).to(dtype)
+
+
+@lru_cache(maxsize=64)
+def _prefix_masks(chunk: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """0/1 matrices ``[C, C]`` that sum up to and including each token, and after it."""
+    until = torch.ones(chunk, chunk, dtype=torch.bool, device=device).tril()
+    return until.to(dtype), (~until).to(dtype)
+
+
+def _split(x: Tensor, chunk: int) -> Tensor:
+    """``[B, T, H, K] -> [B, H, n, C, K]``, padded with zeros to whole chunks."""
+    x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % chunk))
+    return x.unflatten(1, (-1, chunk)).permute(0, 3, 1, 2, 4).contiguous()
+
+
+def _zero_state(k: Tensor, v: Tensor) -> Tensor:
+    return k.new_zeros(k.shape[0], k.shape[2], k.shape[-1], v.shape[-1])

@@ -1,0 +1,195 @@
+"""Kimi Delta Attention: linear attention whose state is edited by a gated delta rule (Kimi Linear
+report, §3).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attnres_ext.models.kimi_linear.configuration import KimiLinearConfig
+from attnres_ext.models.kimi_linear.delta_rule import (
+    chunk_gated_delta_rule,
+    recurrent_gated_delta_rule,
+)
+
+__all__ = ["KimiDeltaAttention", "KimiDeltaState"]
+
+# Queries and keys are divided by sqrt(sum of squares + this), as in flash-linear-attention.
+_L2_EPS = 1e-6
+# Shorter inputs than this are cheaper token by token than as one chunk.
+_SHORTEST_CHUNK = 4
+
+
+@dataclass
+class KimiDeltaState:
+    """What a KDA layer remembers of the tokens seen so far; its size does not grow with them.
+
+    Attributes:
+        convolution: Last inputs of the short convolutions, queries', keys' and values' channels
+            side by side ``[B, taps - 1, 3 * H * K]``.
+        memory: State of the delta rule ``[B, H, K, V]``, float32 or wider.
+    """
+
+    convolution: Tensor
+    memory: Tensor
+
+
+class ShortConvolution(nn.Module):
+    """Holds the taps ``[channels, 1, taps]`` of a depthwise causal convolution, named as in the
+    public checkpoints.
+    """
+
+    def __init__(self, channels: int, taps: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, 1, taps))
+
+    def reset_parameters(self) -> None:
+        """Uniform within ``taps^-1/2``, what ``nn.Conv1d`` does for one input channel."""
+        bound = self.weight.shape[-1] ** -0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+
+
+class KimiDeltaAttention(nn.Module):
+    """One KDA sublayer, ``[B, T, D] -> [B, T, D]``.
+
+    Queries, keys and values go through short causal convolutions and SiLU; queries and keys are
+    L2-normalised per head. Each key channel decays by ``exp(g)``, ``g = -exp(A_log) softplus(f_b
+    f_a x + dt_bias)``, or with ``gate_lower_bound`` (Kimi K3) ``g = bound * sigmoid(exp(A_log) (f_b
+    f_a x + dt_bias))``. What is read is RMS-normalised per head and gated by a sigmoid.
+    """
+
+    def __init__(self, config: KimiLinearConfig) -> None:
+        super().__init__()
+        linear = config.linear_attn_config
+        self.num_heads, self.head_dim, self.taps = (
+            linear.num_heads,
+            linear.head_dim,
+            linear.short_conv_kernel_size,
+        )
+        self.chunk_size, self.gate_lower_bound = linear.chunk_size, linear.gate_lower_bound
+        hidden, rank, channels = (
+            config.hidden_size,
+            linear.head_dim,
+            linear.num_heads * linear.head_dim,
+        )
+        self.q_proj = nn.Linear(hidden, channels, bias=False)
+        self.k_proj = nn.Linear(hidden, channels, bias=False)
+        self.v_proj = nn.Linear(hidden, channels, bias=False)
+        self.q_conv1d = ShortConvolution(channels, self.taps)
+        self.k_conv1d = ShortConvolution(channels, self.taps)
+        self.v_conv1d = ShortConvolution(channels, self.taps)
+        self.A_log = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32))
+        self.f_a_proj = nn.Linear(hidden, rank, bias=False)
+        self.f_b_proj = nn.Linear(rank, channels, bias=False)
+        self.dt_bias = nn.Parameter(torch.empty(channels, dtype=torch.float32))
+        self.b_proj = nn.Linear(hidden, self.num_heads, bias=False)
+        if linear.use_full_rank_gate:
+            self.g_proj = nn.Linear(hidden, channels, bias=False)
+        else:
+            self.g_a_proj = nn.Linear(hidden, rank, bias=False)
+            self.g_b_proj = nn.Linear(rank, channels, bias=False)
+        self.o_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.o_proj = nn.Linear(channels, hidden, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Initialises what is no matrix: decay rates ``A`` in (1, 16) and time steps in (1e-3,
+        0.1), log-uniform.
+
+        With a bounded gate ``A_log`` starts at 0, as Kimi K3's.
+        """
+        for convolution in (self.q_conv1d, self.k_conv1d, self.v_conv1d):
+            convolution.reset_parameters()
+        with torch.no_grad():
+            if self.gate_lower_bound is None:
+                self.A_log.uniform_(1, 16).log_()
+            else:
+                self.A_log.zero_()
+            step = self.dt_bias.uniform_(math.log(1e-3), math.log(0.1)).exp_().clamp_(min=1e-4)
+            step += torch.log(-torch.expm1(-step))  # the inverse of softplus
+
+    def new_state(
+        self, batch_size: int, dtype: torch.dtype, device: torch.device
+    ) -> KimiDeltaState:
+        """The state before the first token, zeros."""
+        channels = 3 * self.num_heads * self.head_dim
+        return KimiDeltaState(
+            torch.zeros(batch_size, self.taps - 1, channels, dtype=dtype, device=device),
+            torch.zeros(
+                batch_size,
+                self.num_heads,
+                self.head_dim,
+                self.head_dim,
+                dtype=torch.promote_types(dtype, torch.float32),
+                device=device,
+            ),
+        )
+
+    def forward(self, x: Tensor, state: KimiDeltaState | None = None) -> Tensor:
+        """Attends from each token to itself and all before it.
+
+        Args:
+            x: ``[B, T, D]``.
+            state: Continues after the tokens it has seen, and is moved on past these; None starts
+                at nothing.
+
+        Returns:
+            ``[B, T, D]``.
+        """
+        dtype = torch.promote_types(x.dtype, torch.float32)  # of decays, recurrence and norms
+        heads = (self.num_heads, self.head_dim)
+        inputs = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
+        q, k, v = (
+            part.unflatten(-1, heads).to(dtype)
+            for part in self._convolve(inputs, state).chunk(3, dim=-1)
+        )
+        q = q * torch.rsqrt(q.square().sum(-1, keepdim=True) + _L2_EPS)
+        k = k * torch.rsqrt(k.square().sum(-1, keepdim=True) + _L2_EPS)
+        g = self._log_decay(self.f_b_proj(self.f_a_proj(x)).to(dtype)).unflatten(-1, heads)
+        beta = self.b_proj(x).to(dtype).sigmoid()
+
+        memory = None if state is None else state.memory
+        if x.shape[1] < _SHORTEST_CHUNK:
+            out, memory = recurrent_gated_delta_rule(q, k, v, g, beta, memory)
+        else:
+            out, memory = chunk_gated_delta_rule(q, k, v, g, beta, memory, self.chunk_size)
+        if state is not None:
+            state.memory.copy_(memory)
+
+        gate = self.g_proj(x) if hasattr(self, "g_proj") else self.g_b_proj(self.g_a_proj(x))
+        normed = F.rms_norm(
+            out, self.o_norm.normalized_shape, self.o_norm.weight.to(dtype), self.o_norm.eps
+        )
+        return self.o_proj((normed.flatten(-2) * gate.to(dtype).sigmoid()).to(x.dtype))
+
+    def _convolve(self, inputs: Tensor, state: KimiDeltaState | None) -> Tensor:
+        """Causal depthwise convolution of ``[B, T, 3 * H * K]`` and SiLU, for queries, keys and
+        values at once.
+        """
+        weight = torch.cat([self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight])[
+            :, 0
+        ].to(inputs.dtype)
+        tokens, past = inputs.shape[1], self.taps - 1
+        if state is None:
+            padded = F.pad(inputs, (0, 0, past, 0))
+        else:
+            padded = torch.cat([state.convolution, inputs], dim=1)
+            state.convolution.copy_(padded[:, tokens:])
+        # A product per tap runs at memory speed in this layout; a grouped convolution needs a
+        # transposed copy, and its backward took twice as long on a CPU.
+        out = padded[:, :tokens] * weight[:, 0]
+        for tap in range(1, self.taps):
+            out = torch.addcmul(out, padded[:, tap : tap + tokens], weight[:, tap])
+        return F.silu(out)
+
+    def _log_decay(self, z: Tensor) -> Tensor:
+        """Log-decay of every channel ``[B, T, H * K]``, at most 0."""
+        z = z + self.dt_bias.to(z.dtype)
+        rate = self.A_log.to(z.dtype).exp().repeat_interleave(self.head_dim)
+        if self.gate_lower_bound is None:
+            return -rate * F.softplus(z)
+        return self.gate_lower_bound * torch.sigmoid(rate * z)

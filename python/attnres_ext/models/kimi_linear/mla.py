@@ -1,0 +1,163 @@
+"""Multi-head latent attention without positional encoding (Kimi Linear report, §4; DeepSeek-V2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attnres_ext.models.kimi_linear.configuration import KimiLinearConfig
+
+__all__ = ["KimiLatentState", "KimiMLAAttention"]
+
+# The public model builds its latent norms without passing rms_norm_eps on.
+_LATENT_NORM_EPS = 1e-6
+
+
+@dataclass
+class KimiLatentState:
+    """The latents of the tokens seen so far: all that keys and values of every head are made of.
+
+    Attributes:
+        latents: ``[B, max_length, kv_lora_rank + qk_rope_head_dim]``: normalised latent, then the
+            key part that heads share.
+        length: How many tokens are filled in.
+    """
+
+    latents: Tensor
+    length: int = 0
+
+    def append(self, latents: Tensor) -> Tensor:
+        """Stores the latents of new tokens ``[B, T, R]``; returns those of all tokens so far, a
+        view.
+        """
+        end = self.length + latents.shape[1]
+        if end > self.latents.shape[1]:
+            raise ValueError(
+                f"the decoding state has room for {self.latents.shape[1]} tokens (max_length) "
+                f"and holds {self.length}; "
+                f"{latents.shape[1]} more do not fit"
+            )
+        self.latents[:, self.length : end] = latents
+        self.length = end
+        return self.latents[:, :end]
+
+
+class KimiMLAAttention(nn.Module):
+    """One full-attention sublayer, ``[B, T, D] -> [B, T, D]``: keys and values of all heads from
+    one latent a token.
+
+    There is no positional encoding: the key part that other models rotate (``qk_rope_head_dim``
+    wide, shared by the heads) is used as it is. Logits are scaled by ``(qk_nope_head_dim +
+    qk_rope_head_dim)^-1/2``.
+    """
+
+    def __init__(self, config: KimiLinearConfig) -> None:
+        super().__init__()
+        self.num_heads, self.rank = config.num_attention_heads, config.kv_lora_rank
+        self.nope_dim, self.rope_dim, self.value_dim = (
+            config.qk_nope_head_dim,
+            config.qk_rope_head_dim,
+            config.v_head_dim,
+        )
+        self.scale = (self.nope_dim + self.rope_dim) ** -0.5
+        query_channels = self.num_heads * (self.nope_dim + self.rope_dim)
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(config.hidden_size, query_channels, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(config.hidden_size, config.q_lora_rank, bias=False)
+            self.q_a_layernorm = nn.RMSNorm(config.q_lora_rank, eps=_LATENT_NORM_EPS)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, query_channels, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(
+            config.hidden_size, self.rank + self.rope_dim, bias=False
+        )
+        self.kv_a_layernorm = nn.RMSNorm(self.rank, eps=_LATENT_NORM_EPS)
+        self.kv_b_proj = nn.Linear(
+            self.rank, self.num_heads * (self.nope_dim + self.value_dim), bias=False
+        )
+        if config.mla_use_output_gate:
+            self.g_proj = nn.Linear(config.hidden_size, self.num_heads * self.value_dim, bias=False)
+        self.o_proj = nn.Linear(self.num_heads * self.value_dim, config.hidden_size, bias=False)
+
+    def new_state(
+        self, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device
+    ) -> KimiLatentState:
+        """An empty latent cache for ``max_length`` tokens."""
+        return KimiLatentState(
+            torch.zeros(
+                batch_size, max_length, self.rank + self.rope_dim, dtype=dtype, device=device
+            )
+        )
+
+    def forward(self, x: Tensor, state: KimiLatentState | None = None) -> Tensor:
+        """Attends from each token to itself and all before it.
+
+        Args:
+            x: ``[B, T, D]``.
+            state: Latent cache of the tokens before these, which are appended to it; None if there
+                are none.
+
+        Returns:
+            ``[B, T, D]``.
+        """
+        queries = (
+            self._queries(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        )  # [B, H, T, nope + rope]
+        latent, shared_key = self.kv_a_proj_with_mqa(x).split([self.rank, self.rope_dim], dim=-1)
+        latents = torch.cat(
+            [self.kv_a_layernorm(latent), shared_key], dim=-1
+        )  # [B, T, rank + rope]
+        starts_here = state is None or state.length == 0
+        if state is not None:
+            latents = state.append(latents)
+        out = (
+            self._attend_expanded(queries, latents)
+            if starts_here
+            else self._attend_latents(queries, latents)
+        )
+        out = out.transpose(1, 2).flatten(-2)  # [B, T, H * value]
+        if hasattr(self, "g_proj"):
+            out = out * self.g_proj(x).sigmoid()
+        return self.o_proj(out)
+
+    def _queries(self, x: Tensor) -> Tensor:
+        if hasattr(self, "q_proj"):
+            return self.q_proj(x)
+        return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+
+    def _attend_expanded(self, queries: Tensor, latents: Tensor) -> Tensor:
+        """For whole sequences: keys and values of every head are made from the latents."""
+        latent, shared_key = latents.split([self.rank, self.rope_dim], dim=-1)
+        expanded = self.kv_b_proj(latent).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        keys, values = expanded.split([self.nope_dim, self.value_dim], dim=-1)
+        shared_key = shared_key.unsqueeze(1).expand(-1, self.num_heads, -1, -1)
+        keys = torch.cat([keys, shared_key], dim=-1)
+        return F.scaled_dot_product_attention(
+            queries, keys, values, is_causal=True, scale=self.scale
+        )
+
+    def _attend_latents(self, queries: Tensor, latents: Tensor) -> Tensor:
+        """For a few tokens after many: ``q . (W_k c) = (W_k^T q) . c``, so heads attend over the
+        latents themselves.
+
+        The cache is read as it lies, once for keys and values of all heads (DeepSeek-V2, §2.1.2,
+        "absorbed" matrices).
+        """
+        weight = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1))  # [H, nope + value, rank]
+        key_weight, value_weight = weight.split([self.nope_dim, self.value_dim], dim=1)
+        queries, shared_queries = queries.split([self.nope_dim, self.rope_dim], dim=-1)
+        queries = torch.cat(
+            [queries @ key_weight, shared_queries], dim=-1
+        )  # [B, H, T, rank + rope]
+        tokens, length = queries.shape[2], latents.shape[1]
+        mask = None
+        if tokens > 1:
+            visible = torch.ones(tokens, length, dtype=torch.bool, device=latents.device)
+            mask = visible.tril(length - tokens)
+        keys = latents.unsqueeze(1).expand(-1, self.num_heads, -1, -1)
+        out = F.scaled_dot_product_attention(
+            queries, keys, keys[..., : self.rank], attn_mask=mask, scale=self.scale
+        )
+        return out @ value_weight.transpose(-1, -2)

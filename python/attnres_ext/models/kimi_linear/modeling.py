@@ -1,0 +1,321 @@
+"""Kimi Linear, a language model of KDA, MLA and mixtures of experts, connected by residuals of any
+kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attnres_ext.cache import BlockCache
+from attnres_ext.models.kimi_linear.configuration import KimiLinearConfig
+from attnres_ext.models.kimi_linear.kda import KimiDeltaAttention, KimiDeltaState
+from attnres_ext.models.kimi_linear.mla import KimiLatentState, KimiMLAAttention
+from attnres_ext.models.kimi_linear.moe import KimiMLP, KimiRouter, KimiSparseMoE
+from attnres_ext.residual import AttentionResiduals
+
+__all__ = ["KimiLinearForCausalLM", "KimiLinearModel", "KimiLinearOutput", "KimiLinearState"]
+
+
+@dataclass
+class KimiLinearState:
+    """Everything a decoder keeps between calls; made by :meth:`KimiLinearForCausalLM.new_state`,
+    changed in place.
+
+    Attributes:
+        layers: One state a layer: the recurrent state of a KDA layer, the latent cache of an MLA
+            layer.
+        block_cache: Where one decoding step keeps its blocks; nothing in it outlives the step, only
+            the memory does.
+        batch_size: Sequences.
+        max_length: How many tokens fit.
+        length: How many tokens it has seen.
+    """
+
+    layers: list[KimiDeltaState | KimiLatentState]
+    block_cache: BlockCache
+    batch_size: int
+    max_length: int
+    length: int = 0
+
+
+@dataclass
+class KimiLinearOutput:
+    """What a forward pass returns.
+
+    Attributes:
+        logits: ``[B, T, vocab_size]``.
+        loss: Mean cross entropy in nats, if labels were given.
+        state: The decoding state that was passed in, moved on.
+    """
+
+    logits: Tensor
+    loss: Tensor | None = None
+    state: KimiLinearState | None = None
+
+
+class KimiDecoderLayer(nn.Module):
+    """The two sublayers of a layer and their norms. How they are connected is the model's
+    residual's business.
+    """
+
+    def __init__(self, config: KimiLinearConfig, index: int) -> None:
+        super().__init__()
+        self.self_attn = (
+            KimiDeltaAttention(config) if config.is_kda_layer(index) else KimiMLAAttention(config)
+        )
+        if config.is_moe_layer(index):
+            self.block_sparse_moe = KimiSparseMoE(config)
+        else:
+            self.mlp = KimiMLP(config.hidden_size, config.intermediate_size)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    @property
+    def feed_forward(self) -> nn.Module:
+        """The feed-forward sublayer under whichever of its two names."""
+        return self.block_sparse_moe if hasattr(self, "block_sparse_moe") else self.mlp
+
+
+class KimiLinearModel(nn.Module):
+    """The backbone: token ids ``[B, T]`` to normalised hidden states ``[B, T, D]``.
+
+    The residual reads are the norms: ``residual.read`` returns the mix over depth, already
+    normalised for the sublayer.
+    """
+
+    def __init__(self, config: KimiLinearConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            KimiDecoderLayer(config, index) for index in range(config.num_hidden_layers)
+        )
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.residual = AttentionResiduals(
+            config.hidden_size,
+            config.num_sublayers,
+            mode=config.residual,
+            sublayers_per_block=config.sublayers_per_block,
+            eps=config.rms_norm_eps,
+        )
+
+    def forward(self, input_ids: Tensor, state: KimiLinearState | None = None) -> Tensor:
+        """Hidden states ``[B, T, D]`` of ``input_ids`` ``[B, T]``, continuing after what ``state``
+        has seen.
+        """
+        embedding = self.embed_tokens(input_ids)
+        residual = self.residual.start(embedding, cache=self._block_cache(embedding, state))
+        for site, (norm, sublayer) in enumerate(self._sublayers(state)):
+            residual.write(sublayer(residual.read(site, norm.weight, norm.eps)))
+        return residual.read_output(self.norm.weight, self.norm.eps)
+
+    def _sublayers(
+        self, state: KimiLinearState | None
+    ) -> Iterator[tuple[nn.RMSNorm, Callable[[Tensor], Tensor]]]:
+        for index, layer in enumerate(self.layers):
+            layer_state = None if state is None else state.layers[index]
+            yield layer.input_layernorm, partial(layer.self_attn, state=layer_state)
+            yield layer.post_attention_layernorm, layer.feed_forward
+
+    def _block_cache(self, embedding: Tensor, state: KimiLinearState | None) -> BlockCache | None:
+        if state is None:
+            return None
+        if embedding.shape == state.block_cache.shape:
+            return state.block_cache
+        return self.residual.new_cache(
+            embedding.shape[:-1], dtype=embedding.dtype, device=embedding.device
+        )
+
+
+class KimiLinearForCausalLM(nn.Module):
+    """Kimi Linear with its output head; parameters are named as in the public checkpoints (see
+    ``weights.py``).
+
+    Args:
+        config: Sizes and residual mode. Two models of one random seed that differ only in
+            ``residual`` start from the same weights, and as pseudo-queries start at zero, from the
+            same loss up to rounding and ``rms_norm_eps``.
+
+    Raises:
+        ValueError: The configuration is inconsistent; the message names the fields.
+    """
+
+    def __init__(self, config: KimiLinearConfig) -> None:
+        super().__init__()
+        self.config = config.validate()
+        self.model = KimiLinearModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.reset_parameters()
+
+    @property
+    def residual(self) -> AttentionResiduals:
+        """How the sublayers are connected, with the pseudo-queries."""
+        return self.model.residual
+
+    def reset_parameters(self) -> None:
+        """Matrices from N(0, initializer_range), gains 1, pseudo-queries 0; KDA's decays as its
+        report has them.
+        """
+        deviation = self.config.initializer_range
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding | KimiRouter):
+                nn.init.normal_(module.weight, std=deviation)
+            elif isinstance(module, nn.RMSNorm | KimiDeltaAttention | AttentionResiduals):
+                module.reset_parameters()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        state: KimiLinearState | None = None,
+        logits_to_keep: int | None = None,
+    ) -> KimiLinearOutput:
+        """Predicts the token after each of ``input_ids``.
+
+        Args:
+            input_ids: ``[B, T]``, int64, ``T >= 1``.
+            labels: ``[B, T]``: usually ``input_ids`` itself, for as everywhere in Hugging Face
+                models the shift happens here: ``labels[:, t + 1]`` is the target of position ``t``.
+                -100 marks positions that do not count.
+            state: Decoding state: these tokens continue what it has seen, and it is moved on in
+                place. Inference only.
+            logits_to_keep: Logits of this many last tokens only; None is all.
+
+        Raises:
+            ValueError: Shapes that do not fit one another, or the state.
+        """
+        self._check(input_ids, labels, state, logits_to_keep)
+        if state is None:
+            hidden = self.model(input_ids)
+        else:
+            with torch.no_grad():
+                hidden = self.model(input_ids, state)
+            state.length += input_ids.shape[1]
+        if logits_to_keep is not None:
+            hidden = hidden[:, -logits_to_keep:]
+        logits = self.lm_head(hidden)
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(
+                logits[:, :-1].flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)),
+                labels[:, 1:].flatten(),
+            )
+        return KimiLinearOutput(logits, loss, state)
+
+    def new_state(self, batch_size: int, max_length: int) -> KimiLinearState:
+        """A decoding state before the first token, with room for ``max_length`` tokens, prompt
+        included.
+        """
+        if batch_size < 1 or max_length < 1:
+            raise ValueError(
+                f"new_state: batch_size is {batch_size} and max_length {max_length}; both must "
+                "be at least 1"
+            )
+        weight = self.model.embed_tokens.weight
+        layers = []
+        for layer in self.model.layers:
+            attention = layer.self_attn
+            if isinstance(attention, KimiDeltaAttention):
+                layers.append(attention.new_state(batch_size, weight.dtype, weight.device))
+            else:
+                layers.append(
+                    attention.new_state(batch_size, max_length, weight.dtype, weight.device)
+                )
+        cache = self.residual.new_cache((batch_size, 1), dtype=weight.dtype, device=weight.device)
+        return KimiLinearState(layers, cache, batch_size, max_length)
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Tensor]:
+        """Continues ``input_ids`` ``[B, T]`` by prefill and decoding; each token is yielded as soon
+        as it is known.
+
+        Args:
+            input_ids: The prompt, ``T >= 1``.
+            max_new_tokens: How many tokens to yield; stop iterating to stop earlier.
+            temperature: 0 takes the likeliest token, otherwise logits are divided by it and a token
+                is drawn.
+            generator: Source of randomness of the draws.
+
+        Yields:
+            One token per sequence, ``[B]``, int64.
+        """
+        if temperature < 0:
+            raise ValueError(f"generate: temperature is {temperature}; it must be at least 0")
+        if max_new_tokens < 1:
+            return
+        self._check(input_ids, None, None, None)
+        state = self.new_state(input_ids.shape[0], input_ids.shape[1] + max_new_tokens)
+        with torch.no_grad():
+            logits = self(input_ids, state=state, logits_to_keep=1).logits[:, -1]
+        for produced in range(1, max_new_tokens + 1):
+            token = _draw(logits, temperature, generator)
+            yield token
+            if produced < max_new_tokens:
+                with torch.no_grad():
+                    logits = self(token.unsqueeze(-1), state=state).logits[:, -1]
+
+    @torch.no_grad()
+    def update_router_bias(self, rate: float = 1e-3) -> None:
+        """Balances the experts' load without an auxiliary loss; call it after each optimizer step
+        (see ``moe.py``).
+        """
+        for module in self.modules():
+            if isinstance(module, KimiRouter):
+                module.update_bias(rate)
+
+    def _check(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None,
+        state: KimiLinearState | None,
+        logits_to_keep: int | None,
+    ) -> None:
+        if input_ids.dim() != 2 or input_ids.shape[1] < 1 or input_ids.shape[0] < 1:
+            raise ValueError(
+                f"input_ids has shape {tuple(input_ids.shape)}; it must be [batch, tokens] with "
+                "at least one each"
+            )
+        if labels is not None and labels.shape != input_ids.shape:
+            raise ValueError(
+                f"labels has shape {tuple(labels.shape)}; it must have that of input_ids, "
+                f"{tuple(input_ids.shape)}"
+            )
+        if labels is not None and logits_to_keep is not None:
+            raise ValueError("labels need the logits of all tokens: leave logits_to_keep at None")
+        if logits_to_keep is not None and logits_to_keep < 1:
+            raise ValueError(
+                f"logits_to_keep is {logits_to_keep}; it must be at least 1, or None for all tokens"
+            )
+        if state is None:
+            return
+        if input_ids.shape[0] != state.batch_size:
+            raise ValueError(
+                f"input_ids has {input_ids.shape[0]} sequences; the state was made for "
+                f"batch_size {state.batch_size}"
+            )
+        if state.length + input_ids.shape[1] > state.max_length:
+            raise ValueError(
+                f"the state has room for max_length {state.max_length} tokens and has seen "
+                f"{state.length}; "
+                f"{input_ids.shape[1]} more do not fit"
+            )
+
+
+def _draw(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
+    """One token per row of ``logits`` ``[B, vocab_size]``."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probabilities = torch.softmax(logits.float() / temperature, dim=-1)
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
