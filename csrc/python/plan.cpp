@@ -31,8 +31,8 @@ std::string describe(const Plan& plan) {
        << ", bytes_two_phase=" << plan.bytes_two_phase
        << ", two_phase_from_tokens=" << plan.two_phase_from_tokens
        << ", tile_tokens=" << plan.tile_tokens
-       << ", row_resident=" << (plan.row_resident ? "True" : "False") << ", reason='"
-       << plan.reason << "')";
+       << ", row_resident=" << (plan.row_resident ? "True" : "False") << ", reason='" << plan.reason
+       << "')";
   return text.str();
 }
 

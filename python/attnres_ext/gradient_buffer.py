@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 __all__ = ["GradientBuffer", "can_tap", "tap"]
 
@@ -65,14 +64,36 @@ class _Tap(torch.autograd.Function):
         return tensor.view_as(tensor)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, gradient: Tensor | None) -> tuple[Tensor | None, None]:
         collected = ctx.buffer.take()
         if collected is None:
             return gradient, None
-        if gradient is not None:  # readers that know nothing of the buffer
-            collected.add_(gradient)
+        with torch.no_grad():
+            if gradient is not None:  # readers that know nothing of the buffer
+                collected.add_(gradient)
+        if torch.is_grad_enabled():  # create_graph=True
+            anchor = torch.zeros((), requires_grad=True)
+            collected = _NoSecondDerivative.apply(collected, anchor)
         return collected, None
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Identity that makes its result depend on ``anchor``, so that differentiating it raises.
+
+    A deposit is no differentiable function of anything; taken for a constant, it would leave a
+    term out of second derivatives without a word.
+    """
+
+    @staticmethod
+    def forward(ctx, gradient: Tensor, anchor: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> None:
+        raise RuntimeError(
+            "attnres_ext: second derivatives of depth attention are not supported, "
+            "but a gradient made with create_graph=True was differentiated"
+        )
 
 
 def tap(tensor: Tensor, buffer: GradientBuffer) -> Tensor:

@@ -90,7 +90,8 @@ class AttentionResiduals(nn.Module):
             )
         if sublayers_per_block is not None and sublayers_per_block < 1:
             raise ValueError(
-                f"AttentionResiduals: sublayers_per_block is {sublayers_per_block}, expected at least 1"
+                f"AttentionResiduals: sublayers_per_block is {sublayers_per_block}, "
+                "expected at least 1"
             )
         if two_phase not in ("auto", True, False):
             raise ValueError(
@@ -134,7 +135,8 @@ class AttentionResiduals(nn.Module):
         self.reset_parameters()
         if self.num_blocks + 1 > _C.max_sources:
             raise ValueError(
-                f"AttentionResiduals: {self.num_blocks} blocks and the embedding make {self.num_blocks + 1} sources, "
+                f"AttentionResiduals: {self.num_blocks} blocks and the embedding make "
+                f"{self.num_blocks + 1} sources, "
                 f"at most {_C.max_sources} are supported; raise sublayers_per_block"
             )
         self._two_phase_from_tokens = self._plan_thresholds()
@@ -216,7 +218,8 @@ class AttentionResiduals(nn.Module):
             )
         if embedding.dim() < 1 or embedding.shape[-1] != self.hidden_size:
             raise ValueError(
-                f"start: embedding has shape {tuple(embedding.shape)}, expected [..., {self.hidden_size}]"
+                f"start: embedding has shape {tuple(embedding.shape)}, "
+                f"expected [..., {self.hidden_size}]"
             )
         if cache is not None:
             return CachedState(self, embedding, cache)

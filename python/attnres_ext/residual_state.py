@@ -54,11 +54,13 @@ class ResidualState:
             )
         if self._pending is not None:
             raise RuntimeError(
-                f"write: called twice before site {self._site} was read; sites are read in turn, each followed by one write"
+                f"write: called twice before site {self._site} was read; "
+                "sites are read in turn, each followed by one write"
             )
         if x.shape != self._shape:
             raise ValueError(
-                f"write: x has shape {tuple(x.shape)}, expected {tuple(self._shape)} as the embedding"
+                f"write: x has shape {tuple(x.shape)}, "
+                f"expected {tuple(self._shape)} as the embedding"
             )
         if x.device != self._device:
             raise ValueError(f"write: x is on {x.device}, expected {self._device} as the embedding")
@@ -83,7 +85,8 @@ class ResidualState:
         num_sublayers = self._residual.num_sublayers
         if not 0 <= site < num_sublayers:
             raise ValueError(
-                f"read: site is {site}, expected 0 to {num_sublayers - 1}; read_output reads the output site"
+                f"read: site is {site}, expected 0 to {num_sublayers - 1}; "
+                "read_output reads the output site"
             )
         return self._take_turn(site, norm_weight, norm_eps)
 
@@ -99,16 +102,19 @@ class ResidualState:
             over = self._site == self._residual.num_sites
             turn = "every site is read" if over else f"site {self._site} is next"
             raise RuntimeError(
-                f"read: site {site} was asked for, but {turn}; sites are read once and in order. Under activation "
-                "checkpointing keep read and write outside of the checkpointed function"
+                f"read: site {site} was asked for, but {turn}; sites are read once and in order. "
+                "Under activation checkpointing keep read and write outside of the checkpointed "
+                "function"
             )
         if self._pending is None:
             raise RuntimeError(
-                f"read: nothing was written since site {site - 1} was read; write its sublayer's output first"
+                f"read: nothing was written since site {site - 1} was read; "
+                "write its sublayer's output first"
             )
         if norm_weight is not None and norm_weight.shape != (self._residual.hidden_size,):
             raise ValueError(
-                f"read: norm_weight has shape {tuple(norm_weight.shape)}, expected ({self._residual.hidden_size},)"
+                f"read: norm_weight has shape {tuple(norm_weight.shape)}, "
+                f"expected ({self._residual.hidden_size},)"
             )
         delta, self._pending = self._pending, None
         self._site += 1
@@ -154,7 +160,7 @@ class TrainingState(ResidualState):
         self._phase1: list[tuple[Tensor, Tensor]] | None = None
 
     def _gradients(self) -> dict:
-        return {"buffers": self._buffers} if _TAKES_BUFFERS else {}
+        return {"buffers": tuple(self._buffers)} if _TAKES_BUFFERS else {}
 
     def _append_block(self, block: Tensor) -> None:
         buffer = GradientBuffer() if can_tap(block) else None
@@ -229,7 +235,8 @@ class CachedState(ResidualState):
         super().__init__(residual, embedding)
         if cache.capacity < residual.num_blocks + 1:
             raise ValueError(
-                f"start: cache has {cache.capacity} slots, expected at least {residual.num_blocks + 1} "
+                f"start: cache has {cache.capacity} slots, "
+                f"expected at least {residual.num_blocks + 1} "
                 f"({residual.num_blocks} blocks and the embedding)"
             )
         if cache.eps != residual.eps:

@@ -1,0 +1,77 @@
+#include "attnres/plan.hpp"
+#include "check.hpp"
+
+using namespace attnres;
+
+namespace {
+
+constexpr Shape shape_of(int64_t n, int64_t s, int64_t m = 100) { return {n, s, m, 64, 2}; }
+constexpr int64_t kX = 100 * 64 * 2;
+
+// The arithmetic is there at compile time.
+static_assert(tensors_moved::depth_attention(Direction::kForward, 9, false) == 10);
+static_assert(tensors_moved::depth_attention(Direction::kBackward, 9, true) == 28);
+static_assert(tensors_moved::accumulate_depth_attention(Direction::kForward, 8, false) == 12);
+static_assert(single_pass_bytes(shape_of(9, 6), false) == (6 * 13 - 2) * kX);
+static_assert(two_phase_bytes(shape_of(9, 6), false) == (9 + 6 * 6 - 2) * kX);
+
+void test_bytes_decide_for_many_tokens() {
+  for (int64_t n = 1; n <= 64; ++n) {
+    for (int64_t s = 1; s <= 32; ++s) {
+      for (DeviceKind device : {DeviceKind::kCpu, DeviceKind::kCuda}) {
+        const Plan plan = make_plan(shape_of(n, s, int64_t{1} << 40), device);
+        CHECK(plan.two_phase == (n * (s - 1) > 2 * s));
+        CHECK(plan.two_phase == (plan.bytes_two_phase < plan.bytes_single_pass));
+        // A backward reads blocks and their gradients: sharing the reads pays earlier.
+        const Plan training = make_plan(shape_of(n, s, int64_t{1} << 40), device, true);
+        CHECK(training.two_phase == (4 * n * (s - 1) > 5 * s));
+      }
+    }
+  }
+}
+
+void test_threshold() {
+  for (bool training : {false, true}) {
+    const int64_t from =
+        make_plan(shape_of(9, 6), DeviceKind::kCuda, training).two_phase_from_tokens;
+    CHECK(!make_plan(shape_of(9, 6, from - 1), DeviceKind::kCuda, training).two_phase);
+    CHECK(make_plan(shape_of(9, 6, from), DeviceKind::kCuda, training).two_phase);
+  }
+  CHECK(make_plan(shape_of(9, 6, 0), DeviceKind::kCpu).two_phase == false);
+}
+
+void test_no_overflow_at_sizes_people_use() {
+  // 8 blocks of a million tokens at D 16384 in fp64: 1.2e12 bytes a site.
+  const Shape large = {8, 24, int64_t{1} << 20, 16384, 8};
+  CHECK(single_pass_bytes(large, true) > 0);
+  CHECK(make_plan(large, DeviceKind::kCuda).two_phase);
+}
+
+void test_tiles() {
+  const Plan plan = make_plan({9, 6, 8192, 2304, 2}, DeviceKind::kCuda);
+  CHECK(plan.row_resident && plan.tile_tokens == 5);
+  const Plan wide = make_plan({255, 6, 8192, 7168, 2}, DeviceKind::kCuda);
+  CHECK(!wide.row_resident && wide.tile_tokens == 1);
+}
+
+void test_errors() {
+  CHECK_THROWS(make_plan(shape_of(0, 1), DeviceKind::kCpu), std::invalid_argument,
+               "num_sources is 0, expected at least 1");
+  CHECK_THROWS(make_plan(shape_of(1, 1, -1), DeviceKind::kCpu), std::invalid_argument,
+               "num_tokens is -1, expected at least 0");
+  CHECK_THROWS(bytes_moved("softmax", Direction::kForward, shape_of(1, 1), false),
+               std::invalid_argument, "unknown operator 'softmax'");
+  CHECK_THROWS(bytes_moved("block_cache_write", Direction::kBackward, shape_of(1, 1), false),
+               std::invalid_argument, "has no backward");
+}
+
+}  // namespace
+
+int main() {
+  test_bytes_decide_for_many_tokens();
+  test_threshold();
+  test_no_overflow_at_sizes_people_use();
+  test_tiles();
+  test_errors();
+  return testing::finish();
+}

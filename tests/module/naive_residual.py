@@ -1,0 +1,100 @@
+"""Attention Residuals as the paper writes them, one softmax over a stack per site; shares no code
+with the library."""
+
+import torch
+from torch import nn
+
+
+def mix(sources, query, gain, eps):
+    values = torch.stack(sources)
+    keys = nn.functional.rms_norm(values, values.shape[-1:], gain, eps)
+    weights = torch.einsum("d, n...d -> n...", query, keys).softmax(0)
+    return torch.einsum("n..., n...d -> ...d", weights, values)
+
+
+def forward(embedding, sublayers, norms, queries, gains, sublayers_per_block, eps, norm_eps):
+    """Fig. 2 a sublayer at a time (Eq. 5 and 6); ``norms`` and the other lists have one entry per
+    site."""
+
+    def read(site, sources):
+        mixed = mix(sources, queries[site], gains[site], eps)
+        return nn.functional.rms_norm(mixed, mixed.shape[-1:], norms[site], norm_eps)
+
+    blocks, partial = [embedding], None
+    for site, sublayer in enumerate(sublayers):
+        if partial is not None and site % sublayers_per_block == 0:
+            blocks, partial = [*blocks, partial], None
+        written = sublayer(read(site, blocks if partial is None else [*blocks, partial]))
+        partial = written if partial is None else partial + written
+    return read(len(sublayers), [*blocks, partial])
+
+
+def forward_standard(embedding, sublayers, norms, norm_eps):
+    hidden = embedding
+    for site, sublayer in enumerate(sublayers):
+        normed = nn.functional.rms_norm(hidden, hidden.shape[-1:], norms[site], norm_eps)
+        hidden = hidden + sublayer(normed)
+    return nn.functional.rms_norm(hidden, hidden.shape[-1:], norms[-1], norm_eps)
+
+
+class Toy(nn.Module):
+    """A model of dense sublayers around an ``AttentionResiduals``, and the same model written
+    naively."""
+
+    def __init__(self, residual, norm_eps=1e-5, seed=0):
+        super().__init__()
+        self.residual = residual
+        self.norm_eps = norm_eps
+        size, generator = residual.hidden_size, torch.Generator().manual_seed(seed)
+
+        def random(*shape):
+            return nn.Parameter(torch.randn(*shape, generator=generator))
+
+        self.weights = nn.ParameterList(
+            nn.Parameter(random(size, size) / size**0.5) for _ in range(residual.num_sublayers)
+        )
+        self.norms = nn.ParameterList(random(size) for _ in range(residual.num_sites))
+        with torch.no_grad():
+            for parameter in [*residual.queries, *residual.key_weights]:
+                parameter.copy_(torch.randn(size, generator=generator))
+
+    def sublayer(self, site, x):
+        return torch.tanh(x @ self.weights[site])
+
+    def forward(self, embedding, cache=None, run=None):
+        """``run(function, x)`` calls a sublayer; the default just calls it."""
+        run = run or (lambda function, x: function(x))
+        state = self.residual.start(embedding, cache=cache)
+        for site in range(self.residual.num_sublayers):
+            hidden = state.read(site, self.norms[site], self.norm_eps)
+            state.write(run(lambda x, site=site: self.sublayer(site, x), hidden))
+        return state.read_output(self.norms[-1], self.norm_eps)
+
+    def naive(self, embedding):
+        residual = self.residual
+        sublayers = [
+            lambda x, site=site: self.sublayer(site, x) for site in range(residual.num_sublayers)
+        ]
+        if residual.mode == "standard":
+            return forward_standard(embedding, sublayers, self.norms, self.norm_eps)
+        return forward(
+            embedding,
+            sublayers,
+            self.norms,
+            residual.queries,
+            residual.key_weights,
+            residual.sublayers_per_block,
+            residual.eps,
+            self.norm_eps,
+        )
+
+
+def gradients(model, embedding, run):
+    """Result of ``run()`` and the gradients of a fixed weighted sum of it, by parameter name."""
+    model.zero_grad(set_to_none=True)
+    embedding = embedding.detach().requires_grad_()
+    out = run(embedding)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    (out * weight.to(out.dtype)).sum().backward()
+    grads = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return out.detach(), {"embedding": embedding.grad, **grads}

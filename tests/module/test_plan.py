@@ -1,0 +1,124 @@
+"""The traffic plan, as Python sees it."""
+
+import pytest
+from attnres_ext import _C
+
+X = 100 * 64 * 2
+
+
+def bytes_moved(operator, direction, accumulate=False, num_sources=5, num_queries=3):
+    return _C.bytes_moved(operator, direction, num_sources, num_queries, 100, 64, 2, accumulate)
+
+
+@pytest.mark.parametrize(
+    ("operator", "forward", "backward", "accumulating"),
+    [
+        ("depth_attention", 6, 11, 16),
+        ("accumulate_depth_attention", 9, 14, 19),
+        ("inter_block_attention", 8, 13, 18),
+        ("merge_partial", 5, 6, 6),
+    ],
+)
+def test_bytes_of_operators(operator, forward, backward, accumulating):
+    assert bytes_moved(operator, "forward") == forward * X
+    assert bytes_moved(operator, "backward") == backward * X
+    assert bytes_moved(operator, "backward", accumulate=True) == accumulating * X
+
+
+@pytest.mark.parametrize(
+    ("operator", "fresh", "adding"),
+    [
+        ("block_cache_write", 2, 3),
+        ("block_cache_attend", 8, 9),
+        ("block_cache_inter", 8, 8),
+        ("block_cache_merge", 4, 5),
+    ],
+)
+def test_bytes_of_cache_operators(operator, fresh, adding):
+    assert bytes_moved(operator, "forward") == fresh * X
+    assert bytes_moved(operator, "forward", accumulate=True) == adding * X
+    with pytest.raises(ValueError, match="inference operator and has no backward"):
+        bytes_moved(operator, "backward")
+
+
+def test_a_block_is_the_sum_of_its_operators():
+    """The plan's totals are the bytes of the calls that the module makes."""
+    n, s = 5, 3
+
+    def total(calls):
+        return sum(calls) - 2 * X  # a block's first delta is its partial: not added, not written
+
+    plan = _C.plan(n, s, 100, 64, 2, "cuda")
+    single = [bytes_moved("accumulate_depth_attention", "forward", num_sources=n)] * s
+    assert plan.bytes_single_pass == total(single)
+    phases = [bytes_moved("inter_block_attention", "forward", num_sources=n, num_queries=s)]
+    phases += [bytes_moved("merge_partial", "forward")] * s
+    assert plan.bytes_two_phase == total(phases)
+
+    training = _C.plan(n, s, 100, 64, 2, "cuda", training=True)
+    single += [bytes_moved("accumulate_depth_attention", "backward", True, num_sources=n)] * s
+    assert training.bytes_single_pass == total(single)
+    phases += [bytes_moved("inter_block_attention", "backward", True, n, s)]
+    phases += [bytes_moved("merge_partial", "backward")] * s
+    assert training.bytes_two_phase == total(phases)
+
+
+@pytest.mark.parametrize("num_sources", range(1, 12))
+@pytest.mark.parametrize("num_queries", [1, 2, 3, 6, 24])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_bytes_decide_where_there_are_many_tokens(num_sources, num_queries, device):
+    plan = _C.plan(num_sources, num_queries, 1 << 30, 64, 2, device)
+    assert plan.two_phase == (num_sources * (1 - 1 / num_queries) > 2)
+    assert plan.two_phase == (plan.bytes_two_phase < plan.bytes_single_pass)
+
+
+def test_threshold_is_where_the_choice_changes():
+    threshold = _C.plan(9, 6, 1, 2304).two_phase_from_tokens
+    assert not _C.plan(9, 6, threshold - 1, 2304).two_phase
+    assert _C.plan(9, 6, threshold, 2304).two_phase
+    assert _C.plan(1, 6, 1, 2304).two_phase_from_tokens == 2**63 - 1
+
+
+def test_tiles():
+    small, large = _C.plan(9, 6, 8192, 2304), _C.plan(200, 6, 8192, 7168)
+    assert small.row_resident
+    assert small.tile_tokens * 10 * 2304 * 2 <= 227 * 1024
+    assert not large.row_resident
+    assert large.tile_tokens == 1
+
+
+def test_reads_well():
+    text = repr(_C.plan(9, 6, 8192, 2304))
+    assert text.startswith("Plan(two_phase=True, bytes_single_pass=")
+    assert "fewer bytes" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0, 1, 1, 1), "plan: num_sources is 0, expected at least 1"),
+        ((1, 0, 1, 1), "plan: num_queries is 0, expected at least 1"),
+        ((1, 1, -1, 1), "plan: num_tokens is -1, expected at least 0"),
+        ((1, 1, 1, 0), "plan: hidden is 0, expected at least 1"),
+        ((1, 1, 1, 1, 0), "plan: itemsize is 0, expected at least 1"),
+        ((1, 1, 1, 1, 2, "tpu"), "plan: device is 'tpu', expected 'cpu' or 'cuda'"),
+    ],
+)
+def test_errors(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        _C.plan(*arguments)
+
+
+def test_errors_of_bytes_moved():
+    with pytest.raises(ValueError, match="unknown operator 'softmax', expected depth_attention"):
+        bytes_moved("softmax", "forward")
+    with pytest.raises(ValueError, match="direction is 'sideways', expected 'forward' or"):
+        bytes_moved("merge_partial", "sideways")
+
+
+def test_build_facts():
+    assert _C.version
+    assert _C.compiler.split()[0] in ("gcc", "clang")
+    assert _C.cxx_standard >= 202002
+    assert isinstance(_C.cuda_archs, tuple)
+    assert _C.max_sources >= 256

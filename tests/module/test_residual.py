@@ -1,0 +1,245 @@
+"""AttentionResiduals against the paper's listing."""
+
+import pytest
+import torch
+from attnres_ext.residual import AttentionResiduals
+from torch import nn
+
+from tests.module.naive_residual import Toy, gradients
+
+D = 12
+
+
+def toy(num_sublayers=7, dtype=torch.float64, seed=0, **options):
+    residual = AttentionResiduals(D, num_sublayers, **options)
+    return Toy(residual, seed=seed).to(dtype)
+
+
+def embed(*shape, dtype=torch.float64, seed=3):
+    return torch.randn(
+        *shape, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
+
+
+def assert_same(actual, expected, tolerance=1e-11):
+    out, grads = actual
+    expected_out, expected_grads = expected
+    torch.testing.assert_close(out, expected_out, rtol=tolerance, atol=tolerance)
+    assert grads.keys() == expected_grads.keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(
+            grad,
+            expected_grads[name],
+            rtol=tolerance,
+            atol=tolerance,
+            msg=lambda m, name=name: f"{name}: {m}",
+        )
+
+
+MODES = [
+    pytest.param({"mode": "standard"}, id="standard"),
+    pytest.param({"mode": "full"}, id="full"),
+    pytest.param({"mode": "full", "two_phase": True}, id="full-two-phase"),
+    *(
+        pytest.param({"sublayers_per_block": size, "two_phase": phases}, id=f"block{size}-{phases}")
+        for size in (1, 2, 3, 4, 7, 9)
+        for phases in (False, True)
+    ),
+]
+
+
+@pytest.mark.parametrize("options", MODES)
+def test_equals_the_papers_listing_with_gradients(options):
+    model = toy(**options)
+    expected = gradients(model, embed(2, 3), model.naive)
+    # The first site has one source: its weight is 1 whatever the query, so that the true gradient
+    # is 0. The naive softmax leaves rounding there; ours is exact.
+    actual = gradients(model, embed(2, 3), model)
+    if model.residual.mode != "standard":
+        assert not actual[1]["residual.queries.0"].any()
+        assert not actual[1]["residual.key_weights.0"].any()
+    assert_same(actual, expected)
+
+
+@pytest.mark.parametrize("num_sublayers", [1, 2, 3])
+@pytest.mark.parametrize("two_phase", [False, True])
+def test_few_sublayers(num_sublayers, two_phase):
+    model = toy(num_sublayers, sublayers_per_block=2, two_phase=two_phase)
+    assert_same(gradients(model, embed(4), model), gradients(model, embed(4), model.naive))
+
+
+def test_blocks_of_one_are_full():
+    block, full = toy(sublayers_per_block=1), toy(mode="full")
+    assert_same(gradients(block, embed(5), block), gradients(full, embed(5), full), 0)
+
+
+def test_one_block_is_the_standard_sum_with_the_embedding_apart():
+    model = toy(sublayers_per_block=7)
+    with torch.no_grad(), model.residual.recording() as record:
+        model(embed(5))
+    assert model.residual.num_blocks == 1
+    assert all(len(weights) <= 2 for weights in record.weights.values())
+    # Read by hand: what a site sees is the embedding and the plain sum of everything written.
+    state = model.residual.start(embed(5))
+    written = []
+    for site in range(7):
+        state.read(site)
+        written.append(embed(5, seed=site))
+        state.write(written[-1])
+    hidden = state.read_output()
+    weights = record_weights(model.residual, [embed(5), sum(written)])
+    expected = weights[0, :, None] * embed(5) + weights[1, :, None] * sum(written)
+    torch.testing.assert_close(hidden, expected, rtol=1e-12, atol=1e-12)
+
+
+def record_weights(residual, sources):
+    values = torch.stack(sources)
+    keys = nn.functional.rms_norm(values, (D,), residual.key_weights[-1], residual.eps)
+    return (keys @ residual.queries[-1]).softmax(0).detach()
+
+
+@pytest.mark.parametrize("two_phase", [False, True])
+def test_float32_two_phases_equal_single_pass(two_phase):
+    exact = toy(sublayers_per_block=3, dtype=torch.float64)
+    model = toy(sublayers_per_block=3, dtype=torch.float32, two_phase=two_phase)
+    out, grads = gradients(model, embed(2, 9, dtype=torch.float32), model)
+    expected_out, expected_grads = gradients(
+        exact, embed(2, 9, dtype=torch.float32).double(), exact.naive
+    )
+    naive_out, naive_grads = gradients(model, embed(2, 9, dtype=torch.float32), model.naive)
+
+    def error(actual, expected):
+        # Over everything at once: single entries of single gradients are a matter of luck.
+        pairs = zip(actual, expected, strict=True)
+        return sum((a.double() - e).square().sum() for a, e in pairs).sqrt()
+
+    def check(actual, naive, expected):
+        size = error([torch.zeros(())] * len(expected), expected)
+        rounding = torch.finfo(torch.float32).eps * size
+        assert error(actual, expected) <= 2 * error(naive, expected) + rounding
+
+    check([out], [naive_out], [expected_out])
+    check(*([*values.values()] for values in (grads, naive_grads, expected_grads)))
+
+
+def test_fresh_queries_read_plain_averages():
+    residual = AttentionResiduals(D, 6, sublayers_per_block=2)
+    with residual.recording() as record:
+        state = residual.start(embed(4, dtype=torch.float32))
+        for site in range(6):
+            state.read(site)
+            state.write(embed(4, dtype=torch.float32, seed=site))
+        state.read_output()
+    assert sorted(record.weights) == list(range(7))
+    for site, weights in record.weights.items():
+        assert weights.dtype == torch.float32
+        count = len(residual.sources_at(site))
+        torch.testing.assert_close(weights, torch.full((count,), 1 / count))
+
+
+@pytest.mark.parametrize("options", [{"mode": "full"}, {"sublayers_per_block": 3}])
+def test_fresh_model_equals_the_standard_residual(options):
+    # Every read is 1/n of the residual stream, and the norm that follows removes the 1/n; eps alone
+    # tells them apart.
+    fresh, standard = toy(**options), toy(mode="standard")
+    fresh.residual.reset_parameters()
+    for model in (fresh, standard):
+        model.norm_eps = 0.0
+    torch.testing.assert_close(fresh(embed(6)), standard(embed(6)), rtol=1e-12, atol=1e-12)
+
+
+def test_site_zero_is_the_embedding():
+    residual = toy(sublayers_per_block=2).residual
+    assert torch.equal(residual.start(embed(3, 4)).read(0), embed(3, 4))
+
+
+@pytest.mark.parametrize("options", MODES)
+def test_reads_without_a_norm_return_the_mix(options):
+    model = toy(3, **options)
+    unit = torch.ones(D, dtype=torch.float64)
+    plain, normed = model.residual.start(embed(5)), model.residual.start(embed(5))
+    for site in range(3):
+        hidden = plain.read(site)
+        expected = nn.functional.rms_norm(hidden, (D,), None, 1e-3)
+        torch.testing.assert_close(normed.read(site, unit, 1e-3), expected, rtol=1e-12, atol=1e-12)
+        for state in (plain, normed):
+            state.write(embed(5, seed=site))
+
+
+def test_a_row_depends_on_its_own_tokens():
+    model = toy(sublayers_per_block=3)
+    rows = embed(6)
+    order = torch.randperm(6, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(model(rows)[order], model(rows[order]))
+
+
+@pytest.mark.parametrize("two_phase", [False, True])
+def test_no_tokens(two_phase):
+    model = toy(sublayers_per_block=3, two_phase=two_phase)
+    out, grads = gradients(model, embed(0), model)
+    assert out.shape == (0, D)
+    assert all(not grad.any() for grad in grads.values())
+
+
+def test_sources_at():
+    residual = AttentionResiduals(D, 5, sublayers_per_block=2)
+    assert [residual.sources_at(site) for site in range(6)] == [
+        ["embedding"],
+        ["embedding", "partial"],
+        ["embedding", "block 1"],
+        ["embedding", "block 1", "partial"],
+        ["embedding", "block 1", "block 2"],
+        ["embedding", "block 1", "block 2", "block 3"],
+    ]
+    assert AttentionResiduals(D, 3, mode="standard").sources_at(2) == ["sum"]
+
+
+@pytest.mark.parametrize("options", MODES)
+def test_recorded_weights_match_the_names(options):
+    residual = toy(**options).residual
+    model = Toy(residual).double()
+    with torch.no_grad(), residual.recording() as record:
+        model(embed(3))
+        model(embed(2))
+    assert list(record.weights) == list(range(residual.num_sites))
+    for site, weights in record.weights.items():
+        assert len(weights) == len(residual.sources_at(site))
+        assert weights.sum().item() == pytest.approx(1, abs=1e-6)
+    before = record.weights[3].clone()
+    model(embed(3))
+    assert torch.equal(record.weights[3], before), "nothing is recorded outside of the with block"
+
+
+def test_sites_share_out_over_blocks():
+    for size in (1, 2, 3, 5, 8):
+        residual = AttentionResiduals(D, 7, sublayers_per_block=size)
+        sites = [
+            s for block in range(1, residual.num_blocks + 1) for s in residual.sites_of_block(block)
+        ]
+        assert sites == list(range(1, residual.num_sites))
+
+
+def test_parameters():
+    residual = AttentionResiduals(D, 5, sublayers_per_block=2)
+    assert residual.num_sites == 6
+    assert residual.num_blocks == 3
+    assert [q.shape for q in residual.queries] == [(D,)] * 6
+    assert all(q.dtype == torch.float32 and not q.any() for q in residual.queries)
+    assert all(torch.equal(g, torch.ones(D)) for g in residual.key_weights)
+    assert not list(AttentionResiduals(D, 5, mode="standard").parameters())
+    assert not AttentionResiduals(D, 5, mode="standard").state_dict()
+    assert AttentionResiduals(D, 20).num_blocks == 7, "blocks of ceil(20 / 8)"
+    meta = AttentionResiduals(D, 5, device="meta")
+    assert all(parameter.is_meta for parameter in meta.parameters())
+
+
+def test_plan_decides_when_asked():
+    residual = AttentionResiduals(64, 18, sublayers_per_block=6)
+    few, many = torch.empty(1, 64), torch.empty(1 << 20, 64)
+    assert not residual.reads_in_two_phases(3, few, training=False)
+    assert residual.reads_in_two_phases(3, many, training=False)
+    assert not residual.reads_in_two_phases(1, many, training=False), "N(1 - 1/S) is below 2"
+    pairs = AttentionResiduals(64, 6, mode="full")
+    assert not pairs.reads_in_two_phases(6, many, training=True), (
+        "a block of one has nothing to share"
+    )

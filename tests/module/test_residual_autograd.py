@@ -1,0 +1,274 @@
+"""AttentionResiduals in the ways training uses autograd."""
+
+import pytest
+import torch
+from attnres_ext import residual_state
+from torch.utils.checkpoint import checkpoint
+
+from tests.module.naive_residual import gradients
+from tests.module.test_residual import assert_same, embed, toy
+
+OPTIONS = [
+    pytest.param({"mode": "standard"}, id="standard"),
+    pytest.param({"mode": "full"}, id="full"),
+    pytest.param({"sublayers_per_block": 3, "two_phase": False}, id="single-pass"),
+    pytest.param({"sublayers_per_block": 3, "two_phase": True}, id="two-phase"),
+]
+every_mode = pytest.mark.parametrize("options", OPTIONS)
+
+
+@every_mode
+@pytest.mark.parametrize("save", ["nothing", "stats", "output"])
+def test_what_is_saved_changes_no_gradient(options, save):
+    model = toy(save=save, **options)
+    assert_same(gradients(model, embed(4), model), gradients(model, embed(4), model.naive))
+
+
+@every_mode
+def test_buffers_equal_autograds_adds(options, monkeypatch):
+    model = toy(**options)
+    buffered = gradients(model, embed(4), model)
+    monkeypatch.setattr(residual_state, "can_tap", lambda tensor: False)
+    assert_same(buffered, gradients(model, embed(4), model))
+
+
+@every_mode
+def test_blocks_are_tapped_in_training_alone(options):
+    residual = toy(**options).residual
+    with torch.no_grad():
+        frozen = residual.start(embed(4).requires_grad_())
+        frozen.read(0)
+    training = residual.start(embed(4).requires_grad_())
+    training.read(0)
+    blocks = 0 if residual.mode == "standard" else 1
+    assert frozen._buffers == [None] * blocks
+    assert len(training._buffers) == blocks
+    assert None not in training._buffers
+
+
+@every_mode
+def test_checkpointed_sublayers(options):
+    model = toy(**options)
+
+    def run(function, x):
+        return checkpoint(function, x, use_reentrant=False)
+
+    actual = gradients(model, embed(4), lambda x: model(x, run=run))
+    assert_same(actual, gradients(model, embed(4), model))
+
+
+@every_mode
+def test_checkpointed_model(options):
+    model = toy(**options)
+    actual = gradients(model, embed(4), lambda x: checkpoint(model, x, use_reentrant=False))
+    assert_same(actual, gradients(model, embed(4), model))
+
+
+def test_reading_inside_a_checkpoint_is_an_error():
+    model = toy(2, sublayers_per_block=2)
+    state = model.residual.start(embed(4).requires_grad_())
+
+    def sublayer(site):
+        state.write(torch.tanh(state.read(site)))
+
+    for site in range(2):
+        checkpoint(sublayer, site, use_reentrant=False)
+    with pytest.raises(RuntimeError, match="keep read and write outside"):
+        state.read_output().sum().backward()
+
+
+@every_mode
+def test_microbatches_accumulate(options):
+    model = toy(**options)
+    whole = embed(6)
+    model(whole).square().sum().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    for part in whole.chunk(3):
+        model(part).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-11, atol=1e-11)
+
+
+@every_mode
+def test_two_forwards_before_their_backwards(options):
+    model = toy(**options)
+    first, second = embed(3, seed=1).requires_grad_(), embed(3, seed=2).requires_grad_()
+    losses = [model(x).square().sum() for x in (first, second)]
+    (losses[0] + losses[1]).backward()
+    for x in (first, second):
+        alone = x.detach().clone().requires_grad_()
+        model(alone).square().sum().backward()
+        torch.testing.assert_close(x.grad, alone.grad, rtol=1e-11, atol=1e-11)
+
+
+@every_mode
+def test_retained_graph_twice(options):
+    model, x = toy(**options), embed(4).requires_grad_()
+    inputs = [x, *model.parameters()]
+    loss = model(x).square().sum()
+    first = torch.autograd.grad(loss, inputs, retain_graph=True)
+    second = torch.autograd.grad(loss, inputs)
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+@every_mode
+def test_gradients_of_some_inputs(options):
+    model, x = toy(**options), embed(4).requires_grad_()
+    everything = [x, *model.parameters()]
+    loss = model(x).square().sum()
+    expected = torch.autograd.grad(loss, everything, retain_graph=True)
+    for i in range(0, len(everything), 5):
+        (alone,) = torch.autograd.grad(loss, everything[i], retain_graph=True)
+        torch.testing.assert_close(alone, expected[i], rtol=1e-12, atol=1e-12)
+    again = torch.autograd.grad(loss, everything)
+    for a, b in zip(again, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@every_mode
+def test_aborted_backward(options):
+    model, x = toy(**options), embed(4).requires_grad_()
+    inputs = [x, *model.parameters()]
+    loss = model(x).square().sum()
+    expected = torch.autograd.grad(loss, inputs, retain_graph=True)
+
+    def fail(gradient):
+        raise ZeroDivisionError
+
+    handle = model.weights[2].register_hook(fail)
+    with pytest.raises(ZeroDivisionError):
+        loss.backward(retain_graph=True)
+    handle.remove()
+    model.zero_grad()
+    x.grad = None
+    for a, b in zip(torch.autograd.grad(loss, inputs), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@every_mode
+def test_frozen_embedding(options):
+    model, x = toy(**options), embed(4)
+    model(x).square().sum().backward()
+    assert x.grad is None
+    frozen = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    model(x.clone().requires_grad_()).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, frozen[name], rtol=1e-12, atol=1e-12)
+
+
+@every_mode
+def test_frozen_residual_parameters(options):
+    model = toy(**options)
+    _, expected = gradients(model, embed(4), model)
+    model.residual.requires_grad_(False)
+    _, actual = gradients(model, embed(4), model)
+    for name, grad in actual.items():
+        if name.startswith("residual."):
+            assert grad is None
+        else:
+            torch.testing.assert_close(grad, expected[name], rtol=1e-12, atol=1e-12)
+
+
+@every_mode
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(options, mode):
+    model = toy(**options)
+    expected = model(embed(4)).detach()
+    with mode():
+        out = model(embed(4))
+    assert not out.requires_grad
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+
+
+@every_mode
+def test_written_tensor_used_elsewhere(options):
+    """A sublayer's output may have readers of its own, and hooks see its whole gradient."""
+    model = toy(3, **options)
+    x = embed(4).requires_grad_()
+    seen = {}
+
+    def run(forward_of):
+        x.grad = None
+        written = []
+
+        def sublayer(function, h):
+            out = function(h)
+            mine = seen.setdefault(len(written), [])
+            out.register_hook(mine.append)
+            written.append(out)
+            return out
+
+        out = forward_of(sublayer)
+        (out.sum() + sum(w.square().sum() for w in written)).backward()
+        return x.grad
+
+    ours = run(lambda sublayer: model(x, run=sublayer))
+    original = model.sublayer
+
+    def hooked(call):
+        model.sublayer = lambda site, h: call(lambda v: original(site, v), h)
+        return model.naive(x)
+
+    theirs = run(hooked)
+    torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+    assert sorted(seen) == [0, 1, 2]
+    for pair in seen.values():
+        torch.testing.assert_close(*pair, rtol=1e-11, atol=1e-11)
+
+
+@every_mode
+def test_autocast(options):
+    model = toy(dtype=torch.float32, **options)
+    x = embed(4, dtype=torch.float32)
+
+    def run(x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return model(x)
+
+    out, grads = gradients(model, x, run)
+    expected_out, expected_grads = gradients(model, x, model)
+    assert out.dtype == torch.float32, "float32 embeddings keep reads in float32"
+    # Matrix products round to 8 bits; seven tanh layers keep that error of its size.
+    torch.testing.assert_close(out, expected_out, rtol=0.1, atol=0.1)
+    for name, grad in grads.items():
+        assert grad.dtype == expected_grads[name].dtype
+        assert (grad - expected_grads[name]).norm() <= 0.1 * expected_grads[name].norm() + 1e-6
+
+
+@every_mode
+def test_bfloat16(options):
+    model = toy(dtype=torch.bfloat16, **options)
+    model.residual.float()
+    out, grads = gradients(model, embed(4, dtype=torch.bfloat16), model)
+    assert out.dtype == torch.bfloat16
+    assert all(
+        grad.dtype == torch.float32 for name, grad in grads.items() if name.startswith("residual")
+    )
+
+
+@pytest.mark.slow
+@every_mode
+def test_compiles_as_one_graph(options):
+    model = toy(4, **options)
+    expected = gradients(model, embed(4), model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert_same(gradients(model, embed(4), compiled), expected)
+
+
+@every_mode
+def test_func_grad(options):
+    model, x = toy(3, **options), embed(4)
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters, x):
+        return torch.func.functional_call(model, parameters, (x,)).square().sum()
+
+    grads, x_grad = torch.func.grad(loss, argnums=(0, 1))(parameters, x)
+    model(x.requires_grad_()).square().sum().backward()
+    torch.testing.assert_close(x_grad, x.grad, rtol=1e-11, atol=1e-11)
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(grads[name], parameter.grad, rtol=1e-11, atol=1e-11)

@@ -1,0 +1,99 @@
+"""Misuse of AttentionResiduals is an error that says what came and what was wanted."""
+
+import pytest
+import torch
+from attnres_ext.residual import AttentionResiduals
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((0, 4), {}, "hidden_size is 0, expected at least 1"),
+        ((8, 0), {}, "num_sublayers is 0, expected at least 1"),
+        ((8, 4), {"sublayers_per_block": 0}, "sublayers_per_block is 0, expected at least 1"),
+        ((8, 4), {"mode": "blocks"}, "mode is 'blocks', expected one of standard, block, full"),
+        ((8, 4), {"two_phase": "maybe"}, "two_phase is 'maybe', expected 'auto', True or False"),
+        ((8, 4), {"save": "all"}, "save is 'all', expected one of nothing, stats, output"),
+        ((8, 4), {"eps": -1.0}, "eps is -1.0"),
+        ((8, 300), {"mode": "full"}, "300 blocks and the embedding make 301 sources, at most 256"),
+    ],
+)
+def test_construction(arguments, options, message):
+    with pytest.raises(ValueError, match=message):
+        AttentionResiduals(*arguments, **options)
+
+
+@pytest.fixture
+def residual():
+    return AttentionResiduals(8, 3, sublayers_per_block=2)
+
+
+def test_embedding(residual):
+    with pytest.raises(ValueError, match=r"embedding has shape \(2, 7\), expected \[\.\.\., 8\]"):
+        residual.start(torch.zeros(2, 7))
+    with pytest.raises(ValueError, match=r"embedding has dtype torch\.int64, expected a floating"):
+        residual.start(torch.zeros(2, 8, dtype=torch.int64))
+
+
+def test_order(residual):
+    state = residual.start(torch.zeros(2, 8))
+    with pytest.raises(RuntimeError, match="called twice before site 0 was read"):
+        state.write(torch.zeros(2, 8))
+    with pytest.raises(RuntimeError, match="site 1 was asked for, but site 0 is next"):
+        state.read(1)
+    state.read(0)
+    with pytest.raises(RuntimeError, match="site 0 was asked for, but site 1 is next"):
+        state.read(0)
+    with pytest.raises(RuntimeError, match="nothing was written since site 0 was read"):
+        state.read(1)
+    state.write(torch.zeros(2, 8))
+    with pytest.raises(RuntimeError, match="called twice before site 1 was read"):
+        state.write(torch.zeros(2, 8))
+    with pytest.raises(RuntimeError, match="site 3 was asked for, but site 1 is next"):
+        state.read_output()
+    for site in (1, 2):
+        state.read(site)
+        state.write(torch.zeros(2, 8))
+    with pytest.raises(ValueError, match="site is 3, expected 0 to 2; read_output reads"):
+        state.read(3)
+    state.read_output()
+    assert state.site == residual.num_sites
+    with pytest.raises(RuntimeError, match="every site is read"):
+        state.read_output()
+    with pytest.raises(RuntimeError, match="this forward pass is over"):
+        state.write(torch.zeros(2, 8))
+
+
+def test_a_failed_read_leaves_the_state_as_it_was(residual):
+    state = residual.start(torch.zeros(2, 8))
+    with pytest.raises(ValueError, match=r"norm_weight has shape \(7,\), expected \(8,\)"):
+        state.read(0, torch.ones(7))
+    assert state.read(0, torch.ones(8)).shape == (2, 8)
+
+
+def test_written_tensors(residual):
+    state = residual.start(torch.zeros(2, 8))
+    state.read(0)
+    with pytest.raises(ValueError, match=r"x has shape \(3, 8\), expected \(2, 8\)"):
+        state.write(torch.zeros(3, 8))
+    with pytest.raises(ValueError, match=r"x has dtype torch\.int64, expected a floating"):
+        state.write(torch.zeros(2, 8, dtype=torch.int64))
+    with pytest.raises(ValueError, match="x is on meta, expected cpu"):
+        state.write(torch.zeros(2, 8, device="meta"))
+
+
+def test_no_such_site(residual):
+    with pytest.raises(IndexError, match="site is 4, expected 0 to 3"):
+        residual.sources_at(4)
+
+
+def test_cache_that_does_not_fit(residual):
+    with pytest.raises(ValueError, match="cache has 2 slots, expected at least 3"):
+        residual.start(torch.zeros(2, 8), cache=AttentionResiduals(8, 1).new_cache(2))
+    with pytest.raises(ValueError, match=r"embedding has shape \(3, 8\), expected \(2, 8\)"):
+        residual.start(torch.zeros(3, 8), cache=residual.new_cache(2))
+    other = AttentionResiduals(8, 3, sublayers_per_block=2, eps=1e-3)
+    with pytest.raises(
+        ValueError, match=r"cache was made for eps 0\.001, expected the module's 1e-06"
+    ):
+        residual.start(torch.zeros(2, 8), cache=other.new_cache(2))
