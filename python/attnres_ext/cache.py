@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -59,13 +60,11 @@ class BlockCache:
             )
         self.hidden_size = hidden_size
         self.eps = eps
-        num_tokens = 1
-        for size in self._leading:
-            num_tokens *= size
-        self._num_tokens = num_tokens
+        num_tokens = math.prod(self._leading)
         self._slots = torch.empty(capacity, num_tokens, hidden_size, dtype=dtype, device=device)
         self._rstd = torch.empty(capacity, num_tokens, dtype=torch.float32, device=device)
         self._phase1: tuple[Tensor, Tensor] | None = None
+        self._phase1_queries = 0  # rows of it that belong to the open block
 
     @property
     def capacity(self) -> int:
@@ -104,6 +103,7 @@ class BlockCache:
     def reset(self) -> None:
         """Opens slot 0 again. Contents are left to be overwritten."""
         self._state.reset()
+        self._phase1_queries = 0
 
     def close(self) -> None:
         """Seals the open slot: the running sum becomes a finished block.
@@ -112,17 +112,18 @@ class BlockCache:
             RuntimeError: If the open slot holds nothing, or every slot is closed.
         """
         self._state.close()
+        self._phase1_queries = 0
 
     def write(self, delta: Tensor) -> None:
         """Adds ``delta`` ``[..., D]`` to the open slot, without reading.
 
         Raises:
-            RuntimeError: If every slot is closed.
-            ValueError: If ``delta`` does not have the cache's shape, dtype and device.
+            RuntimeError: If every slot is closed, or ``delta`` asks for a gradient.
+            ValueError: If ``delta`` does not fit (:meth:`check_fits`).
         """
-        flat = self._flat("delta", delta)
+        self.check_fits("delta", delta)
         slot, add = self._open()
-        torch.ops.attnres.block_cache_write(self._slots, self._rstd, flat, slot, add, self.eps)
+        torch.ops.attnres.block_cache_write(self._slots, self._rstd, delta, slot, add, self.eps)
         self._state.begin_write()
 
     def attend(
@@ -150,22 +151,22 @@ class BlockCache:
             The mix ``[..., D]`` in the cache's dtype.
 
         Raises:
-            RuntimeError: If every slot is closed and ``delta`` is given, or the cache holds nothing
-                to read.
-            ValueError: If ``delta`` does not have the cache's shape, dtype and device.
+            RuntimeError: If every slot is closed and ``delta`` is given or asks for a gradient, or
+                the cache holds nothing to read.
+            ValueError: If ``delta`` does not fit (:meth:`check_fits`).
         """
         if delta is None:
             if self._state.num_sources == 0:
                 raise RuntimeError("block cache: attend has nothing to read, the cache is empty")
-            flat, slot, add = None, self._state.num_sources - 1, False
+            slot, add = self._state.num_sources - 1, False
         else:
-            flat = self._flat("delta", delta)
+            self.check_fits("delta", delta)
             slot, add = self._open()
-        out = torch.empty_like(self._slots[0])
+        out = self._new_result()
         torch.ops.attnres.block_cache_attend(
             self._slots,
             self._rstd,
-            flat,
+            delta,
             slot,
             add,
             query,
@@ -178,7 +179,7 @@ class BlockCache:
         )
         if delta is not None:
             self._state.begin_write()
-        return out.view(self.shape)
+        return out
 
     def inter(
         self, queries: Tensor, key_weights: Tensor | None = None, *, scale: float = 1.0
@@ -195,14 +196,16 @@ class BlockCache:
             raise RuntimeError("block cache: inter has nothing to read, no slot is closed")
         num_queries = queries.shape[0]
         if self._phase1 is None or self._phase1[0].shape[0] < num_queries:
+            wide = torch.float64 if self.dtype == torch.float64 else torch.float32
             self._phase1 = (
-                self._slots.new_empty(num_queries, self._num_tokens, self.hidden_size),
-                self._rstd.new_empty(num_queries, self._num_tokens),
+                self._slots.new_empty(num_queries, *self._slots.shape[1:]),
+                self._slots.new_empty(num_queries, self._slots.shape[1], dtype=wide),
             )
         out, lse = (scratch[:num_queries] for scratch in self._phase1)
         torch.ops.attnres.block_cache_inter(
             self._slots, self._rstd, self._state.sealed, queries, key_weights, scale, out, lse
         )
+        self._phase1_queries = num_queries
 
     def merge(
         self,
@@ -220,18 +223,21 @@ class BlockCache:
 
         Other arguments, result and errors as for :meth:`attend`.
         """
-        if self._phase1 is None:
-            raise RuntimeError("block cache: merge needs the result of inter, which was not called")
-        flat = self._flat("delta", delta)
+        if self._phase1 is None or not 0 <= index < self._phase1_queries:
+            raise RuntimeError(
+                f"block cache: merge has no row {index}, inter was called for "
+                f"{self._phase1_queries} queries since the last close"
+            )
+        self.check_fits("delta", delta)
         slot, add = self._open()
         out, lse = self._phase1
-        hidden = torch.empty_like(self._slots[0])
+        hidden = self._new_result()
         torch.ops.attnres.block_cache_merge(
             self._slots,
             self._rstd,
             out[index],
             lse[index],
-            flat,
+            delta,
             slot,
             add,
             query,
@@ -243,24 +249,39 @@ class BlockCache:
             hidden,
         )
         self._state.begin_write()
-        return hidden.view(self.shape)
+        return hidden
 
     def check_fits(self, name: str, tensor: Tensor) -> None:
-        """Raises ValueError unless ``tensor`` has the cache's shape, dtype and device."""
+        """Raises unless ``tensor`` may be written.
+
+        Raises:
+            ValueError: Unless it has the cache's shape and device, and a dtype that the cache's
+                holds without rounding.
+            RuntimeError: If it asks for a gradient.
+        """
         if tuple(tensor.shape) != self.shape:
             raise ValueError(
                 f"block cache: {name} has shape {tuple(tensor.shape)}, expected {self.shape}"
             )
-        if tensor.dtype != self.dtype:
-            raise ValueError(f"block cache: {name} has dtype {tensor.dtype}, expected {self.dtype}")
+        if (
+            tensor.dtype != self.dtype
+            and torch.promote_types(tensor.dtype, self.dtype) != self.dtype
+        ):
+            raise ValueError(
+                f"block cache: {name} has dtype {tensor.dtype}, expected {self.dtype} or a dtype "
+                "that it holds without rounding"
+            )
         if tensor.device != self.device:
             raise ValueError(f"block cache: {name} is on {tensor.device}, expected {self.device}")
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"block cache: {name} requires a gradient, but the cache is changed in place and "
+                "keeps none; run under torch.no_grad or torch.inference_mode"
+            )
 
-    def _flat(self, name: str, tensor: Tensor) -> Tensor:
-        self.check_fits(name, tensor)
-        return tensor.reshape(self._num_tokens, self.hidden_size)
+    def _new_result(self) -> Tensor:
+        return torch.empty(self.shape, dtype=self.dtype, device=self.device)
 
     def _open(self) -> tuple[int, bool]:
-        """The open slot, and whether a write adds to it. The write is counted only once the
-        operator has run."""
+        """The open slot and whether a write adds to it; counted once the operator has run."""
         return self._state.open_slot, self._state.open_holds_partial

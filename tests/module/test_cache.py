@@ -1,0 +1,197 @@
+"""BlockCache: the operators' definition in place, and the state that reads through it."""
+
+import pytest
+import torch
+from attnres_ext import reference
+from attnres_ext.cache import BlockCache
+
+from tests.module.naive_residual import Toy
+from tests.module.test_residual import MODES, D, embed, toy
+
+
+def weights(count):
+    return torch.randn(count, D), torch.rand(count, D) + 0.5
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize("options", MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_cached_state_equals_the_training_state(options, dtype):
+    model = toy(**options).to(dtype)
+    model.residual.float()
+    cache = model.residual.new_cache((2, 3), dtype=dtype)
+    x = embed(2, 3, dtype=dtype)
+    expected = model(x)
+    # Both round at the same points; only 1/rms, kept in float32, may differ by a rounding.
+    tolerance = 1e-5 if dtype == torch.float64 else 4 * torch.finfo(dtype).eps
+    for _ in range(2):  # the memory is used again
+        out = model(x, cache=cache)
+        assert out.dtype == dtype
+        assert out.shape == x.shape
+        torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("options", MODES)
+def test_recording_through_the_cache(options):
+    model = Toy(toy(**options).residual.float())
+    cache = model.residual.new_cache(4)
+    with model.residual.recording() as training:
+        model(embed(4, dtype=torch.float32))
+    with model.residual.recording() as cached:
+        model(embed(4, dtype=torch.float32), cache=cache)
+    assert training.weights.keys() == cached.weights.keys()
+    for site, expected in training.weights.items():
+        torch.testing.assert_close(cached.weights[site], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+@pytest.mark.parametrize("norm", [False, True])
+def test_attend_and_write_by_definition(scale, norm):
+    cache = BlockCache(3, (2, 2), D, eps=1e-4)
+    (query, gain), norm_weight = (w[0] for w in weights(1)), torch.rand(D) if norm else None
+    first, second, third = (torch.randn(2, 2, D) for _ in range(3))
+    cache.write(first)
+    cache.close()
+    cache.write(second)
+    assert torch.equal(cache.sources()[1], second)
+
+    options = {"out_weight": norm_weight, "out_eps": 1e-2, "scale": scale}
+    expected, partial = reference.accumulate_depth_attention(
+        second, third, [first], query, gain, eps=1e-4, **options
+    )
+    torch.testing.assert_close(cache.attend(third, query, gain, **options), expected)
+    assert torch.equal(cache.sources()[1], partial)
+    # Reading without a delta changes nothing.
+    torch.testing.assert_close(cache.attend(None, query, gain, **options), expected)
+    assert torch.equal(cache.sources()[1], partial)
+    assert cache.num_sealed == 1
+    cache.close()
+    torch.testing.assert_close(cache.attend(None, query, gain, **options), expected)
+
+
+def test_two_phases_by_definition():
+    cache = BlockCache(4, 5, D)
+    blocks = [torch.randn(5, D) for _ in range(3)]
+    for block in blocks:
+        cache.write(block)
+        cache.close()
+    queries, gains = weights(3)
+    deltas = [torch.randn(5, D) for _ in range(3)]
+    cache.inter(queries, gains)
+    partial = None
+    for i, delta in enumerate(deltas):
+        expected, partial = reference.accumulate_depth_attention(
+            partial, delta, blocks, queries[i], gains[i]
+        )
+        torch.testing.assert_close(cache.merge(i, delta, queries[i], gains[i]), expected)
+    assert torch.equal(cache.sources()[3], partial)
+    # A shorter block afterwards uses a part of the same scratch memory.
+    cache.reset()
+    cache.write(blocks[0])
+    cache.close()
+    cache.inter(queries[:1])
+    expected, _ = reference.accumulate_depth_attention(None, deltas[0], blocks[:1], queries[0])
+    torch.testing.assert_close(cache.merge(0, deltas[0], queries[0]), expected)
+
+
+def test_nothing_but_results_is_allocated():
+    cache = BlockCache(2, 4, D)
+    (query, gain) = (w[0] for w in weights(1))
+    cache.attend(torch.randn(4, D), query, gain)
+    before = [tensor.data_ptr() for tensor in cache.sources()]
+    cache.close()
+    cache.attend(torch.randn(4, D), query, gain)
+    cache.attend(torch.randn(4, D), query, gain)
+    assert [tensor.data_ptr() for tensor in cache.sources()][:1] == before
+
+
+def test_narrower_deltas_are_added_as_they_are():
+    cache = BlockCache(1, 4, D)
+    first, second = torch.randn(4, D), torch.randn(4, D, dtype=torch.bfloat16)
+    cache.write(first)
+    cache.write(second)
+    assert torch.equal(cache.sources()[0], first + second.float())
+
+
+def test_no_tokens():
+    cache = BlockCache(2, (0, 3), D)
+    query, gain = weights(1)
+    assert cache.attend(torch.empty(0, 3, D), query[0], gain[0]).shape == (0, 3, D)
+
+
+def test_inference_mode():
+    model = toy(sublayers_per_block=2).float()
+    x = embed(3, dtype=torch.float32)
+    cache = model.residual.new_cache(3)
+    with torch.inference_mode():
+        inside = model(x, cache=cache)
+    assert torch.equal(inside, model(x, cache=cache))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((0, 4, D), {}, "capacity is 0, expected at least 1"),
+        ((257, 4, D), {}, "capacity is 257, at most 256"),
+        ((2, -1, D), {}, "expected sizes not below 0"),
+        ((2, 4, 0), {}, "hidden_size is 0, expected at least 1"),
+        ((2, 4, D), {"dtype": torch.int32}, "dtype is torch.int32, expected a floating point"),
+    ],
+)
+def test_errors_of_construction(arguments, options, message):
+    with pytest.raises(ValueError, match=message):
+        BlockCache(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    ("delta", "message"),
+    [
+        (torch.zeros(5, D), r"delta has shape \(5, 12\), expected \(4, 12\)"),
+        (torch.zeros(4, D).double(), "delta has dtype torch.float64, expected torch.float32 or"),
+        (torch.zeros(4, D, device="meta"), "delta is on meta, expected cpu"),
+    ],
+)
+def test_deltas_that_do_not_fit(delta, message):
+    cache = BlockCache(2, 4, D)
+    cache.write(torch.zeros(4, D))
+    cache.close()
+    query = torch.zeros(D)
+    cache.inter(query[None])
+    for call in (
+        lambda: cache.write(delta),
+        lambda: cache.attend(delta, query),
+        lambda: cache.merge(0, delta, query),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert not cache.open_holds_partial, "an error changes nothing"
+
+
+def test_errors_of_order():
+    cache, delta, query = BlockCache(1, 4, D), torch.zeros(4, D), torch.zeros(D)
+    with pytest.raises(RuntimeError, match="attend has nothing to read, the cache is empty"):
+        cache.attend(None, query)
+    with pytest.raises(RuntimeError, match="slot 0 holds nothing and cannot be closed"):
+        cache.close()
+    with pytest.raises(RuntimeError, match="inter has nothing to read, no slot is closed"):
+        cache.inter(query[None])
+    with pytest.raises(RuntimeError, match="merge has no row 0, inter was called for 0 queries"):
+        cache.merge(0, delta, query)
+    cache.write(delta)
+    cache.close()
+    for call in (lambda: cache.write(delta), lambda: cache.attend(delta, query), cache.close):
+        with pytest.raises(RuntimeError, match="all 1 slots are closed"):
+            call()
+    cache.reset()
+    cache.write(delta)
+
+
+def test_gradients_are_refused():
+    cache = BlockCache(1, 4, D)
+    with torch.enable_grad(), pytest.raises(RuntimeError, match="delta requires a gradient"):
+        cache.write(torch.zeros(4, D, requires_grad=True))
