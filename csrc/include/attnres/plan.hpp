@@ -135,9 +135,10 @@ constexpr int64_t single_pass_bytes(const Shape& shape, bool training) {
 }
 
 constexpr int64_t two_phase_bytes(const Shape& shape, bool training) {
-  // Phase 1 N + S and S merges of 5, so N + 6S; backward 3N + S and S merges of 6.
+  // Phase 1 N + S and S merges of 5, so N + 6S; backward 3N + S, S merges of 6, and 2S for
+  // gathering what the merges return for phase 1's results into the one tensor its backward takes.
   const int64_t forward = shape.num_sources + 6 * shape.num_queries - 2;
-  const int64_t backward = 3 * shape.num_sources + 7 * shape.num_queries;
+  const int64_t backward = 3 * shape.num_sources + 9 * shape.num_queries;
   return (forward + (training ? backward : 0)) * tensor_bytes(shape);
 }
 
@@ -166,7 +167,7 @@ inline void require_positive(const char* name, int64_t value) {
 }  // namespace detail
 
 // Chooses how a block's sites read. In bytes alone two phases win where
-// S(N+4) > N + 6S, that is N(1 - 1/S) > 2; with a backward already where N(1 - 1/S) > 1.25. They
+// S(N+4) > N + 6S, that is N(1 - 1/S) > 2; with a backward where N(1 - 1/S) > 1.75. They
 // take one launch more, which decides for small M.
 inline Plan make_plan(const Shape& shape, DeviceKind device, bool training = false) {
   detail::require_positive("num_sources", shape.num_sources);
