@@ -1,0 +1,357 @@
+// Depth attention over a range of tokens, forward and backward. Serves `depth_attention`, `accumulate_depth_attention`,
+// `merge_partial` and the block cache, which differ in what the parameters hold (see attnres/params.hpp).
+//
+// A token's N rows come from memory in the first pass over them; the passes that follow find them in the core's own cache
+// (N = 9 rows of 2304 float32 values are 81 KiB).
+#pragma once
+
+#include "rows.hpp"
+#include "kernels.hpp"
+
+namespace attnres::cpu {
+namespace {
+
+// <v, u> and <v, v> of one row.
+template <typename Access, typename A = typename Access::A>
+ATTNRES_INLINE void score(Row v, const A* u, int64_t hidden, A& dot, A& squares) {
+  Sum<A, kUnroll> dots, sums;
+  for_tiles<Access, kUnroll>(hidden, [&](auto tile) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+    for (int k = 0; k < tile.kCount; ++k) {
+      const Vec<A> x = tile.load(v, k);
+      dots.parts[k] += x * tile.load(u, k);
+      sums.parts[k] += x * x;
+    }
+  });
+  dot = dots.total();
+  squares = sums.total();
+}
+
+template <typename Access, typename A = typename Access::A>
+ATTNRES_INLINE A dot(Row v, const A* g, int64_t hidden) {
+  Sum<A, kUnroll> dots;
+  for_tiles<Access, kUnroll>(hidden, [&](auto tile) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+    for (int k = 0; k < tile.kCount; ++k) dots.parts[k] += tile.load(v, k) * tile.load(g, k);
+  });
+  return dots.total();
+}
+
+// <v, u>, <v, v> and <v, g>: what the backward needs of a row when nothing was saved.
+template <typename Access, typename A = typename Access::A>
+ATTNRES_INLINE void score_and_dot(Row v, const A* u, const A* g, int64_t hidden, A& dot_u, A& squares, A& dot_g) {
+  Sum<A, 2> us, sums, gs;
+  for_tiles<Access, 2>(hidden, [&](auto tile) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+    for (int k = 0; k < tile.kCount; ++k) {
+      const Vec<A> x = tile.load(v, k);
+      us.parts[k] += x * tile.load(u, k);
+      sums.parts[k] += x * x;
+      gs.parts[k] += x * tile.load(g, k);
+    }
+  });
+  dot_u = us.total();
+  squares = sums.total();
+  dot_g = gs.total();
+}
+
+// Block summation: result = round(partial + delta); an absent partial counts as zero. Returns the sum of squares of the
+// rounded values, and their product with u.
+template <typename Access, typename A = typename Access::A>
+ATTNRES_INLINE void add_and_score(Row partial, Row delta, MutableRow result, const A* u, int64_t hidden, A& dot,
+                                  A& squares) {
+  const Row rounded{result.data, result.dtype};
+  Sum<A, kUnroll> dots, sums;
+  for_tiles<Access, kUnroll>(hidden, [&](auto tile) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+    for (int k = 0; k < tile.kCount; ++k) {
+      Vec<A> x = tile.load(delta, k);
+      if (partial.data != nullptr) x += tile.load(partial, k);
+      tile.store(result, k, x);
+      x = tile.load(rounded, k);
+      if (u != nullptr) dots.parts[k] += x * tile.load(u, k);
+      sums.parts[k] += x * x;
+    }
+  });
+  dot = dots.total();
+  squares = sums.total();
+}
+
+// f(tile, k, sum_i weights[i] * rows[i]) for every vector of the mix.
+template <typename Access, typename A = typename Access::A, typename F>
+ATTNRES_INLINE void mix(const Row* rows, const A* weights, int count, int64_t hidden, F&& f) {
+  for_tiles<Access, kUnroll>(hidden, [&](auto tile) __attribute__((always_inline)) {
+    Vec<A> sums[kUnroll] = {};
+    for (int i = 0; i < count; ++i) {
+      const Vec<A> weight = broadcast<A>(weights[i]);
+#pragma GCC unroll 4
+      for (int k = 0; k < tile.kCount; ++k) sums[k] += weight * tile.load(rows[i], k);
+    }
+#pragma GCC unroll 4
+    for (int k = 0; k < tile.kCount; ++k) f(tile, k, sums[k]);
+  });
+}
+
+template <typename A>
+struct ForwardScratch {
+  Row* rows;
+  A* logits;
+  A* weights;
+  A* rstd;
+  A* mixed;
+
+  ForwardScratch(Arena& arena, const DepthAttentionForward& p)
+      : rows(arena.take<Row>(p.num_sources)),
+        logits(arena.take<A>(p.num_sources)),
+        weights(arena.take<A>(p.num_sources)),
+        rstd(arena.take<A>(p.num_sources)),
+        mixed(arena.take<A>(p.hidden)) {}
+};
+
+// An empty state (lse = -inf) has weight 0 but may hold anything, NaN too: point at a row that is mixed anyway.
+template <typename A>
+ATTNRES_INLINE void skip_empty_state(A first_logit, Row* rows, int count) {
+  if (count > 1 && first_logit == -__builtin_inf()) rows[0] = rows[1];
+}
+
+template <typename Access>
+void depth_attention_forward(const DepthAttentionForward& p, const SharedVectors& shared, TokenRange range) {
+  using A = typename Access::A;
+  const A* u = static_cast<const A*>(shared.score);
+  const A* out_weight = static_cast<const A*>(shared.out_weight);
+  const int n = p.num_sources;
+  const int64_t m_total = p.num_tokens, hidden = p.hidden;
+  Arena arena(range.scratch);
+  const ForwardScratch<A> s(arena, p);
+
+  for (int64_t m = range.begin; m < range.end; ++m) {
+    for (int i = 0; i < n; ++i) {
+      A product, squares;
+      if (i == n - 1 && p.delta.data != nullptr) {
+        const Row partial = p.sources[i].data == nullptr ? Row{} : row(p.sources[i], m);
+        const MutableRow result = row(p.new_partial, m);
+        add_and_score<Access>(partial, row(p.delta, m), result, u, hidden, product, squares);
+        s.rows[i] = {result.data, result.dtype};
+      } else {
+        s.rows[i] = row(p.sources[i], m);
+        if (i == 0 && p.first_logit != nullptr) {
+          s.logits[0] = static_cast<const A*>(p.first_logit)[m];
+          s.rstd[0] = 0;
+          continue;
+        }
+        if (i < p.num_known_rstd) {
+          s.rstd[i] = static_cast<A>(p.known_rstd[i * m_total + m]);
+          s.logits[i] = s.rstd[i] * dot<Access>(s.rows[i], u, hidden);
+          continue;
+        }
+        score<Access>(s.rows[i], u, hidden, product, squares);
+      }
+      s.rstd[i] = inverse_rms<A>(squares, hidden, p.eps);
+      s.logits[i] = s.rstd[i] * product;
+    }
+    if (p.first_logit != nullptr) skip_empty_state<A>(s.logits[0], s.rows, n);
+    const A lse = softmax<A>(s.logits, s.weights, n);
+
+    const MutableRow out = row(p.out, m);
+    if (out_weight == nullptr) {
+      mix<Access>(s.rows, s.weights, n, hidden,
+                  [&](auto tile, int k, Vec<A> v) __attribute__((always_inline)) { tile.store(out, k, v); });
+    } else {
+      A* mixed = p.mix.data == nullptr ? s.mixed : static_cast<A*>(row(p.mix, m).data);
+      Sum<A, kUnroll> squares;
+      mix<Access>(s.rows, s.weights, n, hidden, [&](auto tile, int k, Vec<A> v) __attribute__((always_inline)) {
+        tile.store(mixed, k, v);
+        squares.parts[k] += v * v;
+      });
+      const A rstd = inverse_rms<A>(squares.total(), hidden, p.out_eps);
+      for_tiles<Access, 1>(hidden, [&](auto tile) __attribute__((always_inline)) {
+        tile.store(out, 0, tile.load(mixed, 0) * rstd * tile.load(out_weight, 0));
+      });
+    }
+
+    if (p.weights != nullptr) {
+      for (int i = 0; i < n; ++i) static_cast<A*>(p.weights)[i * m_total + m] = s.weights[i];
+    }
+    if (p.stats != nullptr) {
+      A* stats = static_cast<A*>(p.stats) + m;
+      for (int i = 0; i < n; ++i) stats[i * m_total] = s.rstd[i];
+      for (int i = 0; i < n; ++i) stats[(n + i) * m_total] = s.logits[i];
+      stats[2 * n * m_total] = lse;
+    }
+    if (p.last_rstd != nullptr) p.last_rstd[m] = static_cast<float>(s.rstd[n - 1]);
+  }
+}
+
+template <typename A>
+struct BackwardScratch {
+  Row* rows;
+  Row* bases;
+  MutableRow* grads;
+  A* logits;
+  A* weights;
+  A* rstd;
+  A* dots;
+  A* score_factor;  // of u in dv and of v in du
+  A* value_factor;  // of v in dv
+  A* mixed;
+  A* g;
+
+  BackwardScratch(Arena& arena, const DepthAttentionBackward& p)
+      : rows(arena.take<Row>(p.num_sources)),
+        bases(arena.take<Row>(p.num_sources)),
+        grads(arena.take<MutableRow>(p.num_sources)),
+        logits(arena.take<A>(p.num_sources)),
+        weights(arena.take<A>(p.num_sources)),
+        rstd(arena.take<A>(p.num_sources)),
+        dots(arena.take<A>(p.num_sources)),
+        score_factor(arena.take<A>(p.num_sources)),
+        value_factor(arena.take<A>(p.num_sources)),
+        mixed(arena.take<A>(p.hidden)),
+        g(arena.take<A>(p.hidden)) {}
+};
+
+// Through the output norm: g = rstd * (dh * w - o_hat * <dh * w, o_hat> / D), and adds dh * o_hat to the gain's gradient.
+template <typename Access, typename A = typename Access::A>
+ATTNRES_INLINE void output_norm_backward(Row grad_out, const A* mixed, const A* out_weight, int64_t hidden, double out_eps,
+                                         A* g, A* grad_out_weight) {
+  Sum<A, 2> squares, products;
+  for_tiles<Access, 2>(hidden, [&](auto tile) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+    for (int k = 0; k < tile.kCount; ++k) {
+      const Vec<A> o = tile.load(mixed, k);
+      squares.parts[k] += o * o;
+      products.parts[k] += o * tile.load(grad_out, k) * tile.load(out_weight, k);
+    }
+  });
+  const A rstd = inverse_rms<A>(squares.total(), hidden, out_eps);
+  const A mean = products.total() * rstd / static_cast<A>(hidden);
+  for_tiles<Access, 1>(hidden, [&](auto tile) __attribute__((always_inline)) {
+    const Vec<A> normed = tile.load(mixed, 0) * rstd;
+    const Vec<A> dh = tile.load(grad_out, 0);
+    tile.store(g, 0, (dh * tile.load(out_weight, 0) - normed * mean) * rstd);
+    if (grad_out_weight != nullptr) {
+      tile.store(grad_out_weight, 0, tile.load(grad_out_weight, 0) + dh * normed);
+    }
+  });
+}
+
+template <typename Access>
+void depth_attention_backward(const DepthAttentionBackward& p, const SharedVectors& shared, TokenRange range, void* part) {
+  using A = typename Access::A;
+  const A* u = static_cast<const A*>(shared.score);
+  const A* out_weight = static_cast<const A*>(shared.out_weight);
+  const int n = p.num_sources;
+  const int64_t m_total = p.num_tokens, hidden = p.hidden;
+  A* grad_score = p.grad_query.data != nullptr || p.grad_key_weight.data != nullptr ? static_cast<A*>(part) : nullptr;
+  A* grad_out_weight = p.grad_out_weight.data != nullptr ? static_cast<A*>(part) + hidden : nullptr;
+  Arena arena(range.scratch);
+  const BackwardScratch<A> s(arena, p);
+
+  bool any_source_gradient = false;
+  for (int i = 0; i < n; ++i) any_source_gradient |= p.grad_sources[i].data != nullptr;
+  const bool needs_columns = any_source_gradient || grad_score != nullptr;
+
+  for (int64_t m = range.begin; m < range.end; ++m) {
+    for (int i = 0; i < n; ++i) {
+      s.rows[i] = row(p.sources[i], m);
+      s.grads[i] = p.grad_sources[i].data == nullptr ? MutableRow{} : row(p.grad_sources[i], m);
+      s.bases[i] = p.grad_base[i].data == nullptr ? Row{} : row(p.grad_base[i], m);
+    }
+    const int first_scored = p.first_logit != nullptr ? 1 : 0;
+    if (first_scored == 1) {
+      s.logits[0] = static_cast<const A*>(p.first_logit)[m];
+      s.rstd[0] = 0;
+      skip_empty_state<A>(s.logits[0], s.rows, n);
+    }
+
+    const Row grad_out = row(p.grad_out, m);
+    const bool normed = out_weight != nullptr;
+    if (!normed) {
+      for_tiles<Access, 1>(hidden, [&](auto tile) __attribute__((always_inline)) {
+        tile.store(s.g, 0, tile.load(grad_out, 0));
+      });
+    }
+
+    // Logits and, where g is known already, <g, v_i>.
+    const A* stats = p.stats == nullptr ? nullptr : static_cast<const A*>(p.stats) + m;
+    for (int i = first_scored; i < n; ++i) {
+      if (stats != nullptr) {
+        s.rstd[i] = stats[i * m_total];
+        s.logits[i] = stats[(n + i) * m_total];
+        continue;
+      }
+      A product, squares;
+      if (normed) {
+        score<Access>(s.rows[i], u, hidden, product, squares);
+      } else {
+        score_and_dot<Access>(s.rows[i], u, s.g, hidden, product, squares, s.dots[i]);
+      }
+      s.rstd[i] = inverse_rms<A>(squares, hidden, p.eps);
+      s.logits[i] = s.rstd[i] * product;
+    }
+    softmax<A>(s.logits, s.weights, n);
+
+    if (normed) {
+      const A* mixed = s.mixed;
+      if (p.mix.data != nullptr) {
+        mixed = static_cast<const A*>(row(p.mix, m).data);
+      } else {
+        mix<Access>(s.rows, s.weights, n, hidden,
+                    [&](auto tile, int k, Vec<A> v) __attribute__((always_inline)) { tile.store(s.mixed, k, v); });
+      }
+      output_norm_backward<Access>(grad_out, mixed, out_weight, hidden, p.out_eps, s.g, grad_out_weight);
+    }
+    if (!needs_columns && p.grad_first_logit == nullptr) continue;
+
+    for (int i = 0; i < n; ++i) {
+      const bool have_dot = stats == nullptr && !normed && i >= first_scored;
+      if (!have_dot) s.dots[i] = dot<Access>(s.rows[i], s.g, hidden);
+      if (p.grad_weights != nullptr) s.dots[i] += static_cast<const A*>(p.grad_weights)[i * m_total + m];
+    }
+    A mean = 0;
+    for (int i = 0; i < n; ++i) mean += s.weights[i] * s.dots[i];
+    for (int i = 0; i < n; ++i) {
+      // A single source has weight 1 whatever its logit, so its logit's gradient is 0 and not a rounding error.
+      const A grad_logit = n == 1 ? A(0) * mean : s.weights[i] * (s.dots[i] - mean);
+      if (i < first_scored) {
+        if (p.grad_first_logit != nullptr) static_cast<A*>(p.grad_first_logit)[m] = grad_logit;
+        s.score_factor[i] = s.value_factor[i] = 0;
+        continue;
+      }
+      s.score_factor[i] = grad_logit * s.rstd[i];
+      s.value_factor[i] = grad_logit * s.logits[i] * s.rstd[i] * s.rstd[i] / static_cast<A>(hidden);
+    }
+    if (!needs_columns) continue;
+
+    // dv_i = p_i g + a_i u - b_i v_i and du += a_i v_i, with every row read once more.
+    for_tiles<Access, 2>(hidden, [&](auto tile) __attribute__((always_inline)) {
+      Vec<A> g[2], score_vector[2], du[2] = {};
+#pragma GCC unroll 2
+      for (int k = 0; k < tile.kCount; ++k) {
+        g[k] = tile.load(s.g, k);
+        score_vector[k] = tile.load(u, k);
+      }
+      for (int i = 0; i < n; ++i) {
+        const Vec<A> weight = broadcast<A>(s.weights[i]);
+        const Vec<A> a = broadcast<A>(s.score_factor[i]);
+        const Vec<A> b = broadcast<A>(s.value_factor[i]);
+#pragma GCC unroll 2
+        for (int k = 0; k < tile.kCount; ++k) {
+          const Vec<A> v = tile.load(s.rows[i], k);
+          du[k] += a * v;
+          if (s.grads[i].data == nullptr) continue;
+          Vec<A> dv = weight * g[k] + a * score_vector[k] - b * v;
+          if (s.bases[i].data != nullptr) dv += tile.load(s.bases[i], k);
+          tile.store(s.grads[i], k, dv);
+        }
+      }
+      if (grad_score != nullptr) {
+#pragma GCC unroll 2
+        for (int k = 0; k < tile.kCount; ++k) tile.store(grad_score, k, tile.load(grad_score, k) + du[k]);
+      }
+    });
+  }
+}
+
+}  // namespace
+}  // namespace attnres::cpu

@@ -1,0 +1,113 @@
+// The kernels of one instruction set: this file is compiled once for each, with ATTNRES_KERNELS naming the table it fills.
+#include "kernels.hpp"
+
+#include "block_cache.hpp"
+#include "depth_attention.hpp"
+#include "inter_block_attention.hpp"
+
+namespace attnres::cpu {
+namespace {
+
+template <DType kDType>
+using Storage = typename StorageOf<kDType>::type;
+
+// f(Access*) for the way to read a set of rows: by a storage type known when compiled if they share one, else row by row.
+struct RowTypes {
+  DType first;
+  bool uniform = true;
+
+  template <typename Void>
+  void add(const RowsOf<Void>& rows) {
+    if (rows.data != nullptr && rows.dtype != first) uniform = false;
+  }
+  template <typename Void>
+  void add(const RowsOf<Void>* rows, int count) {
+    for (int i = 0; i < count; ++i) add(rows[i]);
+  }
+
+  template <typename F>
+  void dispatch(DType compute, F&& f) const {
+    if (compute == DType::kFloat64) {
+      if (uniform && first == DType::kFloat64) return f(static_cast<Uniform<double, double>*>(nullptr));
+      return f(static_cast<Mixed<double>*>(nullptr));
+    }
+    if (!uniform) return f(static_cast<Mixed<float>*>(nullptr));
+    switch (first) {
+      case DType::kBFloat16:
+        return f(static_cast<Uniform<float, BFloat16>*>(nullptr));
+      case DType::kFloat16:
+        return f(static_cast<Uniform<float, Float16>*>(nullptr));
+      default:
+        return f(static_cast<Uniform<float, float>*>(nullptr));
+    }
+  }
+};
+
+template <template <typename> typename Scratch, typename Params>
+int64_t scratch_size(const Params& p) {
+  // Counted on a made-up base address: nothing is dereferenced.
+  Arena arena(nullptr);
+  if (p.compute == DType::kFloat64) {
+    Scratch<double> scratch(arena, p);
+  } else {
+    Scratch<float> scratch(arena, p);
+  }
+  return arena.used(nullptr);
+}
+
+void run_depth_attention_forward(const DepthAttentionForward& p, const SharedVectors& shared, TokenRange range) {
+  RowTypes types{p.out.dtype};
+  types.add(p.sources, p.num_sources);
+  types.add(p.delta);
+  types.add(p.new_partial);
+  types.dispatch(p.compute, [&]<typename Access>(Access*) { depth_attention_forward<Access>(p, shared, range); });
+}
+
+void run_depth_attention_backward(const DepthAttentionBackward& p, const SharedVectors& shared, TokenRange range,
+                                  void* part) {
+  RowTypes types{p.grad_out.dtype};
+  types.add(p.sources, p.num_sources);
+  types.add(p.grad_sources, p.num_sources);
+  types.add(p.grad_base, p.num_sources);
+  types.dispatch(p.compute, [&]<typename Access>(Access*) { depth_attention_backward<Access>(p, shared, range, part); });
+}
+
+void run_inter_block_forward(const InterBlockForward& p, const SharedVectors& shared, TokenRange range) {
+  RowTypes types{p.out.dtype};
+  types.add(p.sources, p.num_sources);
+  types.dispatch(p.compute, [&]<typename Access>(Access*) { inter_block_forward<Access>(p, shared, range); });
+}
+
+void run_inter_block_backward(const InterBlockBackward& p, const SharedVectors& shared, TokenRange range, void* part) {
+  RowTypes types{p.sources[0].dtype};
+  types.add(p.grad_out);
+  types.add(p.sources, p.num_sources);
+  types.add(p.grad_sources, p.num_sources);
+  types.add(p.grad_base, p.num_sources);
+  types.dispatch(p.compute, [&]<typename Access>(Access*) { inter_block_backward<Access>(p, shared, range, part); });
+}
+
+void run_block_cache_write(const BlockCacheWrite& p, int64_t begin, int64_t end) {
+  RowTypes types{p.slot.dtype};
+  types.add(p.delta);
+  const bool wide = p.slot.dtype == DType::kFloat64 || p.delta.dtype == DType::kFloat64;
+  types.dispatch(wide ? DType::kFloat64 : DType::kFloat32,
+                 [&]<typename Access>(Access*) { block_cache_write<Access>(p, begin, end); });
+}
+
+}  // namespace
+
+const Kernels ATTNRES_KERNELS = {
+    ATTNRES_KERNELS_NAME,
+    scratch_size<ForwardScratch, DepthAttentionForward>,
+    run_depth_attention_forward,
+    scratch_size<BackwardScratch, DepthAttentionBackward>,
+    run_depth_attention_backward,
+    scratch_size<InterForwardScratch, InterBlockForward>,
+    run_inter_block_forward,
+    scratch_size<InterBackwardScratch, InterBlockBackward>,
+    run_inter_block_backward,
+    run_block_cache_write,
+};
+
+}  // namespace attnres::cpu

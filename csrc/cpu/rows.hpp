@@ -1,0 +1,191 @@
+// Passes over rows of D values: the vocabulary of the CPU kernels. See simd.hpp for why nothing here is linked externally.
+#pragma once
+
+#include "simd.hpp"
+
+namespace attnres::cpu {
+namespace {
+
+// A row of a tensor as the inner loops see it.
+struct Row {
+  const void* data;
+  DType dtype;
+};
+struct MutableRow {
+  void* data;
+  DType dtype;
+};
+
+ATTNRES_INLINE const void* row_at(const void* data, DType dtype, int64_t offset) {
+  return static_cast<const char*>(data) + offset * size_of(dtype);
+}
+ATTNRES_INLINE Row row(const ConstRows& rows, int64_t m) {
+  return {row_at(rows.data, rows.dtype, rows.offset(m)), rows.dtype};
+}
+ATTNRES_INLINE MutableRow row(const Rows& rows, int64_t m) {
+  return {const_cast<void*>(row_at(rows.data, rows.dtype, rows.offset(m))), rows.dtype};
+}
+
+// How a kernel reads and writes rows. `Uniform`: every row has storage type T, known when compiled. `Mixed`: each row's own
+// dtype is looked at once per vector, a branch that goes the same way for every token.
+template <typename Compute, typename T>
+struct Uniform {
+  using A = Compute;
+  ATTNRES_INLINE Vec<A> load(Row row, int64_t c) {
+    return cpu::load<A>(static_cast<const T*>(row.data) + c);
+  }
+  ATTNRES_INLINE Vec<A> load_tail(Row row, int64_t c, int64_t count) {
+    return cpu::load_tail<A>(static_cast<const T*>(row.data) + c, count);
+  }
+  ATTNRES_INLINE void store(MutableRow row, int64_t c, Vec<A> v) {
+    cpu::store<A>(static_cast<T*>(row.data) + c, v);
+  }
+  ATTNRES_INLINE void store_tail(MutableRow row, int64_t c, Vec<A> v, int64_t count) {
+    cpu::store_tail<A>(static_cast<T*>(row.data) + c, v, count);
+  }
+};
+
+template <typename A, typename F>
+ATTNRES_INLINE auto with_storage(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kFloat64:
+      // Only float64 computations meet float64 rows; this branch keeps the float instantiation compilable.
+      return f(static_cast<A*>(nullptr));
+    case DType::kBFloat16:
+      return f(static_cast<BFloat16*>(nullptr));
+    case DType::kFloat16:
+      return f(static_cast<Float16*>(nullptr));
+    case DType::kFloat32:
+      break;
+  }
+  return f(static_cast<float*>(nullptr));
+}
+
+template <typename Compute>
+struct Mixed {
+  using A = Compute;
+  ATTNRES_INLINE Vec<A> load(Row row, int64_t c) {
+    return with_storage<A>(row.dtype, [&]<typename T>(T*) __attribute__((always_inline)) {
+      return Uniform<A, T>::load(row, c);
+    });
+  }
+  ATTNRES_INLINE Vec<A> load_tail(Row row, int64_t c, int64_t count) {
+    return with_storage<A>(row.dtype, [&]<typename T>(T*) __attribute__((always_inline)) {
+      return Uniform<A, T>::load_tail(row, c, count);
+    });
+  }
+  ATTNRES_INLINE void store(MutableRow row, int64_t c, Vec<A> v) {
+    with_storage<A>(row.dtype, [&]<typename T>(T*) __attribute__((always_inline)) {
+      Uniform<A, T>::store(row, c, v);
+    });
+  }
+  ATTNRES_INLINE void store_tail(MutableRow row, int64_t c, Vec<A> v, int64_t count) {
+    with_storage<A>(row.dtype, [&]<typename T>(T*) __attribute__((always_inline)) {
+      Uniform<A, T>::store_tail(row, c, v, count);
+    });
+  }
+};
+
+// `kVectors` whole vectors from column c on, or the partial vector at the end of a row. Loops over a row are written once,
+// as a function of a tile.
+template <typename Access, int kVectors>
+struct WholeTile {
+  using A = typename Access::A;
+  static constexpr int kCount = kVectors;
+  int64_t c;
+
+  ATTNRES_INLINE int64_t step(int k) { return k * kLanes<A>; }
+  Vec<A> load(Row row, int k) const { return Access::load(row, c + step(k)); }
+  void store(MutableRow row, int k, Vec<A> v) const { Access::store(row, c + step(k), v); }
+  Vec<A> load(const A* p, int k) const { return cpu::load<A>(p + c + step(k)); }
+  void store(A* p, int k, Vec<A> v) const { cpu::store<A>(p + c + step(k), v); }
+};
+
+template <typename Access>
+struct TailTile {
+  using A = typename Access::A;
+  static constexpr int kCount = 1;
+  int64_t c;
+  int64_t count;
+
+  Vec<A> load(Row row, int) const { return Access::load_tail(row, c, count); }
+  void store(MutableRow row, int, Vec<A> v) const { Access::store_tail(row, c, v, count); }
+  Vec<A> load(const A* p, int) const { return cpu::load_tail<A>(p + c, count); }
+  void store(A* p, int, Vec<A> v) const { cpu::store_tail<A>(p + c, v, count); }
+};
+
+// f(tile) over all of a row of `hidden` values.
+template <typename Access, int kVectors, typename F>
+ATTNRES_INLINE void for_tiles(int64_t hidden, F&& f) {
+  using A = typename Access::A;
+  int64_t c = 0;
+  for (; c + kVectors * kLanes<A> <= hidden; c += kVectors * kLanes<A>) {
+    f(WholeTile<Access, kVectors>{c});
+  }
+  if constexpr (kVectors > 1) {
+    for (; c + kLanes<A> <= hidden; c += kLanes<A>) f(WholeTile<Access, 1>{c});
+  }
+  if (c < hidden) f(TailTile<Access>{c, hidden - c});
+}
+
+// A running dot product with several independent lanes of sums, so that additions do not wait for one another.
+template <typename A, int kVectors>
+struct Sum {
+  Vec<A> parts[kVectors] = {};
+  A total() const {
+    Vec<A> all = parts[0];
+    for (int k = 1; k < kVectors; ++k) all += parts[k];
+    return sum_lanes<A>(all);
+  }
+};
+
+constexpr int kUnroll = 4;
+
+// Scores are exponentiated once per row and source, so the C library's exp is fast enough and exact to an ulp.
+ATTNRES_INLINE float exponential(float x) { return __builtin_expf(x); }
+ATTNRES_INLINE double exponential(double x) { return __builtin_exp(x); }
+ATTNRES_INLINE float logarithm(float x) { return __builtin_logf(x); }
+ATTNRES_INLINE double logarithm(double x) { return __builtin_log(x); }
+ATTNRES_INLINE float square_root(float x) { return __builtin_sqrtf(x); }
+ATTNRES_INLINE double square_root(double x) { return __builtin_sqrt(x); }
+
+template <typename A>
+ATTNRES_INLINE A inverse_rms(A sum_of_squares, int64_t hidden, double eps) {
+  return A(1) / square_root(sum_of_squares / static_cast<A>(hidden) + static_cast<A>(eps));
+}
+
+// Softmax weights of `count` logits, and their log-sum-exp. NaN logits make NaN weights. Weights are divided by the sum
+// rather than taken from the rounded lse, whose last bit is worth 0.1 % of a weight when logits reach 1e4.
+template <typename A>
+ATTNRES_INLINE A softmax(const A* logits, A* weights, int count) {
+  A largest = logits[0];
+  for (int i = 1; i < count; ++i) {
+    if (!(logits[i] <= largest)) largest = logits[i];
+  }
+  A sum = 0;
+  for (int i = 0; i < count; ++i) {
+    weights[i] = exponential(logits[i] - largest);
+    sum += weights[i];
+  }
+  for (int i = 0; i < count; ++i) weights[i] /= sum;
+  return largest + logarithm(sum);
+}
+
+// Carves aligned arrays out of one block of memory that the caller owns.
+class Arena {
+ public:
+  explicit Arena(void* memory) : next_(static_cast<char*>(memory)) {}
+  template <typename T>
+  T* take(int64_t count) {
+    T* taken = reinterpret_cast<T*>(next_);
+    next_ += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+    return taken;
+  }
+  int64_t used(const void* memory) const { return next_ - static_cast<const char*>(memory); }
+
+ private:
+  char* next_;
+};
+
+}  // namespace
+}  // namespace attnres::cpu

@@ -1,0 +1,235 @@
+// Vectors of the instruction set that this translation unit is compiled for, on GCC's and Clang's vector extension.
+//
+// The kernels are compiled once per instruction set into one library. Everything here has internal linkage or is always
+// inlined, and nothing of the C++ library is instantiated: the linker merges equal inline functions, and must never hand
+// AVX-512 code to a machine without it.
+#pragma once
+
+#include <stdint.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "attnres/params.hpp"
+
+#define ATTNRES_INLINE static inline __attribute__((always_inline))
+
+namespace attnres::cpu {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+// Storage types. bf16 is its bit pattern; fp16 is the compiler's own type where there is one.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <DType kDType>
+struct StorageOf;
+template <>
+struct StorageOf<DType::kFloat32> {
+  using type = float;
+};
+template <>
+struct StorageOf<DType::kFloat64> {
+  using type = double;
+};
+template <>
+struct StorageOf<DType::kBFloat16> {
+  using type = BFloat16;
+};
+template <>
+struct StorageOf<DType::kFloat16> {
+  using type = Float16;
+};
+
+// A is the compute type, float or double.
+template <typename A>
+struct VectorType;
+template <>
+struct VectorType<float> {
+  typedef float type __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct VectorType<double> {
+  typedef double type __attribute__((vector_size(kVectorBytes)));
+};
+template <typename A>
+using Vec = typename VectorType<A>::type;
+template <typename A>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(A));
+
+template <typename T, int kCount>
+struct ArrayOf {
+  typedef T type __attribute__((vector_size(kCount * sizeof(T)), aligned(1), may_alias));
+};
+
+// One vector of `kLanes<A>` storage values at any alignment, converted to the compute type.
+template <typename A, typename T>
+struct Convert;
+
+template <typename A>
+struct Convert<A, A> {
+  using Packed = typename ArrayOf<A, kLanes<A>>::type;
+  ATTNRES_INLINE Vec<A> load(const A* p) { return *reinterpret_cast<const Packed*>(p); }
+  ATTNRES_INLINE void store(A* p, Vec<A> v) { *reinterpret_cast<Packed*>(p) = v; }
+};
+
+template <>
+struct Convert<double, float> {
+  using Packed = typename ArrayOf<float, kLanes<double>>::type;
+  ATTNRES_INLINE Vec<double> load(const float* p) {
+    return __builtin_convertvector(*reinterpret_cast<const Packed*>(p), Vec<double>);
+  }
+  ATTNRES_INLINE void store(float* p, Vec<double> v) {
+    *reinterpret_cast<Packed*>(p) = __builtin_convertvector(v, Packed);
+  }
+};
+
+template <>
+struct Convert<float, BFloat16> {
+  static constexpr int kCount = kLanes<float>;
+  using Packed = typename ArrayOf<uint16_t, kCount>::type;
+  typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t Signed __attribute__((vector_size(kVectorBytes)));
+
+  ATTNRES_INLINE Vec<float> load(const BFloat16* p) {
+    const Bits bits = __builtin_convertvector(*reinterpret_cast<const Packed*>(p), Bits) << 16;
+    return reinterpret_cast<Vec<float>>(bits);
+  }
+  ATTNRES_INLINE void store(BFloat16* p, Vec<float> v) {
+#if defined(__AVX512BF16__)
+    const __m256bh packed = _mm512_cvtneps_pbh(v);
+    __builtin_memcpy(p, &packed, sizeof(packed));
+#else
+    // Round to nearest, ties to even; a NaN would round to infinity and is made quiet instead.
+    const Bits bits = reinterpret_cast<Bits>(v);
+    const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const Bits quiet = (bits >> 16) | 0x40;
+    const Signed is_nan = v != v;
+    const Bits mask = reinterpret_cast<Bits>(is_nan);
+    const Bits chosen = (rounded & ~mask) | (quiet & mask);
+    *reinterpret_cast<Packed*>(p) = __builtin_convertvector(chosen, Packed);
+#endif
+  }
+};
+
+#if defined(__AVX512F__)
+template <>
+struct Convert<float, Float16> {
+  ATTNRES_INLINE Vec<float> load(const Float16* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  ATTNRES_INLINE void store(Float16* p, Vec<float> v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+};
+#elif defined(__F16C__)
+template <>
+struct Convert<float, Float16> {
+  ATTNRES_INLINE Vec<float> load(const Float16* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  ATTNRES_INLINE void store(Float16* p, Vec<float> v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+};
+#else
+template <>
+struct Convert<float, Float16> {
+  // One value at a time: the compiler calls its own conversion where the machine has none.
+  ATTNRES_INLINE Vec<float> load(const Float16* p) {
+    Vec<float> v;
+    for (int lane = 0; lane < kLanes<float>; ++lane) {
+      _Float16 value;
+      __builtin_memcpy(&value, p + lane, sizeof(value));
+      v[lane] = static_cast<float>(value);
+    }
+    return v;
+  }
+  ATTNRES_INLINE void store(Float16* p, Vec<float> v) {
+    for (int lane = 0; lane < kLanes<float>; ++lane) {
+      const _Float16 value = static_cast<_Float16>(v[lane]);
+      __builtin_memcpy(p + lane, &value, sizeof(value));
+    }
+  }
+};
+#endif
+
+// Half types in a float64 computation: rare (one fp64 source among bf16 ones), so one value at a time through float.
+template <typename T>
+struct ConvertThroughFloat {
+  ATTNRES_INLINE Vec<double> load(const T* p) {
+    T packed[kLanes<float>] = {};
+    __builtin_memcpy(packed, p, kLanes<double> * sizeof(T));
+    const Vec<float> wide = Convert<float, T>::load(packed);
+    Vec<double> v;
+    for (int lane = 0; lane < kLanes<double>; ++lane) v[lane] = static_cast<double>(wide[lane]);
+    return v;
+  }
+  ATTNRES_INLINE void store(T* p, Vec<double> v) {
+    Vec<float> wide = {};
+    for (int lane = 0; lane < kLanes<double>; ++lane) wide[lane] = static_cast<float>(v[lane]);
+    T packed[kLanes<float>];
+    Convert<float, T>::store(packed, wide);
+    __builtin_memcpy(p, packed, kLanes<double> * sizeof(T));
+  }
+};
+template <>
+struct Convert<double, BFloat16> : ConvertThroughFloat<BFloat16> {};
+template <>
+struct Convert<double, Float16> : ConvertThroughFloat<Float16> {};
+
+template <typename A, typename T>
+ATTNRES_INLINE Vec<A> load(const T* p) {
+  return Convert<A, T>::load(p);
+}
+template <typename A, typename T>
+ATTNRES_INLINE void store(T* p, Vec<A> v) {
+  Convert<A, T>::store(p, v);
+}
+
+// The first `count` < kLanes values of a row's end; the others read as zero and are not written.
+template <typename A, typename T>
+ATTNRES_INLINE Vec<A> load_tail(const T* p, int64_t count) {
+  T padded[kLanes<A>] = {};
+  __builtin_memcpy(padded, p, count * sizeof(T));
+  return Convert<A, T>::load(padded);
+}
+template <typename A, typename T>
+ATTNRES_INLINE void store_tail(T* p, Vec<A> v, int64_t count) {
+  T padded[kLanes<A>];
+  Convert<A, T>::store(padded, v);
+  __builtin_memcpy(p, padded, count * sizeof(T));
+}
+
+template <typename A>
+ATTNRES_INLINE Vec<A> broadcast(A value) {
+  return Vec<A>{} + value;
+}
+
+// Adds lanes pairwise: the rounding error grows with the logarithm of the width.
+template <typename A>
+ATTNRES_INLINE A sum_lanes(Vec<A> v) {
+  A lanes[kLanes<A>];
+  __builtin_memcpy(lanes, &v, sizeof(v));
+  for (int width = kLanes<A> / 2; width > 0; width /= 2) {
+    for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
+  }
+  return lanes[0];
+}
+
+}  // namespace
+}  // namespace attnres::cpu

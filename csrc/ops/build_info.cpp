@@ -1,0 +1,27 @@
+// What this library holds and what it chose to run on this machine.
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+
+#include "attnres/build_info.hpp"
+
+namespace attnres::ops {
+namespace {
+
+std::string cpu_instruction_set() { return attnres::cpu_instruction_set(); }
+std::string cuda_architectures() { return ATTNRES_CUDA_ARCHITECTURES; }
+
+STABLE_TORCH_LIBRARY_FRAGMENT(attnres, m) {
+  // "baseline", "avx2" or "avx512".
+  m.def("cpu_instruction_set() -> str");
+  // Architectures with kernels inside, such as "80;90"; empty in a build without CUDA.
+  m.def("cuda_architectures() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(attnres, CompositeExplicitAutograd, m) {
+  m.impl("cpu_instruction_set", TORCH_BOX(&cpu_instruction_set));
+  m.impl("cuda_architectures", TORCH_BOX(&cuda_architectures));
+}
+
+}  // namespace
+}  // namespace attnres::ops

@@ -1,0 +1,158 @@
+#include "tensors.hpp"
+
+namespace attnres::ops {
+namespace {
+
+int32_t dtype_code(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return aoti_torch_dtype_float64();
+    case DType::kBFloat16:
+      return aoti_torch_dtype_bfloat16();
+    case DType::kFloat16:
+      return aoti_torch_dtype_float16();
+    case DType::kFloat32:
+      break;
+  }
+  return aoti_torch_dtype_float32();
+}
+
+template <typename R>
+std::optional<R> try_rows(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  const auto strides = tensor.strides();
+  const int64_t dims = static_cast<int64_t>(sizes.size());
+  if (sizes[dims - 1] > 1 && strides[dims - 1] != 1) return std::nullopt;
+  // Merge leading dimensions from the inside out, as long as each continues the one inside it.
+  int64_t merged_sizes[2] = {1, 1};
+  int64_t merged_strides[2] = {0, 0};
+  int level = -1;
+  for (int64_t d = dims - 2; d >= 0; --d) {
+    if (sizes[d] == 1) continue;
+    if (level >= 0 && strides[d] == merged_strides[level] * merged_sizes[level]) {
+      merged_sizes[level] *= sizes[d];
+      continue;
+    }
+    if (++level == 2) return std::nullopt;
+    merged_sizes[level] = sizes[d];
+    merged_strides[level] = strides[d];
+  }
+  R rows;
+  rows.inner = merged_sizes[0] > 0 ? merged_sizes[0] : 1;
+  rows.inner_stride = merged_strides[0];
+  rows.outer_stride = merged_strides[1];
+  rows.dtype = dtype_of(tensor);
+  if constexpr (std::is_same_v<R, Rows>) {
+    rows.data = tensor.mutable_data_ptr();
+  } else {
+    rows.data = tensor.const_data_ptr();
+  }
+  return rows;
+}
+
+}  // namespace
+
+const Backend& backend_of(const Tensor& tensor) { return tensor.is_cuda() ? cuda_backend() : cpu_backend(); }
+
+DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double:
+      return DType::kFloat64;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    default:
+      return DType::kFloat32;
+  }
+}
+
+ScalarType scalar_type_of(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return ScalarType::Double;
+    case DType::kBFloat16:
+      return ScalarType::BFloat16;
+    case DType::kFloat16:
+      return ScalarType::Half;
+    case DType::kFloat32:
+      break;
+  }
+  return ScalarType::Float;
+}
+
+DType promote(DType a, DType b) {
+  if (a == b) return a;
+  return compute_dtype(a, b);
+}
+
+DType compute_dtype(DType a, DType b) {
+  return a == DType::kFloat64 || b == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+}
+
+Shape shape_of(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  return Shape(sizes.begin(), sizes.end());
+}
+
+int64_t num_rows(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  int64_t rows = 1;
+  for (size_t d = 0; d + 1 < sizes.size(); ++d) rows *= sizes[d];
+  return rows;
+}
+
+// The C entry point costs a third of the dispatched one.
+Tensor empty(const Shape& shape, DType dtype, const Tensor& like) {
+  constexpr size_t kMaxDims = 64;
+  int64_t strides[kMaxDims];
+  STD_TORCH_CHECK(shape.size() <= kMaxDims, "attnres: tensors have at most ", kMaxDims, " dimensions, got ", shape.size());
+  int64_t stride = 1;
+  for (size_t d = shape.size(); d-- > 0;) {
+    strides[d] = stride;
+    stride *= shape[d] > 0 ? shape[d] : 1;
+  }
+  int32_t device_type = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  const int32_t device_index = device_type == aoti_torch_device_type_cpu() ? 0 : like.get_device_index();
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides,
+                                                  dtype_code(dtype), device_type, device_index, &handle));
+  return Tensor(handle);
+}
+
+Tensor nothing(DType dtype, const Tensor& like) { return empty({0}, dtype, like); }
+
+void fill_zero(Tensor& tensor) { torch::stable::zero_(tensor); }
+
+Rows rows_of_new(const Tensor& contiguous) { return *try_rows<Rows>(contiguous); }
+
+std::optional<Rows> addressable_rows(const Tensor& tensor) { return try_rows<Rows>(tensor); }
+
+const Tensor& Inputs::keep(Tensor tensor) { return kept_.emplace_back(std::move(tensor)); }
+
+ConstRows Inputs::rows(const Tensor& tensor) {
+  if (auto rows = try_rows<ConstRows>(tensor)) return *rows;
+  return *try_rows<ConstRows>(keep(torch::stable::contiguous(tensor)));
+}
+
+ConstVector Inputs::vector(const Tensor& tensor) {
+  const Tensor& values = tensor.is_contiguous() ? tensor : keep(torch::stable::contiguous(tensor));
+  return {values.const_data_ptr(), dtype_of(values)};
+}
+
+ConstVector Inputs::vector(const OptionalTensor& tensor) {
+  return tensor.has_value() ? vector(*tensor) : ConstVector{};
+}
+
+const void* Inputs::values(const Tensor& tensor, DType dtype) {
+  const bool as_is = tensor.is_contiguous() && dtype_of(tensor) == dtype;
+  if (as_is) return tensor.const_data_ptr();
+  return keep(torch::stable::contiguous(torch::stable::to(tensor, scalar_type_of(dtype)))).const_data_ptr();
+}
+
+const void* Inputs::values(const OptionalTensor& tensor, DType dtype) {
+  return tensor.has_value() ? values(*tensor, dtype) : nullptr;
+}
+
+}  // namespace attnres::ops
