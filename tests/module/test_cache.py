@@ -1,11 +1,13 @@
 """BlockCache: the operators' definition in place, and the state that reads through it."""
 
+import copy
+
 import pytest
 import torch
 from attnres_ext import reference
 from attnres_ext.cache import BlockCache
 
-from tests.module.naive_residual import Toy
+from tests.module.naive_residual import Toy, assert_as_exact_as_plain_pytorch
 from tests.module.test_residual import MODES, D, embed, toy
 
 
@@ -23,17 +25,20 @@ def _no_grad():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_cached_state_equals_the_training_state(options, dtype):
     model = toy(**options).to(dtype)
-    model.residual.float()
+    exact = copy.deepcopy(model).double()
     cache = model.residual.new_cache((2, 3), dtype=dtype)
     x = embed(2, 3, dtype=dtype)
-    expected = model(x)
-    # Both round at the same points; only 1/rms, kept in float32, may differ by a rounding.
-    tolerance = 1e-5 if dtype == torch.float64 else 4 * torch.finfo(dtype).eps
+    expected, naive = exact.naive(x.double()), model.naive(x)
     for _ in range(2):  # the memory is used again
         out = model(x, cache=cache)
         assert out.dtype == dtype
         assert out.shape == x.shape
-        torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
+        if dtype == torch.float64:
+            # The cache keeps 1/rms in float32, whatever the dtype of the slots.
+            torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+        else:
+            assert_as_exact_as_plain_pytorch([out], [naive], [expected])
+            assert_as_exact_as_plain_pytorch([model(x)], [naive], [expected])
 
 
 @pytest.mark.parametrize("options", MODES)

@@ -5,7 +5,7 @@ import torch
 from attnres_ext.residual import AttentionResiduals
 from torch import nn
 
-from tests.module.naive_residual import Toy, gradients
+from tests.module.naive_residual import Toy, assert_as_exact_as_plain_pytorch, gradients
 
 D = 12
 
@@ -108,18 +108,10 @@ def test_float32_two_phases_equal_single_pass(two_phase):
     )
     naive_out, naive_grads = gradients(model, embed(2, 9, dtype=torch.float32), model.naive)
 
-    def error(actual, expected):
-        # Over everything at once: single entries of single gradients are a matter of luck.
-        pairs = zip(actual, expected, strict=True)
-        return sum((a.double() - e).square().sum() for a, e in pairs).sqrt()
-
-    def check(actual, naive, expected):
-        size = error([torch.zeros(())] * len(expected), expected)
-        rounding = torch.finfo(torch.float32).eps * size
-        assert error(actual, expected) <= 2 * error(naive, expected) + rounding
-
-    check([out], [naive_out], [expected_out])
-    check(*([*values.values()] for values in (grads, naive_grads, expected_grads)))
+    assert_as_exact_as_plain_pytorch([out], [naive_out], [expected_out])
+    assert_as_exact_as_plain_pytorch(
+        *([*values.values()] for values in (grads, naive_grads, expected_grads))
+    )
 
 
 def test_fresh_queries_read_plain_averages():
