@@ -17,18 +17,39 @@ RESIDUAL_MODES = ("standard", "block", "full")
 
 # Keys of public configuration files that say nothing about the computation here.
 _IGNORED_KEYS = frozenset(
-    ["_name_or_path", "architectures", "attn_implementation", "auto_map", "bos_token_id", "dtype"]
-    + ["eos_token_id", "head_dim", "model_type", "num_key_value_heads", "num_nextn_predict_layers"]
-    + ["pad_token_id", "rope_parameters", "rope_scaling", "rope_theta", "torch_dtype"]
-    + ["transformers_version", "use_cache", "use_grouped_topk"]
+    (
+        "_name_or_path",
+        "architectures",
+        "attn_implementation",
+        "auto_map",
+        "bos_token_id",
+        "dtype",
+        "eos_token_id",
+        "head_dim",
+        "model_type",
+        "num_key_value_heads",
+        "num_nextn_predict_layers",
+        "pad_token_id",
+        "rope_parameters",
+        "rope_scaling",
+        "rope_theta",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+        "use_grouped_topk",
+    )
 )
-_SIZES = [
+_SIZES = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
     "num_hidden_layers",
     "num_attention_heads",
-] + ["kv_lora_rank", "qk_nope_head_dim", "v_head_dim", "model_max_length"]
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "v_head_dim",
+    "model_max_length",
+)
 # Fields with one supported value: the architecture's other branches are not built.
 _FIXED = {
     "hidden_act": "silu",

@@ -16,6 +16,7 @@ from attnres_ext.models.kimi_linear.delta_rule import (
     chunk_gated_delta_rule,
     recurrent_gated_delta_rule,
 )
+from attnres_ext.models.kimi_linear.linear import Linear
 
 __all__ = ["KimiDeltaAttention", "KimiDeltaState"]
 
@@ -77,24 +78,24 @@ class KimiDeltaAttention(nn.Module):
             linear.head_dim,
             linear.num_heads * linear.head_dim,
         )
-        self.q_proj = nn.Linear(hidden, channels, bias=False)
-        self.k_proj = nn.Linear(hidden, channels, bias=False)
-        self.v_proj = nn.Linear(hidden, channels, bias=False)
+        self.q_proj = Linear(hidden, channels)
+        self.k_proj = Linear(hidden, channels)
+        self.v_proj = Linear(hidden, channels)
         self.q_conv1d = ShortConvolution(channels, self.taps)
         self.k_conv1d = ShortConvolution(channels, self.taps)
         self.v_conv1d = ShortConvolution(channels, self.taps)
         self.A_log = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32))
-        self.f_a_proj = nn.Linear(hidden, rank, bias=False)
-        self.f_b_proj = nn.Linear(rank, channels, bias=False)
+        self.f_a_proj = Linear(hidden, rank)
+        self.f_b_proj = Linear(rank, channels)
         self.dt_bias = nn.Parameter(torch.empty(channels, dtype=torch.float32))
-        self.b_proj = nn.Linear(hidden, self.num_heads, bias=False)
+        self.b_proj = Linear(hidden, self.num_heads)
         if linear.use_full_rank_gate:
-            self.g_proj = nn.Linear(hidden, channels, bias=False)
+            self.g_proj = Linear(hidden, channels)
         else:
-            self.g_a_proj = nn.Linear(hidden, rank, bias=False)
-            self.g_b_proj = nn.Linear(rank, channels, bias=False)
+            self.g_a_proj = Linear(hidden, rank)
+            self.g_b_proj = Linear(rank, channels)
         self.o_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
-        self.o_proj = nn.Linear(channels, hidden, bias=False)
+        self.o_proj = Linear(channels, hidden)
 
     def reset_parameters(self) -> None:
         """Initialises what is no matrix: decay rates ``A`` in (1, 16) and time steps in (1e-3,

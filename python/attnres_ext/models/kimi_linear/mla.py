@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnres_ext.models.kimi_linear.configuration import KimiLinearConfig
+from attnres_ext.models.kimi_linear.linear import Linear
 
 __all__ = ["KimiLatentState", "KimiMLAAttention"]
 
@@ -65,21 +66,17 @@ class KimiMLAAttention(nn.Module):
         self.scale = (self.nope_dim + self.rope_dim) ** -0.5
         query_channels = self.num_heads * (self.nope_dim + self.rope_dim)
         if config.q_lora_rank is None:
-            self.q_proj = nn.Linear(config.hidden_size, query_channels, bias=False)
+            self.q_proj = Linear(config.hidden_size, query_channels)
         else:
-            self.q_a_proj = nn.Linear(config.hidden_size, config.q_lora_rank, bias=False)
+            self.q_a_proj = Linear(config.hidden_size, config.q_lora_rank)
             self.q_a_layernorm = nn.RMSNorm(config.q_lora_rank, eps=_LATENT_NORM_EPS)
-            self.q_b_proj = nn.Linear(config.q_lora_rank, query_channels, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(
-            config.hidden_size, self.rank + self.rope_dim, bias=False
-        )
+            self.q_b_proj = Linear(config.q_lora_rank, query_channels)
+        self.kv_a_proj_with_mqa = Linear(config.hidden_size, self.rank + self.rope_dim)
         self.kv_a_layernorm = nn.RMSNorm(self.rank, eps=_LATENT_NORM_EPS)
-        self.kv_b_proj = nn.Linear(
-            self.rank, self.num_heads * (self.nope_dim + self.value_dim), bias=False
-        )
+        self.kv_b_proj = Linear(self.rank, self.num_heads * (self.nope_dim + self.value_dim))
         if config.mla_use_output_gate:
-            self.g_proj = nn.Linear(config.hidden_size, self.num_heads * self.value_dim, bias=False)
-        self.o_proj = nn.Linear(self.num_heads * self.value_dim, config.hidden_size, bias=False)
+            self.g_proj = Linear(config.hidden_size, self.num_heads * self.value_dim)
+        self.o_proj = Linear(self.num_heads * self.value_dim, config.hidden_size)
 
     def new_state(
         self, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from attnres_ext.cache import BlockCache
 from attnres_ext.models.kimi_linear.configuration import KimiLinearConfig
 from attnres_ext.models.kimi_linear.kda import KimiDeltaAttention, KimiDeltaState
+from attnres_ext.models.kimi_linear.linear import Linear
 from attnres_ext.models.kimi_linear.mla import KimiLatentState, KimiMLAAttention
 from attnres_ext.models.kimi_linear.moe import KimiMLP, KimiRouter, KimiSparseMoE
 from attnres_ext.residual import AttentionResiduals
@@ -149,7 +150,7 @@ class KimiLinearForCausalLM(nn.Module):
         super().__init__()
         self.config = config.validate()
         self.model = KimiLinearModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.reset_parameters()
@@ -163,6 +164,8 @@ class KimiLinearForCausalLM(nn.Module):
         """Matrices from N(0, initializer_range), gains 1, pseudo-queries 0; KDA's decays as its
         report has them.
         """
+        if self.lm_head.weight.is_meta:
+            return
         deviation = self.config.initializer_range
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding | KimiRouter):

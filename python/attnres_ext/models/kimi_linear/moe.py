@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnres_ext.models.kimi_linear.configuration import KimiLinearConfig
+from attnres_ext.models.kimi_linear.linear import Linear
 
 __all__ = ["KimiMLP", "KimiRouter", "KimiSparseMoE"]
 
@@ -18,9 +19,9 @@ class KimiMLP(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.gate_proj = Linear(hidden_size, intermediate_size)
+        self.up_proj = Linear(hidden_size, intermediate_size)
+        self.down_proj = Linear(intermediate_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """Applies the network to each token of ``x`` ``[..., D]``."""
@@ -34,9 +35,9 @@ class KimiExpert(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
-        self.w1 = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.w2 = nn.Linear(intermediate_size, hidden_size, bias=False)
-        self.w3 = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.w1 = Linear(hidden_size, intermediate_size)
+        self.w2 = Linear(intermediate_size, hidden_size)
+        self.w3 = Linear(hidden_size, intermediate_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """Applies the network to each token of ``x`` ``[M, D]``."""

@@ -1,0 +1,126 @@
+"""Configurations: presets, public files, and sentences for mistakes."""
+
+import json
+import re
+
+import pytest
+import torch
+from attnres_ext.models.kimi_linear import (
+    KimiLinearConfig,
+    KimiLinearForCausalLM,
+    preset_names,
+    presets,
+)
+
+
+def test_presets_are_valid_and_round_trip(tmp_path):
+    assert preset_names() == ("tiny", "demo", "small", "48b")
+    for name in preset_names():
+        config = presets(name)
+        assert KimiLinearConfig.from_dict(config.to_dict()) == config
+        (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+        assert KimiLinearConfig.from_json(tmp_path) == config
+        assert KimiLinearConfig.from_json(tmp_path / "config.json") == config
+        for mode in ("standard", "full"):
+            assert presets(name, residual=mode).residual == mode
+
+
+def test_three_kda_layers_to_one_of_full_attention():
+    for name in ("tiny", "demo", "small"):
+        config = presets(name)
+        for index in range(config.num_hidden_layers):
+            assert config.is_kda_layer(index) == ((index + 1) % 4 != 0)
+
+
+def test_the_48b_preset_is_a_model_of_48_billion_parameters():
+    with torch.device("meta"):
+        model = KimiLinearForCausalLM(presets("48b"))
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert abs(total / 48e9 - 1) < 0.03
+    config = model.config
+    expert = 3 * config.hidden_size * config.moe_intermediate_size
+    idle = (config.num_experts - config.num_experts_per_token) * expert
+    active = total - idle * (config.num_hidden_layers - config.first_k_dense_replace)
+    assert abs(active / 3e9 - 1) < 0.2
+    # One query and one key gain for each of 54 sublayers and the output.
+    assert sum(p.numel() for p in model.residual.parameters()) == 55 * 2 * 2304
+    assert model.residual.num_blocks == 9
+    assert sum(config.is_kda_layer(index) for index in range(27)) == 20
+
+
+def test_a_public_configuration_file_is_read_as_it_is():
+    values = presets("tiny").to_dict()
+    del values["residual"], values["sublayers_per_block"]
+    del values["linear_attn_config"]["chunk_size"]
+    public = {
+        **values,
+        "architectures": ["KimiLinearForCausalLM"],
+        "hidden_act": "silu",
+        "mla_use_nope": True,
+        "moe_layer_freq": 1,
+        "moe_router_activation_func": "sigmoid",
+        "num_expert_group": 1,
+        "num_key_value_heads": 2,
+        "rope_scaling": None,
+        "rope_theta": 10000.0,
+        "topk_group": 1,
+        "torch_dtype": "bfloat16",
+    }
+    config = KimiLinearConfig.from_dict(public)
+    assert config.residual == "standard"
+    # Kimi K3 counts decoder layers of two sublayers each.
+    config = KimiLinearConfig.from_dict({**public, "attn_res_block_size": 2})
+    assert (config.residual, config.sublayers_per_block) == ("block", 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"hidden_size": 0}, "hidden_size is 0; it must be a positive integer"),
+        ({"vocab_size": 2.5}, "vocab_size is 2.5; it must be a positive integer"),
+        ({"hiden_size": 8}, "hiden_size is not a known field; did you mean hidden_size?"),
+        ({"num_hidden_layers": 5}, "must together name each of the layers 1 to 5"),
+        ({"num_experts_per_token": 5}, "it must lie between 1 and num_experts = 4"),
+        ({"moe_intermediate_size": None}, "moe_intermediate_size is None"),
+        ({"residual": "deep"}, "residual is 'deep'; it must be one of standard, block, full"),
+        ({"sublayers_per_block": 9}, "it must lie between 1 and the 8 sublayers of the model"),
+        ({"sublayers_per_block": None}, "sublayers_per_block is None"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only 'silu' is supported"),
+        ({"linear_attn_config": None}, "it must be an object with kda_layers"),
+        ({"linear_attn_config": {"num_heads": 2}}, "linear_attn_config.kda_layers"),
+        ({"rms_norm_eps": 0.0}, "rms_norm_eps is 0.0; it must be positive"),
+        ({"qk_rope_head_dim": -1}, "it must be an integer of at least 0"),
+        ({"num_shared_experts": -1}, "neither may be negative"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else str(value),
+)
+def test_mistakes_give_sentences(changes, sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        presets("tiny", **changes)
+
+
+def test_mistakes_in_linear_attn_config_give_sentences():
+    linear = presets("tiny").to_dict()["linear_attn_config"]
+    for name, value, sentence in (
+        ("chunk_size", 24, "chunk_size is 24; it must be a power of two"),
+        ("gate_lower_bound", 5.0, "gate_lower_bound is 5.0; a log-decay's lower bound"),
+        ("kda_layers", [0, 1, 2], "must together name each of the layers 1 to 4"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(sentence)):
+            presets("tiny", linear_attn_config={**linear, name: value})
+
+
+def test_all_mistakes_are_named_at_once():
+    with pytest.raises(ValueError, match=r"hidden_size is -1.*residual is 'none'"):
+        presets("tiny", hidden_size=-1, residual="none")
+
+
+def test_an_unknown_preset_and_a_broken_file_give_sentences(tmp_path):
+    with pytest.raises(ValueError, match="no preset named 'huge'; there are tiny, demo"):
+        presets("huge")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="is not JSON"):
+        KimiLinearConfig.from_json(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="must be a JSON object"):
+        KimiLinearConfig.from_json(tmp_path)

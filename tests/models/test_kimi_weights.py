@@ -1,0 +1,208 @@
+"""Weights on disk: public names, round trips, and complete reports of what does not fit."""
+
+import json
+import re
+
+import pytest
+import torch
+from attnres_ext.models.kimi_linear import (
+    KimiLinearForCausalLM,
+    load_model,
+    load_weights,
+    presets,
+    save_weights,
+)
+from safetensors.torch import load_file, save_file
+
+
+def make_model(seed=0, **changes):
+    torch.manual_seed(seed)
+    model = KimiLinearForCausalLM(presets("tiny", **changes))
+    with torch.no_grad():
+        for parameter in model.residual.parameters():
+            parameter.normal_()
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_()
+    return model
+
+
+def assert_same(first, second):
+    first, second = first.state_dict(), second.state_dict()
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+KDA_NAMES = [
+    "A_log",
+    "b_proj.weight",
+    "dt_bias",
+    "f_a_proj.weight",
+    "f_b_proj.weight",
+    "g_a_proj.weight",
+    "g_b_proj.weight",
+    "k_conv1d.weight",
+    "k_proj.weight",
+    "o_norm.weight",
+    "o_proj.weight",
+    "q_conv1d.weight",
+    "q_proj.weight",
+    "v_conv1d.weight",
+    "v_proj.weight",
+]
+MLA_NAMES = [
+    "kv_a_layernorm.weight",
+    "kv_a_proj_with_mqa.weight",
+    "kv_b_proj.weight",
+    "o_proj.weight",
+    "q_proj.weight",
+]
+LAYER_NAMES = [
+    "input_layernorm.weight",
+    "post_attention_layernorm.weight",
+    "self_attention_res_norm.weight",
+    "self_attention_res_proj.weight",
+    "mlp_res_norm.weight",
+    "mlp_res_proj.weight",
+]
+MOE_NAMES = [
+    "gate.weight",
+    "gate.e_score_correction_bias",
+    *(f"experts.{expert}.w{number}.weight" for expert in range(4) for number in (1, 2, 3)),
+    *(f"shared_experts.{name}_proj.weight" for name in ("gate", "up", "down")),
+]
+
+
+def public_names():
+    names = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+    names |= {f"model.output_attn_res_{name}.weight" for name in ("norm", "proj")}
+    for layer in range(4):
+        attention = MLA_NAMES if layer == 3 else KDA_NAMES
+        names |= {f"model.layers.{layer}.self_attn.{name}" for name in attention}
+        names |= {f"model.layers.{layer}.{name}" for name in LAYER_NAMES}
+        if layer == 0:
+            names |= {f"model.layers.0.mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
+        else:
+            names |= {f"model.layers.{layer}.block_sparse_moe.{name}" for name in MOE_NAMES}
+    return names
+
+
+@pytest.mark.parametrize("mode", ["block", "full"])
+def test_files_carry_the_public_names_and_shapes(tmp_path, mode):
+    model = make_model(residual=mode)
+    path = save_weights(model, tmp_path)
+    tensors = load_file(path)
+    assert tensors.keys() == public_names()
+    layer = "model.layers.2"
+    residual = model.residual
+    proj = tensors[f"{layer}.mlp_res_proj.weight"]
+    assert torch.equal(proj, residual.queries[5].detach().unsqueeze(0))
+    norm = tensors[f"{layer}.self_attention_res_norm.weight"]
+    assert torch.equal(norm, residual.key_weights[4])
+    assert torch.equal(tensors["model.output_attn_res_proj.weight"][0], residual.queries[8])
+    assert tensors[f"{layer}.self_attn.q_conv1d.weight"].shape == (16, 1, 4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"residual": "standard"},
+        {"residual": "block"},
+        {"residual": "full", "q_lora_rank": 6, "mla_use_output_gate": True},
+        {"tie_word_embeddings": True},
+    ],
+    ids=str,
+)
+def test_round_trip(tmp_path, changes):
+    model = make_model(**changes)
+    save_weights(model, tmp_path / "deep" / "folder")
+    other = load_model(tmp_path / "deep" / "folder")
+    assert other.config == model.config
+    assert_same(model, other)
+    other = make_model(seed=1, **changes)
+    load_weights(other, tmp_path / "deep" / "folder" / "model.safetensors")
+    assert_same(model, other)
+
+
+def test_the_state_dict_round_trips_in_memory():
+    model, other = make_model(), make_model(seed=1)
+    other.load_state_dict(model.state_dict())
+    assert_same(model, other)
+
+
+def test_public_variants_are_read(tmp_path):
+    """Kimi Linear's A_log has four dimensions; Kimi K3 pads it and nests the model in another."""
+    model = make_model()
+    tensors = load_file(save_weights(model, tmp_path))
+    heads = model.config.linear_attn_config.num_heads
+    public = {}
+    for name, tensor in tensors.items():
+        if name.endswith("layers.0.self_attn.A_log"):
+            tensor = tensor.view(1, 1, heads, 1)
+        elif name.endswith(".A_log"):
+            tensor = torch.cat([tensor, torch.full((7,), float("nan"))])
+        elif name.endswith("mlp_res_proj.weight"):
+            tensor = tensor[0]
+        public[f"language_model.{name}"] = tensor.contiguous()
+    save_file(public, tmp_path / "public.safetensors")
+    other = make_model(seed=1)
+    load_weights(other, tmp_path / "public.safetensors")
+    assert_same(model, other)
+
+
+def test_sharded_checkpoints_are_read(tmp_path):
+    model = make_model()
+    tensors = load_file(save_weights(model, tmp_path))
+    (tmp_path / "model.safetensors").unlink()
+    names = sorted(tensors)
+    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, part in shards.items():
+        save_file({name: tensors[name] for name in part}, tmp_path / file)
+    weight_map = {name: file for file, part in shards.items() for name in part}
+    index = {"metadata": {}, "weight_map": weight_map}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert_same(model, load_model(tmp_path))
+
+
+def test_everything_that_does_not_fit_is_named_before_anything_is_loaded(tmp_path):
+    tensors = load_file(save_weights(make_model(), tmp_path))
+    del tensors["model.norm.weight"], tensors["model.layers.1.self_attn.b_proj.weight"]
+    tensors["model.layers.9.mlp.up_proj.weight"] = torch.zeros(2)
+    tensors["lm_head.weight"] = tensors["lm_head.weight"][:100].clone()
+    tensors["model.output_attn_res_proj.weight"] = torch.zeros(2, 32)
+    save_file(tensors, tmp_path / "broken.safetensors")
+    model = make_model(seed=1)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match="do not fit this model; nothing was loaded") as caught:
+        load_weights(model, tmp_path / "broken.safetensors")
+    message = str(caught.value)
+    assert "2 missing: model.layers.1.self_attn.b_proj.weight, model.norm.weight" in message
+    assert "1 unexpected: model.layers.9.mlp.up_proj.weight" in message
+    assert "lm_head.weight is [100, 32], the model has [256, 32]" in message
+    assert re.search(r"output_attn_res_proj.weight is \[2, 32\], the model has \[1, 32\]", message)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    path = save_weights(make_model(), tmp_path)
+    before = path.read_bytes()
+
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("attnres_ext.models.kimi_linear.weights.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_weights(make_model(seed=1), tmp_path)
+    assert path.read_bytes() == before
+    assert {file.name for file in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+
+
+def test_missing_files_and_meta_models_give_sentences(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no weights at"):
+        load_weights(make_model(), tmp_path)
+    with torch.device("meta"):
+        model = KimiLinearForCausalLM(presets("tiny"))
+    with pytest.raises(ValueError, match="on the meta device"):
+        load_weights(model, tmp_path)
