@@ -1,4 +1,4 @@
-"""The gated delta rule: chunkwise and recurrent form against a plain float64 loop, values and gradients."""
+"""The gated delta rule: both forms against a plain float64 loop, values and gradients."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def make_inputs(tokens, *, key_dim=8, value_dim=6, heads=2, batch=2, decay=1.0, 
 
 
 def by_definition(q, k, v, g, beta, state):
-    """S_t = (I - beta k k^T) Diag(e^g) S_{t-1} + beta k v^T; o_t = S_t^T q_t / sqrt(K), one head at a time."""
+    """S_t = (I - beta k k^T) Diag(e^g) S_{t-1} + beta k v^T; o_t = S_t^T q_t / sqrt(K)."""
     out = torch.empty_like(v)
     states = torch.empty_like(state)
     for b in range(q.shape[0]):
@@ -80,7 +80,7 @@ def test_gradcheck():
 
 @pytest.mark.parametrize("decay", [1.0, 100.0, 1e4])
 def test_strong_and_uneven_decay_neither_overflows_nor_loses_accuracy(decay):
-    """A channel that forgets e^-decay at one token and nothing at the others: exp(-cumsum) would overflow."""
+    """Channels that forget e^-decay at one token and nothing at others: exp(-sum) overflows."""
     inputs = make_inputs(64)
     g = torch.zeros_like(inputs[3])
     g[:, 3::7] = -decay

@@ -34,37 +34,24 @@ def assert_same(first, second):
         assert torch.equal(tensor, second[name]), name
 
 
+KDA_MATRICES = ("q", "k", "v", "o", "b", "f_a", "f_b", "g_a", "g_b")
 KDA_NAMES = [
     "A_log",
-    "b_proj.weight",
     "dt_bias",
-    "f_a_proj.weight",
-    "f_b_proj.weight",
-    "g_a_proj.weight",
-    "g_b_proj.weight",
-    "k_conv1d.weight",
-    "k_proj.weight",
     "o_norm.weight",
-    "o_proj.weight",
-    "q_conv1d.weight",
-    "q_proj.weight",
-    "v_conv1d.weight",
-    "v_proj.weight",
+    *(f"{name}_conv1d.weight" for name in "qkv"),
+    *(f"{name}_proj.weight" for name in KDA_MATRICES),
 ]
-MLA_NAMES = [
-    "kv_a_layernorm.weight",
-    "kv_a_proj_with_mqa.weight",
-    "kv_b_proj.weight",
-    "o_proj.weight",
-    "q_proj.weight",
-]
+MLA_MATRICES = ("q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+MLA_NAMES = [f"{name}.weight" for name in (*MLA_MATRICES, "kv_a_layernorm")]
 LAYER_NAMES = [
     "input_layernorm.weight",
     "post_attention_layernorm.weight",
-    "self_attention_res_norm.weight",
-    "self_attention_res_proj.weight",
-    "mlp_res_norm.weight",
-    "mlp_res_proj.weight",
+    *(
+        f"{site}_res_{name}.weight"
+        for site in ("self_attention", "mlp")
+        for name in ("norm", "proj")
+    ),
 ]
 MOE_NAMES = [
     "gate.weight",
