@@ -25,11 +25,11 @@ std::string compiler() {
 #endif
 }
 
-// "80-real;90-real" -> ("80-real", "90-real")
+// "80,90" -> ("80", "90")
 pybind11::tuple cuda_archs() {
   pybind11::list archs;
   std::istringstream stream(ATTNRES_CUDA_ARCHS);
-  for (std::string arch; std::getline(stream, arch, ';');) {
+  for (std::string arch; std::getline(stream, arch, ',');) {
     if (!arch.empty()) archs.append(arch);
   }
   return pybind11::tuple(archs);

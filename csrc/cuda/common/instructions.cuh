@@ -1,0 +1,120 @@
+// Every instruction that C++ has no word for, each behind a name. Kernel bodies use these names
+// only; tests/simt gives the same names to a CPU, and that is how a body is checked where there is
+// no GPU.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace attnres::cuda {
+
+// Where am I.
+__device__ __forceinline__ int thread_rank() { return static_cast<int>(threadIdx.x); }
+__device__ __forceinline__ int cta_rank() { return static_cast<int>(blockIdx.x); }
+__device__ __forceinline__ int num_ctas() { return static_cast<int>(gridDim.x); }
+
+extern __shared__ __align__(128) std::byte dynamic_shared_bytes[];
+__device__ __forceinline__ std::byte* dynamic_shared_memory() { return dynamic_shared_bytes; }
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// Waiting for one another.
+__device__ __forceinline__ void sync_cta() { __syncthreads(); }
+__device__ __forceinline__ void sync_warp() { __syncwarp(); }
+// The first `count` threads of the CTA, a multiple of 32; the others do not take part.
+__device__ __forceinline__ void sync_first_threads(int count) {
+  asm volatile("bar.sync 1, %0;" ::"r"(count) : "memory");
+}
+
+template <typename T>
+__device__ __forceinline__ T shuffle_xor(T value, int mask) {
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+
+// Functions of one number. Bodies use them once per row or source, so they are as exact as the
+// library has them.
+__device__ __forceinline__ float exponential(float x) { return expf(x); }
+__device__ __forceinline__ double exponential(double x) { return exp(x); }
+__device__ __forceinline__ float logarithm(float x) { return logf(x); }
+__device__ __forceinline__ double logarithm(double x) { return log(x); }
+__device__ __forceinline__ float inverse_square_root(float x) { return rsqrtf(x); }
+__device__ __forceinline__ double inverse_square_root(double x) { return rsqrt(x); }
+
+// Global memory that no thread writes while the kernel runs.
+template <typename T>
+__device__ __forceinline__ T load_constant(const void* p) {
+  return __ldg(static_cast<const T*>(p));
+}
+
+// cp.async (8.0 and later): 16 bytes from global to shared memory. Both addresses are multiples
+// of 16. A thread's copies are seen by that thread after it has waited for the group that it
+// committed them to.
+__device__ __forceinline__ void copy_async_16(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)),
+               "l"(global)
+               : "memory");
+}
+__device__ __forceinline__ void commit_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+// Waits until at most kPending of this thread's committed groups are still under way.
+template <int kPending>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Memory barriers in shared memory (9.0 and later in the forms used here).
+using Barrier = uint64_t;
+
+__device__ __forceinline__ void init_barrier(Barrier* barrier, uint32_t num_arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
+               "r"(num_arrivals)
+               : "memory");
+}
+// Shows initialised barriers to the copy engine; a sync_cta() must follow to show them to the other
+// threads.
+__device__ __forceinline__ void publish_barriers() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+__device__ __forceinline__ void arrive(Barrier* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
+               : "memory");
+}
+__device__ __forceinline__ void arrive_and_expect(Barrier* barrier, uint32_t bytes) {
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
+}
+// Waits until the barrier's phase of this parity is complete. A fresh barrier counts as having
+// completed parity 1.
+__device__ __forceinline__ void wait(Barrier* barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred complete;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 complete, [%0], %1;\n"
+      "@complete bra done;\n"
+      "bra again;\n"
+      "done:\n"
+      "}\n" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+// Bulk copy (9.0 and later): `bytes` from global to shared memory by the copy engine, counted on
+// `barrier`. Addresses and size are multiples of 16.
+__device__ __forceinline__ void copy_bulk(void* shared, const void* global, uint32_t bytes,
+                                          Barrier* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared_address(shared)),
+      "l"(global), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
+}
+
+}  // namespace attnres::cuda

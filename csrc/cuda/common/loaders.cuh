@@ -1,0 +1,240 @@
+// How the rows of the sources reach the threads. A loader serves the steps of a CTA in the order in
+// which the body takes them: for each row of the CTA, for each sweep, for each span of the row, for
+// each source.
+//
+//   Direct          reads global memory in place; any alignment; every sweep reads again
+//   CpAsyncRing     each thread copies the chunks that it will read itself into a ring of slots
+//   (8.0 and later) BulkRing        a producer warp has the copy engine fill the slots, barriers
+//   hand them over (9.0 and later)
+//
+// A body calls acquire() for a step, reads its chunks through the view it gets, and calls release()
+// when no thread of its warp will read that slot again. Only the threads below tile.num_threads run
+// the body.
+#pragma once
+
+#include "common/elements.cuh"
+#include "common/reduce.cuh"
+#include "common/rows.cuh"
+#include "kernels/depth_attention_tile.hpp"
+
+namespace attnres::cuda {
+
+// A slot of the ring and how often the ring has come round, modulo two.
+struct RingPosition {
+  int slot = 0;
+  uint32_t parity = 0;
+
+  __device__ __forceinline__ void advance(int num_slots) {
+    if (++slot == num_slots) {
+      slot = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// Walks over the steps of a CTA in the order of the body, ahead of it.
+template <typename Args>
+struct StepCursor {
+  int64_t row = cta_rank();
+  int sweep = 0;
+  int span = 0;
+  int source = 0;
+
+  __device__ __forceinline__ bool done(const Args& args) const { return row >= args.num_tokens; }
+  __device__ __forceinline__ void advance(const Args& args, int num_sweeps) {
+    if (++source < args.num_sources) return;
+    source = 0;
+    if (++span < args.tile.num_spans) return;
+    span = 0;
+    if (++sweep < num_sweeps) return;
+    sweep = 0;
+    row += num_ctas();
+  }
+};
+
+// How many chunks of a row lie in its span number `span`, and where they start.
+template <int kChunks, typename Args>
+__device__ __forceinline__ int first_chunk(const Args& args, int span) {
+  return span * args.tile.num_threads * kChunks;
+}
+template <int kChunks, typename Args>
+__device__ __forceinline__ int chunks_in_span(const Args& args, int span) {
+  const int left = args.row_chunks - first_chunk<kChunks>(args, span);
+  const int most = args.tile.num_threads * kChunks;
+  return left < most ? left : most;
+}
+
+template <typename Elements, int kChunks, typename Args>
+__device__ __forceinline__ const std::byte* step_data(const Args& args, int64_t row, int span,
+                                                      int source) {
+  const ConstByteRows& rows = args.sources[source];
+  return row_at(rows, row) + static_cast<int64_t>(first_chunk<kChunks>(args, span)) *
+                                 (Elements::kWidth * Elements::bytes(rows.dtype));
+}
+
+template <typename Elements, int kChunks, typename Args>
+class Direct {
+ public:
+  static constexpr bool kUsesSlots = false;
+  static constexpr int kExtraThreads = 0;
+
+  __device__ __forceinline__ Direct(const Args& args, std::byte*, Barrier*, int) : args_(args) {}
+  __device__ __forceinline__ bool produce() { return false; }
+
+  __device__ __forceinline__ GlobalView acquire(const RingPosition&, bool, int64_t row, int span,
+                                                int source) {
+    return {step_data<Elements, kChunks>(args_, row, span, source)};
+  }
+  __device__ __forceinline__ void release(const RingPosition&) {}
+
+ private:
+  const Args& args_;
+};
+
+template <typename Elements, int kChunks, typename Args>
+class CpAsyncRing {
+ public:
+  static constexpr bool kUsesSlots = true;
+  static constexpr int kExtraThreads = 0;
+
+  __device__ __forceinline__ CpAsyncRing(const Args& args, std::byte* slots, Barrier*,
+                                         int num_sweeps)
+      : args_(args), slots_(slots), num_sweeps_(num_sweeps) {
+    for (int slot = 0; slot < args.tile.num_slots; ++slot) issue(slot);
+    ahead_ = args.tile.num_slots - 1;
+  }
+  __device__ __forceinline__ bool produce() { return false; }
+
+  __device__ __forceinline__ SharedView acquire(const RingPosition& at, bool first, int64_t, int,
+                                                int) {
+    if (first) wait_until_ahead(ahead_--);
+    return {slots_ + static_cast<int64_t>(at.slot) * args_.tile.slot_bytes};
+  }
+  // The slot's chunks are this thread's own, so it may refill them without asking anybody.
+  __device__ __forceinline__ void release(const RingPosition& at) {
+    issue(at.slot);
+    ++ahead_;
+  }
+
+ private:
+  // One group per step, also past the last one, so that groups count steps.
+  __device__ __forceinline__ void issue(int slot) {
+    if (!next_.done(args_)) {
+      const std::byte* from =
+          step_data<Elements, kChunks>(args_, next_.row, next_.span, next_.source);
+      std::byte* to = slots_ + static_cast<int64_t>(slot) * args_.tile.slot_bytes;
+      const int chunk_bytes = Elements::kWidth * Elements::bytes(args_.sources[next_.source].dtype);
+      const int chunks = chunks_in_span<kChunks>(args_, next_.span);
+#pragma unroll
+      for (int k = 0; k < kChunks; ++k) {
+        const int chunk = thread_rank() + k * args_.tile.num_threads;
+        if (chunk < chunks) {
+          for (int b = 0; b < chunk_bytes; b += 16) {
+            copy_async_16(to + chunk * chunk_bytes + b,
+                          from + static_cast<int64_t>(chunk) * chunk_bytes + b);
+          }
+        }
+      }
+      next_.advance(args_, num_sweeps_);
+    }
+    commit_copies();
+  }
+
+  // The number of groups that may stay under way is part of the instruction: rounded down to one
+  // there is.
+  __device__ __forceinline__ static void wait_until_ahead(int groups) {
+    if (groups >= 16) {
+      wait_for_copies<16>();
+    } else if (groups >= 8) {
+      wait_for_copies<8>();
+    } else {
+      switch (groups) {
+        case 7:
+          return wait_for_copies<7>();
+        case 6:
+          return wait_for_copies<6>();
+        case 5:
+          return wait_for_copies<5>();
+        case 4:
+          return wait_for_copies<4>();
+        case 3:
+          return wait_for_copies<3>();
+        case 2:
+          return wait_for_copies<2>();
+        case 1:
+          return wait_for_copies<1>();
+        default:
+          return wait_for_copies<0>();
+      }
+    }
+  }
+
+  const Args& args_;
+  std::byte* slots_;
+  int num_sweeps_;
+  int ahead_;  // groups committed after the one of the step that is acquired next
+  StepCursor<Args> next_;
+};
+
+template <typename Elements, int kChunks, typename Args>
+class BulkRing {
+ public:
+  static constexpr bool kUsesSlots = true;
+  static constexpr int kExtraThreads = kProducerThreads;
+
+  // `barriers`: two for each slot, "filled" and "free".
+  __device__ __forceinline__ BulkRing(const Args& args, std::byte* slots, Barrier* barriers,
+                                      int num_sweeps)
+      : args_(args),
+        slots_(slots),
+        filled_(barriers),
+        free_(barriers + args.tile.num_slots),
+        num_sweeps_(num_sweeps) {
+    if (thread_rank() == 0) {
+      for (int slot = 0; slot < args.tile.num_slots; ++slot) {
+        init_barrier(filled_ + slot, 1);
+        init_barrier(free_ + slot, args.tile.num_threads / kWarpSize);
+      }
+      publish_barriers();
+    }
+    sync_cta();
+  }
+
+  // True in the threads that load and do nothing else, when they are done.
+  __device__ __forceinline__ bool produce() {
+    if (thread_rank() < args_.tile.num_threads) return false;
+    if (thread_rank() == args_.tile.num_threads) {
+      RingPosition at;
+      for (StepCursor<Args> next; !next.done(args_); next.advance(args_, num_sweeps_)) {
+        const uint32_t bytes = chunks_in_span<kChunks>(args_, next.span) * Elements::kWidth *
+                               Elements::bytes(args_.sources[next.source].dtype);
+        wait(free_ + at.slot, at.parity ^ 1);
+        arrive_and_expect(filled_ + at.slot, bytes);
+        copy_bulk(slots_ + static_cast<int64_t>(at.slot) * args_.tile.slot_bytes,
+                  step_data<Elements, kChunks>(args_, next.row, next.span, next.source), bytes,
+                  filled_ + at.slot);
+        at.advance(args_.tile.num_slots);
+      }
+    }
+    return true;
+  }
+
+  __device__ __forceinline__ SharedView acquire(const RingPosition& at, bool first, int64_t, int,
+                                                int) {
+    if (first) wait(filled_ + at.slot, at.parity);
+    return {slots_ + static_cast<int64_t>(at.slot) * args_.tile.slot_bytes};
+  }
+  __device__ __forceinline__ void release(const RingPosition& at) {
+    sync_warp();
+    if (thread_rank() % kWarpSize == 0) arrive(free_ + at.slot);
+  }
+
+ private:
+  const Args& args_;
+  std::byte* slots_;
+  Barrier* filled_;
+  Barrier* free_;
+  int num_sweeps_;
+};
+
+}  // namespace attnres::cuda

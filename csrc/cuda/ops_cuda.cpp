@@ -1,0 +1,133 @@
+// The CUDA backend: the only file that knows both torch and CUDA. Parameters in, launcher of the
+// device's architecture called, failures turned into sentences.
+#include <cuda_runtime_api.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/shim_utils.h>
+
+#include <memory>
+#include <mutex>
+#include <string>
+
+#include "attnres/backend.hpp"
+#include "launchers.hpp"
+
+// Lives in libtorch_cuda, which a CPU-only torch does not have: weak, so that one library loads
+// under both.
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+
+namespace attnres {
+namespace cuda {
+namespace {
+
+std::string describe(cudaError_t status) {
+  return std::string(cudaGetErrorString(status)) + " (" + cudaGetErrorName(status) + ")";
+}
+
+struct Device {
+  std::string name;
+  int capability = 0;  // 10 * major + minor
+  DeviceLimits limits = {};
+};
+
+Device query_device(int index) {
+  cudaDeviceProp properties;
+  const cudaError_t status = cudaGetDeviceProperties(&properties, index);
+  STD_TORCH_CHECK(status == cudaSuccess, "attnres_ext cannot read the properties of cuda:", index,
+                  ": ", describe(status));
+  return {properties.name, 10 * properties.major + properties.minor,
+          DeviceLimits{properties.multiProcessorCount,
+                       static_cast<int>(properties.sharedMemPerMultiprocessor),
+                       static_cast<int>(properties.sharedMemPerBlockOptin)}};
+}
+
+// Properties take microseconds to milliseconds to read: once for each device.
+const Device& device_at(int index) {
+  constexpr int kMaxDevices = 128;
+  STD_TORCH_CHECK(index >= 0 && index < kMaxDevices,
+                  "attnres_ext serves cuda:0 to cuda:", kMaxDevices - 1, ", got cuda:", index);
+  static std::once_flag once[kMaxDevices];
+  static Device devices[kMaxDevices];
+  std::call_once(once[index], [index] { devices[index] = query_device(index); });
+  return devices[index];
+}
+
+// Makes a device current, and the one before it again at the end.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    cudaError_t status = cudaGetDevice(&before_);
+    changed_ = status == cudaSuccess && before_ != device;
+    if (changed_) status = cudaSetDevice(device);
+    STD_TORCH_CHECK(status == cudaSuccess, "attnres_ext cannot switch to cuda:", device, ": ",
+                    describe(status));
+  }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+
+cudaStream_t current_stream(int device) {
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
+                  "attnres_ext got tensors on cuda:", device,
+                  ", but the PyTorch in this process has no CUDA (its "
+                  "aoti_torch_get_current_cuda_stream is missing); install a CUDA build of torch");
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+std::string text(const Device& device, int index) {
+  return "cuda:" + std::to_string(index) + " (" + device.name + ", compute capability " +
+         std::to_string(device.capability / 10) + "." + std::to_string(device.capability % 10) +
+         ")";
+}
+
+void depth_attention_forward(const DepthAttentionForward& p, int index) {
+  const bool plain = p.delta.data == nullptr && p.new_partial.data == nullptr &&
+                     p.first_logit == nullptr && p.known_rstd == nullptr && p.last_rstd == nullptr;
+  STD_TORCH_CHECK(plain,
+                  "attnres_ext has no CUDA kernel for block summation, for merging a state or for "
+                  "the block cache: on CUDA it computes depth_attention. Move the tensors to the "
+                  "CPU, or add `partial + delta` and call depth_attention");
+  STD_TORCH_CHECK(p.num_tokens <= kMaxTokens, "depth_attention: sources have ", p.num_tokens,
+                  " rows of values, expected at most ", kMaxTokens, " on CUDA");
+  STD_TORCH_CHECK(p.hidden <= kMaxHidden, "depth_attention: sources have rows of ", p.hidden,
+                  " values, expected at most ", kMaxHidden, " on CUDA");
+  const Device& device = device_at(index);
+  const DeviceGuard guard(index);
+
+  const auto launch = device.capability >= 90   ? launch_depth_attention_forward_sm90
+                      : device.capability >= 80 ? launch_depth_attention_forward_sm80
+                                                : nullptr;
+  STD_TORCH_CHECK(launch != nullptr, "depth_attention: ", text(device, index),
+                  " has no kernel in this build of attnres_ext, which holds the sets "
+                  "\"" ATTNRES_CUDA_ARCHITECTURES
+                  "\" (80 serves 8.x, 90 serves 9.0 and later); build it with the right "
+                  "ATTNRES_CUDA_ARCHS, or move the tensors to the CPU");
+  const cudaError_t status = launch(p, {current_stream(index), index, device.limits});
+  STD_TORCH_CHECK(status == cudaSuccess, "depth_attention: the launch over ", p.num_sources,
+                  " sources of ", p.num_tokens, " x ", p.hidden, " values failed on ",
+                  text(device, index), ": ", describe(status));
+}
+
+}  // namespace
+}  // namespace cuda
+
+const Backend& cuda_backend() {
+  static constexpr Backend kBackend = [] {
+    Backend backend{};
+    backend.depth_attention_forward = cuda::depth_attention_forward;
+    return backend;
+  }();
+  return kBackend;
+}
+
+}  // namespace attnres

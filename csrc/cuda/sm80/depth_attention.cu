@@ -1,0 +1,13 @@
+// Depth attention for 8.x: every thread copies what it will read itself, asynchronously, into a
+// ring in shared memory.
+#include "kernels/depth_attention_launch.cuh"
+#include "launch.cuh"
+
+namespace attnres::cuda {
+
+cudaError_t launch_depth_attention_forward_sm80(const DepthAttentionForward& p,
+                                                const LaunchContext& context) {
+  return launch_depth_attention_forward<CpAsyncRing>(p, context.limits, Launcher{context});
+}
+
+}  // namespace attnres::cuda

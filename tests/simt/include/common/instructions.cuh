@@ -1,0 +1,75 @@
+// csrc/cuda/common/instructions.cuh for the CPU: the same names over the executor. It stands
+// earlier in the include path, and is the only header of the kernels that differs.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "executor.hpp"
+
+// Words that only nvcc knows.
+#ifndef __launch_bounds__
+#define __launch_bounds__(...)
+#endif
+#ifndef __grid_constant__
+#define __grid_constant__
+#endif
+
+namespace attnres::cuda {
+
+inline int thread_rank() { return simt::thread_rank(); }
+inline int cta_rank() { return simt::cta_rank(); }
+inline int num_ctas() { return simt::num_ctas(); }
+inline std::byte* dynamic_shared_memory() { return simt::shared_memory(); }
+
+inline void sync_cta() { simt::sync_threads(0, 0); }
+inline void sync_warp() { simt::sync_warp(); }
+inline void sync_first_threads(int count) { simt::sync_threads(1, count); }
+
+template <typename T>
+T shuffle_xor(T value, int mask) {
+  uint64_t bits = 0;
+  static_assert(sizeof(T) <= sizeof(bits));
+  std::memcpy(&bits, &value, sizeof(T));
+  bits = simt::exchange(bits, mask);
+  std::memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+
+inline float exponential(float x) { return std::exp(x); }
+inline double exponential(double x) { return std::exp(x); }
+inline float logarithm(float x) { return std::log(x); }
+inline double logarithm(double x) { return std::log(x); }
+inline float inverse_square_root(float x) { return 1 / std::sqrt(x); }
+inline double inverse_square_root(double x) { return 1 / std::sqrt(x); }
+
+template <typename T>
+T load_constant(const void* p) {
+  return *static_cast<const T*>(p);
+}
+
+inline void copy_async_16(void* shared, const void* global) { simt::copy_async(shared, global); }
+inline void commit_copies() { simt::commit_copies(); }
+template <int kPending>
+void wait_for_copies() {
+  simt::wait_for_copies(kPending);
+}
+
+using Barrier = uint64_t;
+
+inline void init_barrier(Barrier* barrier, uint32_t num_arrivals) {
+  simt::init_barrier(barrier, num_arrivals);
+}
+inline void publish_barriers() {}
+inline void arrive(Barrier* barrier) { simt::arrive(barrier, 0); }
+inline void arrive_and_expect(Barrier* barrier, uint32_t bytes) { simt::arrive(barrier, bytes); }
+inline void wait(Barrier* barrier, uint32_t parity) { simt::wait(barrier, parity); }
+inline void copy_bulk(void* shared, const void* global, uint32_t bytes, Barrier* barrier) {
+  simt::copy_bulk(shared, global, bytes, barrier);
+}
+
+}  // namespace attnres::cuda

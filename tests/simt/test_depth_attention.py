@@ -1,0 +1,299 @@
+"""The kernel bodies of depth attention, compiled for the CPU, against the definition.
+
+What nvcc compiles is what runs here, thread by thread, in a hostile order: see executor.hpp.
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from attnres_ext import reference
+from torch import Tensor
+
+from .build import build_runner, compiler, cuda_include_dir
+from .cases import Case, Limits, Result, Rows, rows, run
+
+pytestmark = [
+    pytest.mark.skipif(cuda_include_dir() is None, reason="no CUDA headers on this machine"),
+    pytest.mark.skipif(compiler() is None, reason="no C++ compiler on this machine"),
+]
+
+#: A device so small that rows do not fit: they stream through the ring instead.
+TINY = Limits(multiprocessors=2, shared_per_multiprocessor=12 * 1024, shared_per_cta=8 * 1024)
+FLAVOURS = ["plain", "sanitized"]
+HALF = [torch.bfloat16, torch.float16]
+
+
+def make(
+    count: int,
+    hidden: int,
+    dtypes: torch.dtype | list[torch.dtype] = torch.bfloat16,
+    *,
+    tokens: tuple[int, int] = (2, 3),
+    layouts: str | list[str] = "contiguous",
+    gains: bool = True,
+    norm: bool = True,
+    gain_dtype: torch.dtype = torch.float32,
+    **options: object,
+) -> Case:
+    """A case whose sources take their dtypes and layouts from the lists in turn."""
+    dtypes = dtypes if isinstance(dtypes, list) else [dtypes]
+    layouts = layouts if isinstance(layouts, list) else [layouts]
+
+    def gain() -> Tensor:
+        return (1 + 0.2 * torch.randn(hidden, dtype=torch.float64)).to(gain_dtype)
+
+    return Case(
+        sources=[
+            rows(tokens, hidden, dtype, layout)
+            for _, dtype, layout in zip(
+                range(count), itertools.cycle(dtypes), itertools.cycle(layouts), strict=False
+            )
+        ],
+        query=(torch.randn(hidden, dtype=torch.float64) * 0.5).to(gain_dtype),
+        key_weight=gain() if gains else None,
+        out_weight=gain() if norm else None,
+        scale=0.7,
+        **options,  # type: ignore[arg-type]
+    )
+
+
+def definition(case: Case, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Every output of the kernel by the reference: in float64, or in the case's compute dtype."""
+    to = dtype or torch.float64
+    values = torch.stack([v.to(to).reshape(-1, case.hidden) for v in case.values])
+    query = case.query.to(to)
+    key_weight = None if case.key_weight is None else case.key_weight.to(to)
+    rstd = torch.rsqrt(values.square().mean(-1) + case.eps)
+    logits = reference.logits(values, query, key_weight, case.eps, case.scale)
+    lse = torch.logsumexp(logits, 0, keepdim=True)
+    arguments = {"eps": case.eps, "out_eps": case.out_eps, "scale": case.scale}
+    mix, weights = reference.depth_attention(
+        list(values), query, key_weight, return_weights=True, **arguments
+    )
+    out = mix
+    if case.out_weight is not None:
+        out = reference.rms_norm(mix, case.out_weight.to(to), case.out_eps)
+    return {"out": out, "mix": mix, "weights": weights, "stats": torch.cat([rstd, logits, lse])}
+
+
+def check(case: Case, result: Result) -> None:
+    """Within twice the error of plain PyTorch in the compute dtype plus one rounding."""
+    exact = definition(case)
+    plain = definition(case, case.compute)
+    for name in ("out", "mix", "weights", "stats"):
+        got = getattr(result, name)
+        if got.numel() == 0:
+            continue
+        want, eager = exact[name], plain[name]
+        assert got.isfinite().all(), f"{name} holds NaN or infinity"
+        error = (got.double() - want).abs().max()
+        # Sums in another order: a few roundings of the compute dtype more or less.
+        rounding = torch.finfo(got.dtype).eps / 2 * want.abs().max()
+        order = 8 * torch.finfo(case.compute).eps * want.abs().max()
+        if case.compute == torch.float64:
+            allowed = 64 * order
+        else:
+            allowed = 2 * (eager.double() - want).abs().max() + rounding + order
+        assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"
+
+
+@pytest.fixture(scope="module", params=FLAVOURS)
+def runner(request: pytest.FixtureRequest) -> Path:
+    return build_runner(request.param)
+
+
+def run_and_check(runner: Path, cases: list[Case], folder: Path) -> list[Result]:
+    results = run(runner, cases, folder)
+    for number, (case, result) in enumerate(zip(cases, results, strict=True)):
+        try:
+            check(case, result)
+        except AssertionError as error:
+            raise AssertionError(f"case {number}: {error}") from None
+    return results
+
+
+@pytest.mark.parametrize("ring", ["cp_async", "bulk"])
+def test_aligned_rows_stay_on_chip(ring: str, runner: Path, tmp_path: Path) -> None:
+    cases = [
+        make(count, hidden, dtype, ring=ring, order=order, norm=norm, gains=gains)
+        for (count, hidden, dtype), order, (norm, gains) in zip(
+            itertools.product((1, 2, 9), (8, 264, 1032), (*HALF, torch.float32)),
+            itertools.cycle(["forward", "backward", "random"]),
+            itertools.cycle([(True, True), (False, True), (True, False), (False, False)]),
+            strict=False,
+        )
+    ]
+    for result in run_and_check(runner, cases, tmp_path):
+        assert result.uses_slots
+        assert result.resident
+        assert result.num_spans == 1
+
+
+@pytest.mark.parametrize("ring", ["cp_async", "bulk"])
+def test_rows_too_large_for_the_ring_are_swept_again(
+    ring: str, runner: Path, tmp_path: Path
+) -> None:
+    cases = [
+        make(count, 1024, torch.bfloat16, ring=ring, order=order, norm=norm, limits=TINY)
+        for count, order, norm in [
+            (9, "forward", True),
+            (17, "random", False),
+            (5, "backward", True),
+        ]
+    ]
+    for result in run_and_check(runner, cases, tmp_path):
+        assert result.uses_slots
+        assert not result.resident
+        assert result.num_slots < 5
+
+
+@pytest.mark.parametrize("ring", ["cp_async", "bulk"])
+def test_rows_too_large_for_registers_come_in_spans(
+    ring: str, runner: Path, tmp_path: Path
+) -> None:
+    # 480 threads hold 4 chunks of 4 values each: 7680 values are one span.
+    large = Limits(multiprocessors=1)
+    small = Limits(1, 64 * 1024, 63 * 1024)
+    cases = [
+        make(2, 7696, torch.float32, ring=ring, tokens=(1, 2), norm=norm, limits=limits)
+        for norm, limits in itertools.product((True, False), (large, small))
+    ]
+    results = run_and_check(runner, cases, tmp_path)
+    assert [result.num_spans for result in results] == [2, 2, 2, 2]
+    assert [result.resident for result in results] == [True, False, True, False]
+
+
+@pytest.mark.parametrize("ring", ["cp_async", "bulk"])
+def test_mixed_dtypes(ring: str, runner: Path, tmp_path: Path) -> None:
+    mixed = [torch.bfloat16, torch.float32, torch.float16]
+    cases = [
+        make(4, 264, mixed, ring=ring, order="random", gain_dtype=torch.bfloat16),
+        make(3, 512, [torch.bfloat16, torch.float16], ring=ring, norm=False, limits=TINY),
+    ]
+    assert all(result.uses_slots for result in run_and_check(runner, cases, tmp_path))
+
+
+def test_odd_widths_and_misaligned_rows_are_read_in_place(runner: Path, tmp_path: Path) -> None:
+    cases = [
+        make(count, hidden, dtype, layouts=layout, norm=norm)
+        for (count, hidden, dtype, layout), norm in zip(
+            [
+                (1, 1, torch.bfloat16, "contiguous"),
+                (3, 5, torch.float16, "contiguous"),
+                (9, 127, torch.bfloat16, "odd"),
+                (2, 300, torch.float32, "misaligned"),
+                (3, 256, torch.bfloat16, "misaligned"),
+                (2, 4001, torch.float32, "odd"),  # two spans
+                (2, 131, [torch.bfloat16, torch.float32], ["odd", "misaligned"]),
+            ],
+            itertools.cycle([True, False]),
+            strict=False,
+        )
+    ]
+    assert not any(result.uses_slots for result in run_and_check(runner, cases, tmp_path))
+
+
+def test_float64(runner: Path, tmp_path: Path) -> None:
+    cases = [
+        make(3, 64, torch.float64, gain_dtype=torch.float64),
+        make(2, 37, [torch.float64, torch.bfloat16], layouts="odd"),
+        make(2, 2000, torch.float64, norm=False, tokens=(1, 2)),
+    ]
+    run_and_check(runner, cases, tmp_path)
+
+
+@pytest.mark.parametrize("ring", ["cp_async", "bulk"])
+def test_strided_rows(ring: str, runner: Path, tmp_path: Path) -> None:
+    cases = [
+        make(
+            3,
+            264,
+            dtype,
+            ring=ring,
+            layouts=["sliced", "contiguous"],
+            tokens=(3, 2),
+            order="random",
+        )
+        for dtype in (torch.bfloat16, torch.float32)
+    ]
+    assert all(result.uses_slots for result in run_and_check(runner, cases, tmp_path))
+
+
+@pytest.mark.parametrize("ring", ["cp_async", "bulk"])
+def test_many_sources(ring: str, runner: Path, tmp_path: Path) -> None:
+    cases = [
+        make(256, 64, torch.bfloat16, ring=ring, tokens=(1, 2)),
+        make(17, 64, torch.float32, ring=ring, tokens=(1, 3), limits=TINY),
+        make(256, 33, torch.bfloat16, ring=ring, tokens=(1, 1), norm=False),
+    ]
+    run_and_check(runner, cases, tmp_path)
+
+
+@pytest.mark.parametrize("ring", ["cp_async", "bulk"])
+def test_more_rows_than_ctas(ring: str, runner: Path, tmp_path: Path) -> None:
+    few = Limits(1, 6 * 1024, 5 * 1024)
+    cases = [
+        make(3, 128, torch.bfloat16, ring=ring, tokens=(5, 5), order="random", limits=few),
+        make(1, 64, torch.float32, ring=ring, tokens=(1, 1)),
+    ]
+    first, second = run_and_check(runner, cases, tmp_path)
+    assert first.num_ctas < 25
+    assert second.num_ctas == 1
+
+
+def test_one_source_is_returned_exactly(runner: Path, tmp_path: Path) -> None:
+    cases = [make(1, 136, torch.bfloat16, norm=False, ring=ring) for ring in ("cp_async", "bulk")]
+    for case, result in zip(cases, run(runner, cases, tmp_path), strict=True):
+        assert torch.equal(result.out, case.values[0].reshape(-1, case.hidden))
+        assert torch.equal(result.weights, torch.ones_like(result.weights))
+
+
+def test_large_logits_and_ties(runner: Path, tmp_path: Path) -> None:
+    spike = make(4, 64, torch.float32, norm=False)
+    spike.scale = 1e4
+    tie = make(2, 64, torch.float32, norm=False)
+    tie.sources[1] = Rows(tie.sources[0].storage, tie.sources[0].view)
+    spiked, tied = run(runner, [spike, tie], tmp_path)
+    assert spiked.out.isfinite().all()
+    assert spiked.stats[4:8].abs().max() > 1e3
+    torch.testing.assert_close(spiked.weights.sum(0), torch.ones(6))
+    assert torch.equal(tied.weights, torch.full((2, 6), 0.5))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "misaligned"])
+def test_a_row_of_nan_or_infinity_stays_in_its_row(
+    layout: str, runner: Path, tmp_path: Path
+) -> None:
+    def spoil(case: Case) -> Case:
+        source = case.sources[1]
+        source.storage[case.hidden + 3] = float("nan")
+        source.storage[4 * case.hidden] = float("inf")
+        return case
+
+    cases = [
+        spoil(make(3, 64, torch.float32, layouts=layout, ring=ring, limits=Limits(1)))
+        for ring in ("cp_async", "bulk")
+    ]
+    for result in run(runner, cases, tmp_path):
+        finite = result.out.isfinite().all(-1)
+        assert finite.tolist() == [True, False, True, True, False, True]
+
+
+def test_result_of_a_row_depends_on_that_row_alone(runner: Path, tmp_path: Path) -> None:
+    whole = make(5, 264, torch.bfloat16, tokens=(1, 7), limits=Limits(1))
+    alone = make(5, 264, torch.bfloat16, tokens=(1, 1), limits=Limits(7))
+    alone.query, alone.key_weight, alone.out_weight = (
+        whole.query,
+        whole.key_weight,
+        whole.out_weight,
+    )
+    for source, of in zip(alone.sources, whole.sources, strict=True):
+        source.storage = of.view[0, 4].clone()
+        source.view = source.storage.reshape(1, 1, -1)
+    large, small = run(runner, [whole, alone], tmp_path)
+    assert torch.equal(large.out[4], small.out[0])
+    assert torch.equal(large.stats[:, 4], small.stats[:, 0])
