@@ -42,10 +42,10 @@ def _binaries() -> dict[str, Any]:
     operators = folder / "_ops.so"
     return {
         "operators": str(operators),
-        "operators MB": round(operators.stat().st_size / 1e6, 2),
+        "operators bytes": operators.stat().st_size if operators.is_file() else None,
         "bindings": str(_C.__file__),
         "compiler": _C.compiler,
-        "C++ standard": _C.cxx_standard,
+        "standard": f"C++{_C.cxx_standard // 100 % 100}",
         "most sources": _C.max_sources,
     }
 
@@ -68,12 +68,10 @@ def _cuda_devices() -> list[str]:
 
 
 def collect_plan(shape: tuple[int, ...], dtype: str, itemsize: int) -> dict[str, Any]:
-    """The plan for a block, per device kind and for inference and training."""
+    """The plan for a block's sites, per kind of device, for inference and for training."""
     sources, queries, tokens, hidden = shape
-    plans: dict[str, Any] = {
-        "shape": f"N={sources} S={queries} M={tokens} D={hidden} {dtype}",
-    }
-    for device in ("cuda", "cpu"):
+    plans = []
+    for device in ("cpu", "cuda"):
         for training in (False, True):
             plan = _C.plan(
                 num_sources=sources,
@@ -84,13 +82,16 @@ def collect_plan(shape: tuple[int, ...], dtype: str, itemsize: int) -> dict[str,
                 device=device,
                 training=training,
             )
-            plans[f"{device} {'training' if training else 'inference'}"] = {
-                "passes": "two phases" if plan.two_phase else "single pass",
-                "bytes in a single pass": plan.bytes_single_pass,
-                "bytes in two phases": plan.bytes_two_phase,
-                "two phases from tokens": plan.two_phase_from_tokens,
-                "tokens in a tile": plan.tile_tokens,
-                "row stays on chip": plan.row_resident,
-                "reason": plan.reason,
-            }
-    return plans
+            plans.append(
+                {
+                    "device": device,
+                    "for": "training" if training else "inference",
+                    "plan": "two phases" if plan.two_phase else "single pass",
+                    "bytes, single pass": plan.bytes_single_pass,
+                    "bytes, two phases": plan.bytes_two_phase,
+                    "tile": plan.tile_tokens,
+                    "reason": plan.reason,
+                }
+            )
+    described = f"N={sources} S={queries} M={tokens} D={hidden} {dtype}"
+    return {"shape": described, "plans": plans}

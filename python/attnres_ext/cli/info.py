@@ -67,37 +67,40 @@ def run(args: argparse.Namespace) -> int:
 
 def _print(facts: dict) -> None:
     from rich.console import Console
-    from rich.table import Table
 
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(width=120)
+    plan = facts.pop("plan", None)
     for heading, values in facts.items():
-        table = Table(show_header=False, box=None, padding=(0, 2, 0, 2))
-        table.add_column(style="dim", no_wrap=True)
-        table.add_column(overflow="fold")
-        for name, value in _flat(values):
-            table.add_row(name, value, style=None)
-        console.print(heading, style="bold", markup=False)
-        console.print(table)
+        console.print(f"[bold]{heading}[/bold]")
+        width = max(map(len, values))
+        for name, value in values.items():
+            # Printed without wrapping, so that paths can be copied.
+            console.print(f"  {name:<{width}}  {_say(value)}", markup=False, soft_wrap=True)
+    if plan:
+        console.print(f"[bold]plan[/bold] for {plan['shape']}")
+        console.print(_plan_table(plan["plans"]))
 
 
-def _flat(values: dict, prefix: str = ""):
-    """Names and values of a nested dictionary, one level of nesting shown as "outer inner"."""
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name} ")
-        elif isinstance(value, list):
-            yield prefix + name, ", ".join(map(str, value)) or "none"
-        else:
-            yield prefix + name, _say(value)
+def _plan_table(plans: list[dict]):
+    from rich.table import Table
+
+    table = Table()
+    for name in plans[0]:
+        table.add_column(name, justify="right" if isinstance(plans[0][name], int) else "left")
+    for plan in plans:
+        table.add_row(*(_say(value) for value in plan.values()))
+    return table
 
 
 def _say(value) -> str:
     if value is None:
         return "–"
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, int) and value >= 10_000:
+    if isinstance(value, int):
         return f"{value:,}"
     return str(value)

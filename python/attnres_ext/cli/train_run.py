@@ -91,7 +91,7 @@ def resume_run(args: argparse.Namespace) -> int:
         arms = _build(settings, config)
         if checkpoint is not None:
             for arm in arms:
-                load_arm(checkpoint, _state(arm, config))
+                load_arm(checkpoint, _state(arm))
         run.rewind(step if checkpoint else None)
         return _train(run, description, settings, config, tokenizer, corpus, arms, step)
 
@@ -144,9 +144,8 @@ def _build(settings: Settings, config: KimiLinearConfig) -> list[Arm]:
     return build_arms(settings, make_model)
 
 
-def _state(arm: Arm, config: KimiLinearConfig) -> ArmState:
-    arm_config = config.replace(residual=arm.residual).to_dict()
-    return ArmState(arm.name, arm.model, arm.optimizer, arm_config)
+def _state(arm: Arm) -> ArmState:
+    return ArmState(arm.name, arm.model, arm.optimizer)
 
 
 def _train(
@@ -159,7 +158,7 @@ def _train(
     arms: list[Arm],
     done: int,
 ) -> int:
-    states = [_state(arm, config) for arm in arms]
+    states = [_state(arm) for arm in arms]
     title = _title(description, settings, corpus)
     print(title, file=sys.stderr)
     saved = done
@@ -185,8 +184,8 @@ def _train(
 def _title(description: dict[str, Any], settings: Settings, corpus: Corpus) -> str:
     tokens = settings.batch_size * settings.sequence_length
     return (
-        f"Kimi Linear ({description['model']}) on the {description['text']['source']}, "
-        f"{corpus.training.numel() / 1e6:.1f} M tokens: {settings.steps} steps of {tokens} tokens"
+        f"Kimi Linear ({description['model']}) on {description['text']['source']}, "
+        f"{corpus.training.numel():,} tokens: {settings.steps} steps of {tokens:,}"
     )
 
 

@@ -22,6 +22,7 @@ import json
 import os
 import re
 import shutil
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,14 +35,18 @@ from torch import nn
 
 from attnres_ext.models.kimi_linear.configuration import KimiLinearConfig
 from attnres_ext.models.kimi_linear.modeling import KimiLinearForCausalLM
+from attnres_ext.models.kimi_linear.weights import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    load_weights,
+    save_weights,
+)
 from attnres_ext.training.errors import UserError
 from attnres_ext.training.files import sync_directory, write_json
 from attnres_ext.training.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 
 _STEP_FOLDER = re.compile(r"step-(\d{6,})")
-_MODEL = "model.safetensors"
 _OPTIMIZER = "optimizer.safetensors"
-_CONFIG = "config.json"
 _TOKENIZER = "tokenizer.json"
 _MANIFEST = "manifest.json"
 
@@ -52,15 +57,13 @@ class ArmState:
 
     Attributes:
         name: Folder name, such as ``block-seed0``.
-        model: The model; its parameters and persistent buffers are saved.
+        model: The model, saved under the public checkpoints' names.
         optimizer: Its optimizer, with parameters named by ``model.named_parameters()``.
-        config: The model's configuration as JSON data.
     """
 
     name: str
-    model: nn.Module
+    model: KimiLinearForCausalLM
     optimizer: torch.optim.Optimizer
-    config: Mapping[str, Any]
 
 
 def save_checkpoint(
@@ -85,10 +88,8 @@ def save_checkpoint(
     files = {}
     for arm in arms:
         arm_folder = building / arm.name
-        arm_folder.mkdir(parents=True)
-        save_file(_contiguous(arm.model.state_dict()), arm_folder / _MODEL)
+        save_weights(arm.model, arm_folder)
         save_file(_optimizer_tensors(arm.model, arm.optimizer), arm_folder / _OPTIMIZER)
-        write_json(arm_folder / _CONFIG, dict(arm.config))
         save_tokenizer(tokenizer, arm_folder / _TOKENIZER)
         for path in sorted(arm_folder.iterdir()):
             files[f"{arm.name}/{path.name}"] = _describe(path, sync=True)
@@ -133,7 +134,7 @@ def load_arm(checkpoint: Path, arm: ArmState) -> None:
         UserError: The checkpoint is damaged or belongs to another model.
     """
     folder = checkpoint / arm.name
-    load_weights(folder, arm.model)
+    _load_weights(arm.model, folder)
     tensors = _load(folder / _OPTIMIZER)
     state = arm.optimizer.state_dict()
     names = [name for name, _ in arm.model.named_parameters()]
@@ -152,33 +153,28 @@ def load_arm(checkpoint: Path, arm: ArmState) -> None:
     arm.optimizer.load_state_dict(state)
 
 
-def load_weights(folder: Path, model: nn.Module) -> None:
-    """Loads the weights in an arm's folder into ``model``, every one of them.
-
-    Raises:
-        UserError: The file is missing, damaged, or does not fit the model.
-    """
-    path = folder / _MODEL
-    try:
-        model.load_state_dict(_load(path))
-    except RuntimeError as error:
-        detail = str(error).strip().splitlines()[-1].strip()
-        raise UserError(f"{path} does not fit the model of {folder / _CONFIG}: {detail}") from error
-
-
 def load_model(folder: Path, device: str) -> tuple[KimiLinearForCausalLM, Tokenizer]:
     """The model in an arm's folder, ready for inference, and its tokenizer.
 
     Raises:
         UserError: A file is missing, damaged, or does not fit the others.
     """
-    values = read_json_object(folder / _CONFIG)
+    values = read_json_object(folder / CONFIG_FILE)
     try:
         model = KimiLinearForCausalLM(KimiLinearConfig.from_dict(values))
     except (ValueError, TypeError) as error:
-        raise UserError(f"{folder / _CONFIG} is no configuration of a model: {error}") from error
-    load_weights(folder, model)
+        raise UserError(f"{folder / CONFIG_FILE} is no model's configuration: {error}") from error
+    _load_weights(model, folder)
     return model.to(device).eval(), load_tokenizer(folder / _TOKENIZER)
+
+
+def _load_weights(model: KimiLinearForCausalLM, folder: Path) -> None:
+    try:
+        load_weights(model, folder / WEIGHTS_FILE)
+    except (OSError, SafetensorError, ValueError) as error:
+        # A wrong configuration makes this a list of every tensor; the first ones tell enough.
+        detail = textwrap.shorten(str(error), 300, placeholder=" ...")
+        raise UserError(f"{folder / WEIGHTS_FILE} cannot be loaded: {detail}") from error
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -235,7 +231,7 @@ def find_arm(path: Path, arm: str | None) -> Path:
     """
     if not path.exists():
         raise UserError(f"--checkpoint {path} does not exist")
-    if (path / _MODEL).is_file():
+    if (path / WEIGHTS_FILE).is_file():
         if (path.parent / _MANIFEST).is_file():
             verify(path.parent)
         return path

@@ -38,7 +38,13 @@ class Document:
 
 @dataclass(frozen=True)
 class Text:
-    """Documents of a corpus, split for training and validation, before tokenization."""
+    """Documents of a corpus, split for training and validation, before tokenization.
+
+    Attributes:
+        source: What to call it in messages and titles.
+        training: Documents to learn from.
+        validation: Documents held out.
+    """
 
     source: str
     training: list[Document]
@@ -73,15 +79,15 @@ def read_text(path: Path | None, validation_fraction: float = 0.05) -> Text:
     """
     if path is None:
         root = Path(sysconfig.get_paths()["stdlib"])
-        source = f"standard library of Python {sysconfig.get_python_version()}"
+        source = f"the standard library of Python {sysconfig.get_python_version()}"
         documents = [Document(name, (root / name).read_bytes()) for name in _stdlib_files(root)]
         wanted = f"no Python sources under {root}; name a text with --text"
     elif path.is_dir():
-        source = str(path.resolve())
+        source = path.resolve().name
         documents = list(_folder_documents(path))
         wanted = f"--text {path} holds no text (files that are hidden, empty or binary are skipped)"
     elif path.is_file():
-        source = str(path.resolve())
+        source = path.resolve().name
         documents = [Document(path.name, _read(path))]
         wanted = f"--text {path} is empty"
     else:
@@ -121,7 +127,7 @@ def _split(
 ) -> tuple[list[Document], list[Document]]:
     sizes = np.cumsum([len(document.content) for document in documents])
     total = int(sizes[-1])
-    target = round(total * (1 - validation_fraction))
+    target = min(total - 1, round(total * (1 - validation_fraction)))
     nearest = int(np.abs(sizes - target).argmin())
     held_out = (total - int(sizes[nearest])) / total
     if validation_fraction / 2 <= held_out <= validation_fraction * 2:
@@ -130,8 +136,8 @@ def _split(
     cut = documents[index]
     position = target - (int(sizes[index - 1]) if index else 0)
     # Not in the middle of a character, so that both halves stay valid UTF-8.
-    while position < len(cut.content) and cut.content[position] & 0xC0 == 0x80:
-        position += 1
+    while position > 0 and cut.content[position] & 0xC0 == 0x80:
+        position -= 1
     head = Document(cut.name, cut.content[:position])
     tail = Document(cut.name, cut.content[position:])
     return [*documents[:index], head], [tail, *documents[index + 1 :]]

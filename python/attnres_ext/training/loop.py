@@ -222,6 +222,7 @@ def _step(
         )
     arm.optimizer.step()
     arm.optimizer.zero_grad(set_to_none=True)
+    arm.model.update_router_bias()
     return loss_value, norm_value
 
 

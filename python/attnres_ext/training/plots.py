@@ -99,7 +99,8 @@ def _draw_losses(axes: Axes, records: Sequence[Record], arms: Sequence[str]) -> 
     if shown and finals:
         low = min(*finals, *shown)
         high = float(np.quantile(shown, 0.93))
-        axes.set_ylim(low - 0.04 * (high - low), high + 0.1 * (high - low))
+        if high > low:
+            axes.set_ylim(low - 0.04 * (high - low), high + 0.1 * (high - low))
 
 
 def _draw_differences(axes: Axes, records: Sequence[Record], arms: Sequence[str]) -> None:
