@@ -1,0 +1,36 @@
+"""The compiled operators of this package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from attnres_ext import ops, reference
+from attnres_ext.benchmarks.inputs import Inputs, arguments, as_tuple
+from attnres_ext.benchmarks.registry import Case
+
+ABOUT = "attnres_ext, compiled"
+
+
+def unavailable() -> str | None:
+    """Without ``_ops.so`` there is nothing to time."""
+    if ops.depth_attention is reference.depth_attention:
+        return "the compiled operators are not built"
+    return None
+
+
+def unsupported(case: Case) -> str | None:
+    """Every case of the registry is ours."""
+    return None
+
+
+def prepare(case: Case) -> Callable[[Inputs], tuple[Tensor, ...]]:
+    """The public function."""
+    function = getattr(ops, case.operator)
+
+    def call(inputs: Inputs) -> tuple[Tensor, ...]:
+        args, keywords = arguments(case, inputs)
+        return as_tuple(function(*args, **keywords))
+
+    return call

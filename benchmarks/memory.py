@@ -1,0 +1,58 @@
+"""Memory: what is free, what plain PyTorch needs, and keeping freed pages in the process."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+
+from attnres_ext.benchmarks.registry import Case
+
+# glibc's <malloc.h>.
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_MAX = -4
+
+
+def available_bytes() -> int | None:
+    """Memory that can be had without swapping; None where the system does not say."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
+
+
+def missing_memory(case: Case) -> str | None:
+    """Why plain PyTorch cannot run ``case`` on this machine, or None."""
+    # Float32 copies of all sources; forward holds about five of them at its peak, backward eight.
+    copies = 8 if case.gradients in ("fresh", "accumulate") else 5
+    # The reference attends once per query and autograd keeps what each left.
+    if case.gradients in ("fresh", "accumulate"):
+        copies *= case.queries
+    needed = copies * case.sources * case.tokens * case.hidden * 4
+    available = available_bytes()
+    if available is not None and needed > 0.8 * available:
+        return f"needs about {needed / 2**30:.0f} GiB, {available / 2**30:.0f} GiB are free"
+    return None
+
+
+def keep_pages() -> bool:
+    """Makes the C library keep freed memory, so that results land on pages that are mapped already.
+
+    By default glibc returns large blocks to the system and maps them anew: every call then pays
+    page faults for its result, about as much time as the kernel's own traffic, whoever the
+    contestant. GPUs (PyTorch's caching allocator) and servers (jemalloc, tcmalloc) do not work like
+    that.
+
+    Returns:
+        Whether the C library obeyed; it stays so for the rest of the process.
+    """
+    if os.name != "posix":
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))

@@ -1,0 +1,217 @@
+"""Every case of the benchmark, once: which operator, which shape, and where the shape comes from.
+
+Benchmarks and tests draw from here. Letters as everywhere: ``N`` sources, ``S`` queries, ``M``
+tokens, ``D`` hidden.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+#: Where shapes come from.
+ORIGINS = {
+    "kimi-linear-48b": "Kimi Linear 48B: D 2304, 6 sublayers a block, 9 blocks and the embedding",
+    "kimi-k3": "Kimi K3: D 7168, 24 sublayers a block, 8 blocks and the embedding",
+    "paper-194m": "smallest model of the paper's Table 2: D 896, 8 blocks, context 8192",
+    "paper-528m": "largest model of the paper's Table 2: D 1264, 8 blocks, context 8192",
+    "flaggems": "shapes of FlagGems-vllm's published H100 table (D 7168)",
+    "fla": "hidden size and sources of flash-linear-attention's published figures; fewer tokens",
+    "liger": "hidden size and sources of Liger's published figures; tokens chosen by us",
+    "host": "tensors so small that only the cost of the call is left",
+}
+
+#: What happens to gradients: no graph; a graph is recorded but not run; gradients are returned;
+#: gradients are added to the `.grad` that every input has already.
+GRADIENTS = ("none", "graph", "fresh", "accumulate")
+
+SUITES = ("quick", "ops", "all")
+_SHORT_DTYPES = {"float32": "fp32", "float64": "fp64", "bfloat16": "bf16", "float16": "fp16"}
+
+
+class UnknownCaseError(ValueError):
+    """No case answers to a suite or filter."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the benchmark.
+
+    Attributes:
+        operator: name of the public function.
+        sources: N. For ``accumulate_depth_attention`` the finished blocks, without the partial sum;
+            for ``merge_partial``, whose cost does not depend on it, the sources behind ``out``.
+        tokens: M.
+        hidden: D.
+        dtype: of sources and results; weights are float32.
+        queries: S, more than one for ``inter_block_attention`` only.
+        gradients: one of GRADIENTS.
+        norm: whether the following RMSNorm is fused.
+        layout: "contiguous", or "padded" for rows of a wider tensor.
+        origin: key of ORIGINS.
+        suite: the smallest suite that runs it; larger ones include smaller ones.
+        rivals: contestants it meets in the quick suite, which has a minute in all.
+    """
+
+    operator: str
+    sources: int
+    tokens: int
+    hidden: int
+    dtype: str = "bfloat16"
+    queries: int = 1
+    gradients: str = "none"
+    norm: bool = False
+    layout: str = "contiguous"
+    origin: str = "kimi-linear-48b"
+    suite: str = "ops"
+    rivals: tuple[str, ...] = ("ours", "eager")
+
+    @property
+    def shape(self) -> str:
+        """For example ``N9 M2048 D2304 bf16``."""
+        queries = f" S{self.queries}" if self.operator == "inter_block_attention" else ""
+        sources = "" if self.operator == "merge_partial" else f"N{self.sources}{queries} "
+        return f"{sources}M{self.tokens} D{self.hidden} {_SHORT_DTYPES[self.dtype]}"
+
+    @property
+    def work(self) -> str:
+        """What one timed call does, for people."""
+        words = {
+            "none": "forward",
+            "graph": "forward, recording",
+            "fresh": "forward + backward",
+            "accumulate": "forward + backward into .grad",
+        }[self.gradients]
+        extras = [
+            word for word, on in (("norm", self.norm), ("padded", self.layout == "padded")) if on
+        ]
+        return f"{words} ({', '.join(extras)})" if extras else words
+
+    @property
+    def name(self) -> str:
+        """Unique, without spaces; what ``--filter`` matches."""
+        parts = [self.operator, self.shape.replace(" ", "-"), self.gradients]
+        if self.norm:
+            parts.append("norm")
+        if self.layout != "contiguous":
+            parts.append(self.layout)
+        return "/".join(parts)
+
+    @property
+    def is_host(self) -> bool:
+        """Whether the cost of the call is measured rather than bytes moved."""
+        return self.origin == "host"
+
+
+def _cases() -> list[Case]:
+    site = Case("depth_attention", sources=9, tokens=2048, hidden=2304)
+    everybody = ("ours", "eager", "compile")
+    cases = [
+        # The figures that the project sets itself goals for.
+        replace(site, dtype=dtype, gradients=gradients, suite="quick", rivals=rivals)
+        for gradients, rivals in (("none", everybody), ("fresh", ("ours", "eager")))
+        for dtype in ("float32", "bfloat16")
+    ]
+    add = Case("accumulate_depth_attention", sources=8, tokens=2048, hidden=2304, norm=True)
+    inter = Case("inter_block_attention", sources=9, queries=6, tokens=2048, hidden=2304)
+    merge = Case("merge_partial", sources=9, tokens=2048, hidden=2304, norm=True)
+    cases += [
+        replace(add, suite="quick", rivals=("ours", "eager", "standard")),
+        replace(inter, suite="quick"),
+        replace(merge, suite="quick", rivals=("ours", "eager", "standard")),
+    ]
+    cases += [
+        Case(
+            "depth_attention",
+            8,
+            1,
+            64,
+            "float32",
+            gradients=gradients,
+            origin="host",
+            suite="quick",
+        )
+        for gradients in ("none", "graph", "fresh")
+    ]
+    cases += [
+        Case("accumulate_depth_attention", 8, 1, 64, "float32", norm=True, origin="host"),
+        Case("merge_partial", 8, 1, 64, "float32", norm=True, origin="host"),
+    ]
+
+    # One site and one block of Kimi Linear, every operator in every direction.
+    cases += [
+        replace(site, dtype="float16"),
+        replace(site, gradients="accumulate"),
+        replace(site, norm=True),
+        replace(site, norm=True, gradients="fresh"),
+        replace(site, layout="padded"),
+        replace(site, sources=10, tokens=8192),
+    ]
+    for case in (add, inter, merge):
+        cases += [
+            replace(case, dtype="float32"),
+            replace(case, gradients="fresh"),
+            replace(case, dtype="float32", gradients="fresh"),
+        ]
+    cases += [replace(add, gradients="accumulate")]
+
+    # Serving: one token to a few hundred at K3's width, as in the peers' tables.
+    decode = Case("depth_attention", sources=9, tokens=128, hidden=7168, origin="flaggems")
+    cases += [
+        replace(decode, sources=2, tokens=1),
+        replace(decode, sources=2, tokens=1, norm=True),
+        replace(decode, sources=5),
+        replace(decode, sources=5, norm=True),
+        decode,
+    ]
+
+    # Everything that takes a while.
+    everything = [
+        replace(decode, sources=5, tokens=1024),
+        replace(decode, tokens=8192),
+        Case("inter_block_attention", 8, 2048, 7168, queries=24, origin="kimi-k3"),
+        Case("accumulate_depth_attention", 8, 2048, 7168, norm=True, origin="kimi-k3"),
+        Case("depth_attention", 9, 2048, 7168, gradients="fresh", origin="kimi-k3"),
+        Case("depth_attention", 10, 2048, 4096, gradients="accumulate", origin="fla"),
+        Case("depth_attention", 8, 2048, 4096, "float16", origin="liger"),
+        Case("depth_attention", 8, 2048, 4096, "float16", gradients="fresh", origin="liger"),
+    ]
+    for origin, hidden in (("paper-194m", 896), ("paper-528m", 1264)):
+        everything += [
+            Case("depth_attention", 9, 8192, hidden, gradients=gradients, origin=origin)
+            for gradients in ("none", "fresh")
+        ]
+    return cases + [replace(case, suite="all") for case in everything]
+
+
+CASES: tuple[Case, ...] = tuple(_cases())
+
+
+def select(suite: str = "all", pattern: str | None = None) -> list[Case]:
+    """The cases of a suite whose name contains, or matches as a shell pattern, ``pattern``.
+
+    Raises:
+        UnknownCaseError: there is no such suite, or nothing matches.
+    """
+    if suite not in SUITES:
+        raise UnknownCaseError(f"suite '{suite}' is not one of {', '.join(SUITES)}")
+    included = SUITES[: SUITES.index(suite) + 1]
+    cases = [case for case in CASES if case.suite in included]
+    if pattern is not None:
+        cases = [case for case in cases if matches(case, pattern)]
+        if not cases:
+            raise UnknownCaseError(
+                f"no case of suite '{suite}' matches '{pattern}'; names look like '{CASES[0].name}'"
+            )
+    return cases
+
+
+def matches(case: Case, pattern: str) -> bool:
+    """Whether ``pattern`` is a part of the case's name, or matches all of it as a shell pattern."""
+    return pattern in case.name or fnmatch.fnmatchcase(case.name, pattern)
+
+
+def operators(cases: Sequence[Case] = CASES) -> list[str]:
+    """The operators that cases cover, in order of appearance."""
+    return list(dict.fromkeys(case.operator for case in cases))

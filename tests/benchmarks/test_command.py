@@ -1,0 +1,116 @@
+"""``attnres bench``: what it prints, what it writes, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from attnres_ext.benchmarks import bandwidth, memory, registry, results, runner
+from attnres_ext.benchmarks.registry import Case
+from attnres_ext.cli.main import main
+
+TINY = (
+    Case("depth_attention", 3, 20, 16, "float32", suite="quick"),
+    Case("merge_partial", 3, 20, 16, norm=True, suite="quick", rivals=("eager", "standard")),
+    Case("depth_attention", 3, 1, 8, "float32", origin="host", suite="ops"),
+)
+
+
+@pytest.fixture(autouse=True)
+def _tiny_benchmark(monkeypatch: pytest.MonkeyPatch, num_threads: None) -> None:
+    monkeypatch.setattr(registry, "CASES", TINY)
+    monkeypatch.setattr(bandwidth, "LADDER", (1,))
+    monkeypatch.setattr(runner, "_MOST_SETS", 3)
+    # The allocator's settings cannot be taken back; other tests share this process.
+    monkeypatch.setattr(memory, "keep_pages", lambda: True)
+
+
+def bench(*arguments: object) -> int:
+    return main(["bench", *map(str, arguments)])
+
+
+def test_prints_a_table_and_writes_json_lines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new" / "folder"
+    assert bench("--repeats", 2, "--out", out) == 0
+    printed = capsys.readouterr().out
+    for text in ("depth_attention", "merge_partial", "standard", "% of copy", "N3 M20 D16 fp32"):
+        assert text in printed
+    (path,) = out.iterdir()
+    assert str(path) in printed
+    run, rows = results.read(path)
+    assert run["suite"] == "quick"
+    assert run["threads"] >= 1
+    assert run["pages_kept"] is True
+    assert run["copy_gbps_by_mib"]["1"] > 0
+    contestants = [(row.operator, row.contestant) for row in rows]
+    assert ("merge_partial", "standard") in contestants
+    assert ("depth_attention", "copy") in contestants
+    assert ("depth_attention", "ours") in contestants
+    assert not any(row.status in ("wrong", "failed") for row in rows), rows
+
+
+def test_filter_contestants_threads_and_allocator(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = bench(
+        "--suite", "ops", "--filter", "depth_attention", "--contestants", "eager", "--threads", 1,
+        "--repeats", 2, "--cold", "--allocator", "system", "--out", tmp_path,
+    )  # fmt: skip
+    assert code == 0
+    (path,) = tmp_path.iterdir()
+    run, rows = results.read(path)
+    assert (run["threads"], run["cache"], run["pages_kept"]) == (1, "cold", False)
+    assert {row.operator for row in rows} == {"depth_attention"}
+    assert {row.contestant for row in rows} == {"copy", "eager"}
+    assert "caches cold" in capsys.readouterr().out
+
+
+def test_list_names_the_cases_and_runs_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench("--list", "--suite", "ops") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == [case.name for case in TINY]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--filter", "nothing"], "no case of suite 'quick' matches 'nothing'"),
+        (["--contestants", "ours,fastest"], "contestant 'fastest' is not one of ours, eager"),
+        (["--threads", "100000"], "--threads is 100000, but this machine has"),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench(*arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith(f"attnres bench: {sentence}")
+    assert printed.err.count("\n") == 1
+
+
+def test_out_must_be_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert bench("--out", tmp_path / "file") == 2
+    assert "cannot be made" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--suite", "slow"],
+        ["--device", "tpu"],
+        ["--threads", "0"],
+        ["--repeats", "one"],
+        ["--repeats", "1"],
+        ["--contestants", "ours,ours"],
+    ],
+)
+def test_argparse_refuses(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        bench(*arguments)
+    assert exit_.value.code == 2
+    assert arguments[0] in capsys.readouterr().err

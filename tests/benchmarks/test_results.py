@@ -1,0 +1,97 @@
+"""Results survive the way to disk and back, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from attnres_ext.benchmarks import machine, results, runner
+from attnres_ext.benchmarks.results import Result
+
+RUN = {"date": "2026-01-01T00:00:00+00:00", "machine": {"cores": 2}, "commit": None}
+TIMED = Result(
+    case="op/N2/none",
+    operator="op",
+    shape="N2",
+    work="forward",
+    origin="host",
+    contestant="ours",
+    status="timed",
+    seconds=0.5,
+    best_seconds=0.4,
+    spread=0.1,
+    samples=(0.4, 0.5, 0.6),
+    preemptions=3,
+    bytes=10,
+    error=0.2,
+)
+ABSENT = Result("op/N2/none", "op", "N2", "forward", "host", "eager", "absent", reason="not here")
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "deeper" / "run.jsonl"
+    results.write(path, RUN, [TIMED, ABSENT])
+    assert results.read(path) == (RUN, [TIMED, ABSENT])
+    assert [p.name for p in path.parent.iterdir()] == ["run.jsonl"]
+    assert all(isinstance(json.loads(line), dict) for line in path.read_text().splitlines())
+
+
+def test_bandwidth() -> None:
+    assert TIMED.bandwidth == 20.0
+    assert ABSENT.bandwidth is None
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    results.write(path, RUN, [TIMED])
+    before = path.read_text()
+    with pytest.raises(ValueError, match="JSON"):
+        results.write(path, {**RUN, "bad": math.nan}, [TIMED])
+    assert path.read_text() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["run.jsonl"]
+
+
+@pytest.mark.parametrize("text", ["not json", "[1]", "{}", '{"format": 1}'])
+def test_reads_only_its_own(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "other.jsonl"
+    path.write_text(text + "\n")
+    with pytest.raises(ValueError, match="line 1: not a line of benchmark results"):
+        results.read(path)
+
+
+def test_refuses_other_formats_and_headless_files(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    path.write_text('{"kind": "run", "format": 99}\n')
+    with pytest.raises(ValueError, match="another format"):
+        results.read(path)
+    path.write_text("")
+    with pytest.raises(ValueError, match="where it was measured"):
+        results.read(path)
+
+
+def test_a_run_says_where_and_with_what() -> None:
+    facts = runner.describe_run("quick", "cpu", runner.Options(), pages_kept=False)
+    assert {"commit", "modified", "csrc_sha256", "threads", "cache", "machine", "versions"} <= set(
+        facts
+    )
+    assert facts["machine"]["cores"] >= 1
+    json.dumps(facts, allow_nan=False)
+
+
+def test_source_hash_follows_names_and_contents(tmp_path: Path) -> None:
+    folder = tmp_path / "csrc"
+    folder.mkdir()
+    (folder / "a.cpp").write_text("one")
+    first = machine.source_hash(tmp_path)
+    assert machine.source_hash(tmp_path) == first
+    (folder / "a.cpp").write_text("two")
+    second = machine.source_hash(tmp_path)
+    (folder / "a.cpp").rename(folder / "b.cpp")
+    assert len({first, second, machine.source_hash(tmp_path)}) == 3
+
+
+def test_commit_outside_of_a_repository_is_unknown(tmp_path: Path) -> None:
+    assert machine.commit(tmp_path) == {"commit": None, "modified": None}
