@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["GradientBuffer", "can_tap", "tap"]
+__all__ = ["GradientBuffer", "can_tap", "forbid_second_derivative", "tap"]
 
 
 class GradientBuffer:
@@ -71,18 +71,11 @@ class _Tap(torch.autograd.Function):
         with torch.no_grad():
             if gradient is not None:  # readers that know nothing of the buffer
                 collected.add_(gradient)
-        if torch.is_grad_enabled():  # create_graph=True
-            anchor = torch.zeros((), requires_grad=True)
-            collected = _NoSecondDerivative.apply(collected, anchor)
-        return collected, None
+        return forbid_second_derivative(collected), None
 
 
 class _NoSecondDerivative(torch.autograd.Function):
-    """Identity that makes its result depend on ``anchor``, so that differentiating it raises.
-
-    A deposit is no differentiable function of anything; taken for a constant, it would leave a
-    term out of second derivatives without a word.
-    """
+    """Identity that makes its result depend on ``anchor``, so that differentiating it raises."""
 
     @staticmethod
     def forward(ctx, gradient: Tensor, anchor: Tensor) -> Tensor:
@@ -94,6 +87,18 @@ class _NoSecondDerivative(torch.autograd.Function):
             "attnres_ext: second derivatives of depth attention are not supported, "
             "but a gradient made with create_graph=True was differentiated"
         )
+
+
+def forbid_second_derivative(gradient: Tensor) -> Tensor:
+    """``gradient`` itself; in a backward under ``create_graph=True``, one that cannot be
+    differentiated further.
+
+    What a kernel computed is no differentiable function to autograd. Taken for a constant, it would
+    leave a term out of second derivatives without a word.
+    """
+    if not torch.is_grad_enabled():
+        return gradient
+    return _NoSecondDerivative.apply(gradient, torch.zeros((), requires_grad=True))
 
 
 def tap(tensor: Tensor, buffer: GradientBuffer) -> Tensor:

@@ -3,7 +3,6 @@ waits to be added."""
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,8 +14,6 @@ from attnres_ext.gradient_buffer import GradientBuffer, can_tap, tap
 if TYPE_CHECKING:
     from attnres_ext.cache import BlockCache
     from attnres_ext.residual import AttentionResiduals
-
-_TAKES_BUFFERS = "buffers" in inspect.signature(ops.depth_attention).parameters
 
 __all__ = ["CachedState", "ResidualState", "TrainingState"]
 
@@ -159,9 +156,6 @@ class TrainingState(ResidualState):
         # single pass.
         self._phase1: list[tuple[Tensor, Tensor]] | None = None
 
-    def _gradients(self) -> dict:
-        return {"buffers": tuple(self._buffers)} if _TAKES_BUFFERS else {}
-
     def _append_block(self, block: Tensor) -> None:
         buffer = GradientBuffer() if can_tap(block) else None
         self._blocks.append(block if buffer is None else tap(block, buffer))
@@ -186,7 +180,12 @@ class TrainingState(ResidualState):
             partial = delta
             self._append_block(delta)
             hidden = ops.depth_attention(
-                self._blocks, query, key_weight, **norm, save=residual.save, **self._gradients()
+                self._blocks,
+                query,
+                key_weight,
+                **norm,
+                save=residual.save,
+                buffers=tuple(self._buffers),
             )
         else:
             hidden, partial = ops.accumulate_depth_attention(
@@ -197,7 +196,7 @@ class TrainingState(ResidualState):
                 key_weight,
                 **norm,
                 save=residual.save,
-                **self._gradients(),
+                buffers=tuple(self._buffers),
             )
             if closes:
                 self._append_block(partial)
@@ -223,7 +222,7 @@ class TrainingState(ResidualState):
             torch.stack([residual.queries[s] for s in sites]),
             torch.stack([residual.key_weights[s] for s in sites]),
             eps=residual.eps,
-            **self._gradients(),
+            buffers=tuple(self._buffers),
         )
         self._phase1 = list(zip(out.unbind(0), lse.unbind(0), strict=True))
 

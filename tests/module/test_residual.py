@@ -99,19 +99,20 @@ def record_weights(residual, sources):
 
 
 @pytest.mark.parametrize("two_phase", [False, True])
-def test_float32_two_phases_equal_single_pass(two_phase):
-    exact = toy(sublayers_per_block=3, dtype=torch.float64)
-    model = toy(sublayers_per_block=3, dtype=torch.float32, two_phase=two_phase)
-    out, grads = gradients(model, embed(2, 9, dtype=torch.float32), model)
-    expected_out, expected_grads = gradients(
-        exact, embed(2, 9, dtype=torch.float32).double(), exact.naive
-    )
-    naive_out, naive_grads = gradients(model, embed(2, 9, dtype=torch.float32), model.naive)
-
-    assert_as_exact_as_plain_pytorch([out], [naive_out], [expected_out])
-    assert_as_exact_as_plain_pytorch(
-        *([*values.values()] for values in (grads, naive_grads, expected_grads))
-    )
+def test_float32_is_as_exact_as_plain_pytorch(two_phase):
+    outs, grads = ([], [], []), ([], [], [])
+    # A rounding can be amplified by a sublayer further on: several models even that out.
+    for seed in range(6):
+        exact = toy(sublayers_per_block=3, seed=seed)
+        model = toy(sublayers_per_block=3, seed=seed, dtype=torch.float32, two_phase=two_phase)
+        x = embed(2, 9, dtype=torch.float32, seed=seed)
+        runs = (model, x, model), (model, x, model.naive), (exact, x.double(), exact.naive)
+        for i, run in enumerate(runs):
+            out, gradient = gradients(*run)
+            outs[i].append(out)
+            grads[i].extend(gradient.values())
+    assert_as_exact_as_plain_pytorch(*outs)
+    assert_as_exact_as_plain_pytorch(*grads)
 
 
 def test_fresh_queries_read_plain_averages():
