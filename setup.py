@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 class CMakeBuild(build_ext):
-    """Configures and builds the CMake project once, then installs each library beside the package."""
+    """Builds the CMake project once, then installs each library beside the package."""
 
     def get_ext_filename(self, name: str) -> str:
         # _ops holds no CPython API, so its file name carries no CPython ABI tag.
@@ -21,8 +21,8 @@ class CMakeBuild(build_ext):
         return super().get_ext_filename(name)
 
     def run(self) -> None:
-        # A build tree that outlives pip's temporary one keeps rebuilds incremental; one for each Python, so that wheels
-        # for several do not rebuild each other's _C.
+        # A build tree that outlives pip's temporary one keeps rebuilds incremental; one for each
+        # Python, so that wheels for several do not rebuild each other's _C.
         tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
         self.build_dir = ROOT / "build" / tag
         configure = [
@@ -41,7 +41,16 @@ class CMakeBuild(build_ext):
         component = ext.name.rsplit(".", 1)[1]
         destination = Path(self.get_ext_fullpath(ext.name)).parent
         subprocess.check_call(
-            ["cmake", "--install", self.build_dir, "--component", component, "--prefix", destination, "--strip"]
+            [
+                "cmake",
+                "--install",
+                self.build_dir,
+                "--component",
+                component,
+                "--prefix",
+                destination,
+                "--strip",
+            ]
         )
 
 

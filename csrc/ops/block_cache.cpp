@@ -28,6 +28,10 @@ void check_cache(const char* op, const Tensor& slots, const Tensor& rstd) {
   check_hidden(argument, slots);
   STD_TORCH_CHECK(slots.stride(2) == 1 || slots.size(2) == 1, argument.text(), " has a column stride of ",
                   slots.stride(2), ", expected 1");
+  const bool apart = (slots.size(1) <= 1 || slots.stride(1) >= slots.size(2)) &&
+                     (slots.size(0) <= 1 || slots.stride(0) >= (slots.size(1) - 1) * slots.stride(1) + slots.size(2));
+  STD_TORCH_CHECK(apart, argument.text(), " has rows that share memory with one another, expected slots that follow one "
+                  "another in memory");
   STD_TORCH_CHECK(slots.size(0) <= kMaxSources, argument.text(), " has a capacity of ", slots.size(0),
                   ", expected at most ", kMaxSources);
   const Argument rms{op, "rstd"};

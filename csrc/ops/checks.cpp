@@ -1,5 +1,7 @@
 #include "checks.hpp"
 
+#include <utility>
+
 namespace attnres::ops {
 namespace {
 
@@ -137,6 +139,17 @@ Rows check_output(const Argument& argument, const Tensor& output) {
   const auto rows = addressable_rows(output);
   STD_TORCH_CHECK(rows.has_value(), argument.text(), " is written in place and must have contiguous columns and at most two "
                   "strides over its leading dimensions; call .contiguous() on it first");
+  // The two strides must not make rows overlap one another, as those of an expanded tensor do.
+  const int64_t hidden = output.size(output.dim() - 1), count = num_rows(output);
+  int64_t sizes[2] = {rows->inner, count / rows->inner}, strides[2] = {rows->inner_stride, rows->outer_stride};
+  if (strides[1] < strides[0] && sizes[1] > 1) {
+    std::swap(sizes[0], sizes[1]);
+    std::swap(strides[0], strides[1]);
+  }
+  const int64_t span = sizes[0] > 1 ? (sizes[0] - 1) * strides[0] + hidden : hidden;
+  const bool apart = (sizes[0] <= 1 || strides[0] >= hidden) && (sizes[1] <= 1 || strides[1] >= span);
+  STD_TORCH_CHECK(apart, argument.text(), " has rows that share memory with one another, expected a tensor that is not "
+                  "expanded: it is written in place");
   return *rows;
 }
 

@@ -1,4 +1,5 @@
-"""Attention Residuals: compiled depth attention, block summation and cross-block caching for PyTorch."""
+"""Attention Residuals: compiled depth attention, block summation and cross-block caching for
+PyTorch."""
 
 from attnres_ext.cache import BlockCache
 from attnres_ext.ops import (

@@ -1,9 +1,10 @@
 """Derivatives of the operators.
 
-Each operator has its derivative twice over one formula: as an ``autograd.Function`` that the functional API applies in
-eager mode (a third of the dispatcher's overhead, and source gradients may gather in buffers, see
-:mod:`attnres_ext.gradient_buffer`), and registered on the operator itself, which is what ``torch.compile``,
-``torch.func`` and direct calls of ``torch.ops.attnres.*`` differentiate.
+Each operator has its derivative twice over one formula: as an ``autograd.Function`` that the
+functional API applies in eager mode (a third of the dispatcher's overhead, and source gradients may
+gather in buffers, see :mod:`attnres_ext.gradient_buffer`), and registered on the operator itself,
+which is what ``torch.compile``, ``torch.func`` and direct calls of ``torch.ops.attnres.*``
+differentiate.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class Options(NamedTuple):
 
 
 def below_autograd(traced: bool) -> AbstractContextManager:
-    """Calls inside go straight to the backend: the caller sees to derivatives, or knows that there are none."""
+    """Calls inside go straight to the backend: the caller sees to derivatives, or knows that there
+    are none."""
     return _nothing if traced else torch._C._AutoDispatchBelowAutograd()
 
 
@@ -57,8 +59,8 @@ def _deposit(
     """Where each needed source gradient goes: into its buffer, or a new tensor that autograd gets.
 
     Returns:
-        ``(gradients, accumulate, returned)``: one tensor and one flag for each source that needs a gradient, and for
-        every source what autograd is handed.
+        ``(gradients, accumulate, returned)``: one tensor and one flag for each source that needs a
+        gradient, and for every source what autograd is handed.
     """
     gradients, accumulate, returned = [], [], []
     for source, buffer, need in zip(sources, buffers, needs, strict=True):
@@ -83,9 +85,11 @@ def _wanted(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor |
 
 
 def _registered(backward: Callable) -> Callable:
-    """Adapts ``backward(ctx, needs, *gradients)`` to the arguments that an operator was called with.
+    """Adapts ``backward(ctx, needs, *gradients)`` to the arguments that an operator was called
+    with.
 
-    The dispatcher drops trailing arguments that equal their defaults, and wants one gradient for each of the others.
+    The dispatcher drops trailing arguments that equal their defaults, and wants one gradient for
+    each of the others.
     """
 
     def adapted(ctx, *gradients):
@@ -122,7 +126,7 @@ def _depth_attention_gradients(
 
 
 class DepthAttention(torch.autograd.Function):
-    """``apply(options, query, key_weight, out_weight, *sources)`` -> ``out`` or ``(out, weights)``."""
+    """``apply(options, query, key_weight, out_weight, *sources)`` -> ``out[, weights]``."""
 
     @staticmethod
     def forward(ctx, options, query, key_weight, out_weight, *sources):
@@ -212,7 +216,8 @@ def _accumulate_gradients(
     if grad_hidden is None:
         return [None] * len(blocks), grad_new_partial, [None] * 3
     arguments = (
-        grad_hidden, grad_new_partial, blocks, new_partial, query, key_weight, out_weight, stats, mix,
+        grad_hidden, grad_new_partial, blocks, new_partial, query, key_weight, out_weight, stats,
+        mix,
         options.eps, options.out_eps, options.scale, needs,
     )  # fmt: skip
     if options.buffers is None:
@@ -231,7 +236,8 @@ def _like(gradient: Tensor | None, dtype: torch.dtype, need: bool) -> Tensor | N
 
 
 class AccumulateDepthAttention(torch.autograd.Function):
-    """``apply(options, query, key_weight, out_weight, partial, delta, *blocks)`` -> ``(hidden, new_partial)``."""
+    """``apply(options, query, key_weight, out_weight, partial, delta, *blocks)`` -> ``(hidden,
+    new_partial)``."""
 
     @staticmethod
     def forward(ctx, options, query, key_weight, out_weight, partial, delta, *blocks):
@@ -419,7 +425,8 @@ def _save_merge(
 
 
 class MergePartial(torch.autograd.Function):
-    """``apply(options, out, lse, partial, delta, query, key_weight, out_weight)`` -> ``(hidden, new_partial)``."""
+    """``apply(options, out, lse, partial, delta, query, key_weight, out_weight)`` -> ``(hidden,
+    new_partial)``."""
 
     @staticmethod
     def forward(ctx, options, *tensors):
@@ -448,7 +455,8 @@ def _merge_backward(ctx, needs, grad_hidden, grad_new_partial):
 
 def _no_second_derivative(ctx, *gradients):
     raise RuntimeError(
-        "attnres: second derivatives are not supported; differentiate once, without create_graph=True"
+        "attnres: second derivatives are not supported by the compiled operators; differentiate "
+        "once, without create_graph=True, or use the definitions in attnres_ext.reference"
     )
 
 

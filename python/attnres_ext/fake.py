@@ -1,7 +1,8 @@
-"""Shapes of the operators' results, for ``torch.compile`` and fake tensors; every size may be symbolic.
+"""Shapes of the operators' results, for ``torch.compile`` and fake tensors; every size may be
+symbolic.
 
-Only what decides a result's shape and dtype is written here: arguments are checked by the operators themselves, which run
-on real tensors before anything is traced through them.
+Only what decides a result's shape and dtype is written here: arguments are checked by the operators
+themselves, which run on real tensors before anything is traced through them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def _nothing(like: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _gradient(of: Tensor | None, like: Tensor, dtype: torch.dtype, need: bool) -> Tensor:
-    """A new contiguous tensor like ``of`` if its gradient is needed, else no elements of ``dtype``."""
+    """A new contiguous tensor like ``of`` if its gradient is needed, else one of no elements."""
     if need and of is not None:
         return _empty(like, of.shape, of.dtype)
     return _nothing(like, dtype)
@@ -83,7 +84,8 @@ def _weight_gradients(query, key_weight, out_weight, like, dtype, needs):
 
 @torch.library.register_fake("attnres::depth_attention_backward")
 def _(
-    grad_out, grad_weights, sources, query, key_weight, out_weight, stats, mix, eps, out_eps, scale, needs
+    grad_out, grad_weights, sources, query, key_weight, out_weight, stats, mix, eps, out_eps,
+    scale, needs
 ):  # fmt: skip
     dtype = compute_dtype(sources)
     weights = _weight_gradients(query, key_weight, out_weight, sources[0], dtype, needs[-3:])
@@ -92,7 +94,8 @@ def _(
 
 @torch.library.register_fake("attnres::depth_attention_backward_")
 def _(
-    grad_out, grad_weights, sources, query, key_weight, out_weight, stats, mix, eps, out_eps, scale, needs,
+    grad_out, grad_weights, sources, query, key_weight, out_weight, stats, mix, eps, out_eps,
+    scale, needs,
     grad_sources, accumulate,
 ):  # fmt: skip
     return _weight_gradients(
@@ -118,7 +121,8 @@ def _(
 
 @torch.library.register_fake("attnres::accumulate_depth_attention_with_stats")
 def _(
-    partial, delta, blocks, query, key_weight=None, out_weight=None, eps=1e-6, out_eps=None, scale=1.0,
+    partial, delta, blocks, query, key_weight=None, out_weight=None, eps=1e-6, out_eps=None,
+    scale=1.0,
     save_stats=True, save_mix=False,
 ):  # fmt: skip
     sources = [*blocks, partial]
@@ -217,14 +221,12 @@ def _(
 
 @torch.library.register_fake("attnres::merge_partial_backward")
 def _(
-    grad_hidden, grad_new_partial, out, lse, value, query, key_weight, out_weight, eps, out_eps, scale, needs
+    grad_hidden, grad_new_partial, out, lse, value, query, key_weight, out_weight, eps, out_eps,
+    scale, needs
 ):  # fmt: skip
     dtype = compute_dtype([out] if value is None else [out, value])
     grad_lse = _empty(out, lse.shape, dtype) if needs[1] else _nothing(out, dtype)
-    if needs[0]:
-        grad_out = _empty(out, out.shape, out.dtype)
-    else:
-        grad_out = _nothing(out, dtype)
+    grad_out = _gradient(out, out, dtype, needs[0])
     grad_value = _gradient(value, out, dtype, needs[2])
     return (
         grad_out,
@@ -251,6 +253,7 @@ def _(slots, rstd, count, queries, key_weights, scale, out, lse):
 
 @torch.library.register_fake("attnres::block_cache_merge")
 def _(
-    slots, rstd, out, lse, delta, slot, add, query, key_weight, out_weight, eps, out_eps, scale, hidden
+    slots, rstd, out, lse, delta, slot, add, query, key_weight, out_weight, eps, out_eps, scale,
+    hidden
 ):  # fmt: skip
     return None

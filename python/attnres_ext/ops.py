@@ -1,12 +1,15 @@
 """The functional API: depth attention, block summation, and attention over blocks in two phases.
 
-Shapes: ``N`` sources, ``S`` queries, ``D`` hidden, ``...`` any leading (token) dimensions. Sources may be float32,
-float64, bfloat16 or float16, each with a dtype and strides of its own; logits, softmax and sums are float32 (float64 if
-any source is). Queries and gains may have any of these dtypes. Errors are RuntimeErrors that name the operator, the
-argument, what came and what was wanted; they are raised before anything is computed.
+Shapes: ``N`` sources, ``S`` queries, ``D`` hidden, ``...`` any leading (token) dimensions. Sources
+may be float32, float64, bfloat16 or float16, each with a dtype and strides of its own; logits,
+softmax and sums are float32 (float64 if any source is). Queries and gains may have any of these
+dtypes. Errors are RuntimeErrors that name the operator, the argument, what came and what was
+wanted; they are raised before anything is computed.
 
-Every function is differentiable in all its tensors, and its gradients are bit-identical from run to run. Second
-derivatives raise. ``torch.compile`` sees the operators under ``torch.ops.attnres``.
+Every function is differentiable in all its tensors, and its gradients are bit-identical from run to
+run. Second derivatives raise. ``torch.compile`` sees the operators under ``torch.ops.attnres``.
+Function transforms (``torch.func``) run the definitions in :mod:`attnres_ext.reference`, which can
+be differentiated and mapped in any way, more slowly.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from attnres_ext import _native, fake  # noqa: F401  (registers the operators and their shapes)
+from attnres_ext import _native, fake, reference  # noqa: F401  (registers the operators and their shapes)
 from attnres_ext.autograd import (
     AccumulateDepthAttention,
     DepthAttention,
@@ -40,6 +43,7 @@ __all__ = [
 
 SAVE_LEVELS = ("nothing", "stats", "output")
 _ops = torch.ops.attnres
+_traced = torch.compiler.is_compiling
 
 Sources = Sequence[Tensor] | Tensor | BlockCache
 
@@ -59,13 +63,13 @@ def depth_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention over depth (paper, Eq. 2-4).
 
-    ``out = sum_i softmax_i(scale * (key_weight * query) . RMSNorm(source_i)) source_i``, then, if ``out_weight`` is
-    given, ``RMSNorm(out) * out_weight``: the pre-norm of the sublayer that reads.
+    ``out = sum_i softmax_i(scale * (key_weight * query) . RMSNorm(source_i)) source_i``, then, if
+    ``out_weight`` is given, ``RMSNorm(out) * out_weight``: the pre-norm of the sublayer that reads.
 
     Args:
-        sources: ``N`` tensors ``[..., D]`` (at most 256), a stack ``[N, ..., D]``, or a :class:`BlockCache`, whose filled
-            slots are the sources. Never copied, unless columns are strided or leading dimensions need more than two
-            strides.
+        sources: ``N`` tensors ``[..., D]`` (at most 256), a stack ``[N, ..., D]``, or a
+            :class:`BlockCache`, whose filled slots are the sources. Never copied, unless columns
+            are strided or leading dimensions need more than two strides.
         query: ``[D]``, ``[1, D]`` or ``[D, 1]``, the site's pseudo-query.
         key_weight: ``[D]``, the gain of the keys' RMSNorm; None means ones.
         out_weight: ``[D]``, the gain of the output's RMSNorm; None means no output norm.
@@ -73,16 +77,23 @@ def depth_attention(
         out_eps: Epsilon of the output's RMSNorm; None means ``eps``.
         scale: Factor of the logits; the paper has none.
         return_weights: Whether to return the softmax weights as well; they are differentiable.
-        save: What the backward reuses: ``"nothing"`` (all is recomputed), ``"stats"`` (``8N + 4`` bytes a token) or
-            ``"output"`` (also the mix before the output norm, in the compute dtype). Gradients are the same to the bit.
-        buffers: For each source, where its gradient gathers instead of going through autograd, or None
-            (see :mod:`attnres_ext.gradient_buffer`).
+        save: What the backward reuses: ``"nothing"`` (all is recomputed), ``"stats"`` (``8N + 4``
+            bytes a token) or ``"output"`` (also the mix before the output norm, in the compute
+            dtype). Gradients are the same to the bit.
+        buffers: For each source, where its gradient gathers instead of going through autograd, or
+            None (see :mod:`attnres_ext.gradient_buffer`).
 
     Returns:
-        ``out [..., D]`` in the dtype that PyTorch promotes the sources to, or ``(out, weights [N, ...])``.
+        ``out [..., D]`` in the dtype that PyTorch promotes the sources to, or ``(out, weights [N,
+        ...])``.
     """
     if not isinstance(sources, list):
         sources = _as_list(sources)
+    if _transformed():
+        return reference.depth_attention(
+            sources, query, key_weight, out_weight=out_weight, eps=eps, out_eps=out_eps,
+            scale=scale, return_weights=return_weights,
+        )  # fmt: skip
     if save not in SAVE_LEVELS:
         raise ValueError(
             f"depth_attention: save is {save!r}, expected one of {', '.join(SAVE_LEVELS)}"
@@ -122,8 +133,8 @@ def accumulate_depth_attention(
     """Block summation and depth attention in one pass (paper, Eq. 5-6).
 
     ``new_partial = partial + delta``, rounded to the partial's dtype; then depth attention over
-    ``[*blocks, new_partial]`` as :func:`depth_attention` has it. The rounded sum is what is scored and mixed, so that the
-    state and its use agree bit for bit.
+    ``[*blocks, new_partial]`` as :func:`depth_attention` has it. The rounded sum is what is scored
+    and mixed, so that the state and its use agree bit for bit.
 
     Args:
         partial: ``[..., D]``, the open block's running sum; None at a block's first sublayer.
@@ -139,19 +150,27 @@ def accumulate_depth_attention(
         buffers: For each block, where its gradient gathers, or None.
 
     Returns:
-        ``(hidden [..., D], new_partial [..., D])``. Without a partial, ``new_partial`` is ``delta`` itself.
+        ``(hidden [..., D], new_partial [..., D])``. Without a partial, ``new_partial`` is ``delta``
+        itself.
     """
     if not isinstance(blocks, list):
         blocks = _as_list(blocks)
+    if _transformed():
+        return reference.accumulate_depth_attention(
+            partial, delta, blocks, query, key_weight, out_weight=out_weight, eps=eps,
+            out_eps=out_eps, scale=scale,
+        )  # fmt: skip
     if partial is None:
         hidden = depth_attention(
-            [*blocks, delta], query, key_weight, out_weight=out_weight, eps=eps, out_eps=out_eps, scale=scale,
+            [*blocks, delta], query, key_weight, out_weight=out_weight, eps=eps, out_eps=out_eps,
+            scale=scale,
             save=save, buffers=None if buffers is None else [*buffers, None],
         )  # fmt: skip
         return hidden, delta
     if save not in SAVE_LEVELS:
         raise ValueError(
-            f"accumulate_depth_attention: save is {save!r}, expected one of {', '.join(SAVE_LEVELS)}"
+            f"accumulate_depth_attention: save is {save!r}, "
+            f"expected one of {', '.join(SAVE_LEVELS)}"
         )
     if not _traced():
         if _needs_gradient((query, key_weight, out_weight, partial, delta, *blocks)):
@@ -189,7 +208,8 @@ def inter_block_attention(
     scale: float = 1.0,
     buffers: Sequence[GradientBuffer | None] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Phase 1 (paper, Algorithm 1): all pseudo-queries of a block against the finished blocks, in one sweep.
+    """Phase 1 (paper, Algorithm 1): all pseudo-queries of a block against the finished blocks, in
+    one sweep.
 
     Args:
         blocks: ``N`` finished blocks, each ``[..., D]``.
@@ -200,11 +220,13 @@ def inter_block_attention(
         buffers: For each block, where its gradient gathers, or None.
 
     Returns:
-        ``(out [S, ..., D], lse [S, ...])``: the normalised mix, and the natural logarithm of the sum of exponentials that
-        :func:`merge_partial` needs to add one more source.
+        ``(out [S, ..., D], lse [S, ...])``: the normalised mix, and the natural logarithm of the
+        sum of exponentials that :func:`merge_partial` needs to add one more source.
     """
     if not isinstance(blocks, list):
         blocks = _as_list(blocks)
+    if _transformed():
+        return reference.inter_block_attention(blocks, queries, key_weights, eps=eps, scale=scale)
     if _traced():
         return _ops.inter_block_attention_with_stats.default(
             blocks, queries, key_weights, eps, scale
@@ -229,10 +251,11 @@ def merge_partial(
     out_eps: float | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor | None]:
-    """Phase 2 (paper, Algorithm 1): block summation, then one more source merged into what phase 1 found.
+    """Phase 2 (paper, Algorithm 1): block summation, then one more source merged into what phase 1
+    found.
 
-    Equal to attention over all blocks and the new partial at once. An empty state, ``lse = -inf``, leaves the partial
-    alone, whatever ``out`` holds.
+    Equal to attention over all blocks and the new partial at once. An empty state, ``lse = -inf``,
+    leaves the partial alone, whatever ``out`` holds.
 
     Args:
         out: ``[..., D]``, phase 1's mix for this site.
@@ -247,9 +270,14 @@ def merge_partial(
         scale: Factor of the partial's logit.
 
     Returns:
-        ``(hidden [..., D], new_partial)``. ``new_partial`` is the rounded sum where both a partial and a delta are given,
-        else the one that is given, else None.
+        ``(hidden [..., D], new_partial)``. ``new_partial`` is the rounded sum where both a partial
+        and a delta are given, else the one that is given, else None.
     """
+    if _transformed():
+        return reference.merge_partial(
+            out, lse, partial, delta, query, key_weight, out_weight=out_weight, eps=eps,
+            out_eps=out_eps, scale=scale,
+        )  # fmt: skip
     if _traced():
         hidden, new_partial = _ops.merge_partial.default(
             out, lse, partial, delta, query, key_weight, out_weight, eps, out_eps, scale
@@ -277,9 +305,9 @@ def _as_list(sources: Sources) -> list[Tensor]:
     return list(sources)
 
 
-def _traced() -> bool:
-    """Whether somebody watches the operators themselves: a compiler or a function transform."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+def _transformed() -> bool:
+    """Whether a function transform is under way, which knows no compiled operators."""
+    return not _traced() and torch._C._are_functorch_transforms_active()
 
 
 def _needs_gradient(tensors: Sequence[Tensor | None]) -> bool:

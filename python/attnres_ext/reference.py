@@ -1,8 +1,9 @@
 """The definition of every operator, in plain PyTorch.
 
-Each function here takes the arguments of the public function of the same name, works on any device and is differentiable
-by autograd. The compiled operators are tested against these functions evaluated in float64. Shapes: ``N`` sources, ``S``
-queries, ``D`` hidden, ``...`` any leading (token) dimensions.
+Each function here takes the arguments of the public function of the same name, works on any device
+and is differentiable by autograd. The compiled operators are tested against these functions
+evaluated in float64. Shapes: ``N`` sources, ``S`` queries, ``D`` hidden, ``...`` any leading
+(token) dimensions.
 """
 
 from __future__ import annotations
@@ -34,13 +35,17 @@ def result_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """RMSNorm over the last dimension, in the dtype of ``x``: ``x / sqrt(mean(x^2) + eps) * weight``."""
+    """RMSNorm over the last dimension, in the dtype of ``x``: ``x / sqrt(mean(x^2) + eps) *
+    weight``."""
     normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     return normed if weight is None else normed * weight.to(x.dtype)
 
 
-def logits(values: Tensor, query: Tensor, key_weight: Tensor | None, eps: float, scale: float) -> Tensor:
-    """``scale * <query, RMSNorm(value) * key_weight>`` for each value ``[..., D]`` -> ``[...]`` (paper, Eq. 2)."""
+def logits(
+    values: Tensor, query: Tensor, key_weight: Tensor | None, eps: float, scale: float
+) -> Tensor:
+    """``scale * <query, RMSNorm(value) * key_weight>`` for each value ``[..., D]`` -> ``[...]``
+    (paper, Eq. 2)."""
     return scale * (rms_norm(values, key_weight, eps) * query.to(values.dtype)).sum(-1)
 
 
@@ -56,10 +61,13 @@ def depth_attention(
     return_weights: bool = False,
     save: str = "stats",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Softmax attention over depth: keys are RMS-normalised sources, values are the sources themselves (paper, Eq. 2-4)."""
+    """Softmax attention over depth: keys are RMS-normalised sources, values are the sources
+    themselves (paper, Eq. 2-4)."""
     dtype = compute_dtype(sources)
     values = torch.stack([source.to(dtype) for source in sources])  # [N, ..., D]
-    weights = torch.softmax(logits(values, query.reshape(-1), key_weight, eps, scale), dim=0)  # [N, ...]
+    weights = torch.softmax(
+        logits(values, query.reshape(-1), key_weight, eps, scale), dim=0
+    )  # [N, ...]
     out = (weights.unsqueeze(-1) * values).sum(0)
     if out_weight is not None:
         out = rms_norm(out, out_weight, eps if out_eps is None else out_eps)
@@ -80,10 +88,16 @@ def accumulate_depth_attention(
     scale: float = 1.0,
     save: str = "stats",
 ) -> tuple[Tensor, Tensor]:
-    """Block summation, then depth attention over ``[*blocks, partial + delta]`` (paper, Eq. 5-6)."""
+    """Block summation, then attention over ``[*blocks, partial + delta]`` (paper, Eq. 5-6)."""
     new_partial = add_to_partial(partial, delta)
     hidden = depth_attention(
-        [*blocks, new_partial], query, key_weight, out_weight=out_weight, eps=eps, out_eps=out_eps, scale=scale
+        [*blocks, new_partial],
+        query,
+        key_weight,
+        out_weight=out_weight,
+        eps=eps,
+        out_eps=out_eps,
+        scale=scale,
     )
     return hidden, new_partial
 
@@ -96,14 +110,17 @@ def inter_block_attention(
     eps: float = 1e-6,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Phase 1 (paper, Algorithm 1): every query of a block against the finished blocks -> ``out [S, ..., D]``, ``lse [S, ...]``."""
+    """Phase 1 (paper, Algorithm 1): every query of a block against the finished blocks -> ``out [S,
+    ..., D]``, ``lse [S, ...]``."""
     dtype = compute_dtype(blocks)
     values = torch.stack([block.to(dtype) for block in blocks])  # [N, ..., D]
     outs, lses = [], []
     for s in range(queries.shape[0]):
         key_weight = None if key_weights is None else key_weights[s]
         scores = logits(values, queries[s], key_weight, eps, scale)  # [N, ...]
-        outs.append((torch.softmax(scores, dim=0).unsqueeze(-1) * values).sum(0).to(result_dtype(blocks)))
+        outs.append(
+            (torch.softmax(scores, dim=0).unsqueeze(-1) * values).sum(0).to(result_dtype(blocks))
+        )
         lses.append(torch.logsumexp(scores, dim=0))
     return torch.stack(outs), torch.stack(lses)
 
@@ -121,7 +138,8 @@ def merge_partial(
     out_eps: float | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor | None]:
-    """Phase 2 (paper, Algorithm 1): merge phase 1's normalised ``out`` and ``lse`` with the open block's partial sum."""
+    """Phase 2 (paper, Algorithm 1): merge phase 1's normalised ``out`` and ``lse`` with the open
+    block's partial sum."""
     new_partial = partial if delta is None else add_to_partial(partial, delta)
     tensors = [out] if new_partial is None else [out, new_partial]
     dtype = compute_dtype(tensors)
@@ -131,14 +149,18 @@ def merge_partial(
         score = logits(value, query.reshape(-1), key_weight, eps, scale)
         weights = torch.softmax(torch.stack([lse.to(dtype), score]), dim=0).unsqueeze(-1)
         # An empty state (lse = -inf) contributes nothing, whatever its `out` holds.
-        hidden = torch.where(weights[0] > 0, weights[0] * hidden, torch.zeros_like(hidden)) + weights[1] * value
+        hidden = (
+            torch.where(weights[0] > 0, weights[0] * hidden, torch.zeros_like(hidden))
+            + weights[1] * value
+        )
     if out_weight is not None:
         hidden = rms_norm(hidden, out_weight, eps if out_eps is None else out_eps)
     return hidden.to(result_dtype(tensors)), new_partial
 
 
 def add_to_partial(partial: Tensor | None, delta: Tensor) -> Tensor:
-    """``partial + delta`` rounded to the partial's storage dtype; a block's first delta is its partial."""
+    """``partial + delta`` rounded to the partial's storage dtype; a block's first delta is its
+    partial."""
     if partial is None:
         return delta
     dtype = compute_dtype([partial, delta])
