@@ -13,14 +13,14 @@ zero.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from attnres_ext import reference
-from attnres_ext.benchmarks.inputs import Inputs, arguments, as_tuple, take_rows
+from attnres_ext.benchmarks.inputs import Inputs, arguments, as_tuple, map_leaves, take_rows
 from attnres_ext.benchmarks.registry import Case
 
 Forward = Callable[[Inputs], tuple[Tensor, ...]]
@@ -62,9 +62,7 @@ class Gate:
         sampled = take_rows(inputs, self._rows)
         self._inputs = replace(inputs, upstream=_only_rows(case, inputs.upstream, self._rows))
         definition = definition or _operator(case)
-        wide = sampled.map(
-            lambda _, tensor: tensor.detach().double().requires_grad_(tensor.requires_grad)
-        )
+        wide = map_leaves(sampled, lambda _, tensor: tensor.double())
         self._exact = results(definition, case, wide)
         self._plain_error = {
             name: _distance(plain, self._exact[name])
@@ -104,9 +102,10 @@ class Gate:
             return f"{name} has shape {tuple(actual.shape)}, expected {self.case.tokens} tokens"
         if name.startswith("output"):
             return None if bool(actual.isfinite().all()) else f"{name} is not finite"
-        sampled = actual.index_select(dim, self._rows)
-        if actual.count_nonzero() != sampled.count_nonzero():
-            return f"{name} is not zero in rows whose incoming gradient is"
+        before = self._inputs.leaves()[name.removeprefix("gradient of ")].grad
+        changed = actual != (0 if before is None else before)
+        if changed.index_fill_(dim, self._rows, False).any():
+            return f"{name} changed in rows whose incoming gradient is zero"
         return None
 
     def _token_dim(self, name: str) -> int:
@@ -140,21 +139,33 @@ def _only_rows(case: Case, upstream: tuple[Tensor, ...], rows: Tensor) -> tuple[
 
 
 def results(forward: Forward, case: Case, inputs: Inputs) -> dict[str, Tensor]:
-    """Results and, where the case has a backward, gradients of one call, by name."""
-    if case.gradients == "none":
-        with torch.no_grad():
+    """Results and, where the case has a backward, gradients of one call, by name.
+
+    Where gradients accumulate, they are what each `.grad` holds afterwards; the inputs get their
+    old ones back.
+    """
+    leaves = inputs.leaves()
+    before = [leaf.grad for leaf in leaves.values()]
+    for leaf in leaves.values():
+        leaf.grad = None if leaf.grad is None else leaf.grad.clone()
+    try:
+        with torch.set_grad_enabled(case.gradients != "none"):
             outputs = forward(inputs)
-    else:
-        outputs = forward(inputs)
+        gradients: Sequence[Tensor | None] = [None] * len(leaves)
+        if case.gradients == "accumulate":
+            torch.autograd.backward(outputs, inputs.upstream)
+            gradients = [leaf.grad for leaf in leaves.values()]
+        elif case.gradients == "fresh":
+            gradients = torch.autograd.grad(
+                outputs, list(leaves.values()), inputs.upstream, allow_unused=True
+            )
+    finally:
+        for leaf, grad in zip(leaves.values(), before, strict=True):
+            leaf.grad = grad
     named = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
-    if inputs.upstream:
-        leaves = inputs.leaves()
-        gradients = torch.autograd.grad(
-            outputs, list(leaves.values()), inputs.upstream, allow_unused=True
-        )
-        for name, gradient in zip(leaves, gradients, strict=True):
-            if gradient is not None:
-                named[f"gradient of {name}"] = gradient
+    for name, gradient in zip(leaves, gradients, strict=True):
+        if gradient is not None:
+            named[f"gradient of {name}"] = gradient
     return named
 
 

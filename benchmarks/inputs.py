@@ -107,7 +107,7 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
         for name, leaf in inputs.leaves().items():
             leaf.requires_grad_()
             if case.gradients == "accumulate" and name not in _READ_ONCE:
-                leaf.grad = torch.zeros_like(leaf)
+                leaf.grad = torch.randn(leaf.shape, generator=generator).to(leaf.dtype)
     return inputs
 
 
@@ -122,34 +122,38 @@ def _upstream(
     return (rows(1.0), rows(1.0))
 
 
+def map_leaves(inputs: Inputs, function: Callable[[str, Tensor], Tensor]) -> Inputs:
+    """``inputs.map``, applied to each tensor's `.grad` as well; the results are leaves again."""
+
+    def leaf(name: str, tensor: Tensor) -> Tensor:
+        made = function(name, tensor.detach()).requires_grad_(tensor.requires_grad)
+        if tensor.grad is not None:
+            made.grad = function(name, tensor.grad)
+        return made
+
+    return inputs.map(leaf)
+
+
 def copy_inputs(inputs: Inputs) -> Inputs:
     """The same values elsewhere in memory, strides, gradients and all."""
 
     def copy(_: str, tensor: Tensor) -> Tensor:
         made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-        made.copy_(tensor.detach())
-        made.requires_grad_(tensor.requires_grad)
-        if tensor.grad is not None:
-            made.grad = tensor.grad.clone()
-        return made
+        return made.copy_(tensor)
 
-    return inputs.map(copy)
+    return map_leaves(inputs, copy)
 
 
 def take_rows(inputs: Inputs, rows: Tensor) -> Inputs:
     """Copies of the inputs of the tokens ``rows``; weights stay whole."""
 
     def part(name: str, tensor: Tensor) -> Tensor:
-        taken = tensor.detach()
         if name == "upstream":
-            # Outputs of phase 1 have the queries in front of the tokens; all others start with
-            # tokens.
-            taken = taken.index_select(1 if inputs.query.dim() == 2 else 0, rows)
-        elif name in _ROWS:
-            taken = taken.index_select(0, rows)
-        return taken.requires_grad_(tensor.requires_grad)
+            # Outputs of phase 1 have the queries in front of the tokens; others start with tokens.
+            return tensor.index_select(1 if inputs.query.dim() == 2 else 0, rows)
+        return tensor.index_select(0, rows) if name in _ROWS else tensor.clone()
 
-    return inputs.map(part)
+    return map_leaves(inputs, part)
 
 
 def arguments(case: Case, inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -25,12 +25,25 @@ def unsupported(case: Case) -> str | None:
     return None
 
 
+class _Existing:
+    """Hands a block's `.grad` to the kernel, as a gradient buffer that others have written to."""
+
+    def __init__(self, source: Tensor):
+        self._source = source
+
+    def slot(self, like: Tensor) -> tuple[Tensor, bool]:
+        """The tensor to write into, and that it must be added to."""
+        return self._source.grad, True
+
+
 def prepare(case: Case) -> Callable[[Inputs], tuple[Tensor, ...]]:
-    """The public function."""
+    """The public function; where gradients accumulate, the kernel adds to them itself."""
     function = getattr(ops, case.operator)
 
     def call(inputs: Inputs) -> tuple[Tensor, ...]:
         args, keywords = arguments(case, inputs)
+        if case.gradients == "accumulate" and inputs.sources:
+            keywords["buffers"] = [_Existing(source) for source in inputs.sources]
         return as_tuple(function(*args, **keywords))
 
     return call

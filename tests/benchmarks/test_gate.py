@@ -132,6 +132,28 @@ def test_refuses_a_missing_gradient() -> None:
     assert verdict.reason == "gradient of query is missing"
 
 
+def test_gradients_are_added_to_what_is_there() -> None:
+    case = Case("depth_attention", 3, 200, 32, "float32", gradients="accumulate")
+    inputs = make_inputs(case)
+    before = {name: leaf.grad.clone() for name, leaf in inputs.leaves().items()}
+    held_to = Gate(case, inputs)
+    assert held_to.check(eager.prepare(case)).passed
+    for name, leaf in inputs.leaves().items():
+        assert torch.equal(leaf.grad, before[name])
+
+    right = eager.prepare(case)
+
+    def overwrites(inputs: Inputs) -> tuple[Tensor, ...]:
+        inputs.sources[1].grad.zero_()
+        return right(inputs)
+
+    verdict = held_to.check(overwrites)
+    assert not verdict.passed
+    assert (
+        verdict.reason == "gradient of sources[1] changed in rows whose incoming gradient is zero"
+    )
+
+
 def test_an_error_is_a_failure_of_that_contestant_alone() -> None:
     def explode(inputs: Inputs) -> tuple[Tensor, ...]:
         raise RuntimeError("no such kernel\nand a long trace")

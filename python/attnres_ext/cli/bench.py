@@ -198,6 +198,8 @@ def _add_rows(table: Table, case: Case, rows: list[Result]) -> None:
         if row is not ours and row is not copy and ours is not None and ours.seconds:
             ratio = row.seconds / ours.seconds
             speedup = f"{ratio:.1f}x faster" if ratio >= 1 else f"{1 / ratio:.1f}x slower"
+            # Within a few percent nobody is faster.
+            speedup = "even" if 0.95 < ratio < 1.05 else speedup
         table.add_row(
             label,
             row.contestant,
