@@ -3,6 +3,7 @@
 import pytest
 import torch
 from attnres_ext import residual_state
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from tests.module.naive_residual import gradients
@@ -30,6 +31,31 @@ def test_buffers_equal_autograds_adds(options, monkeypatch):
     buffered = gradients(model, embed(4), model)
     monkeypatch.setattr(residual_state, "can_tap", lambda tensor: False)
     assert_same(buffered, gradients(model, embed(4), model))
+
+
+class CountAdds(TorchDispatchMode):
+    """Counts additions of tensors of one shape, autograd's own among them."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in (torch.ops.aten.add, torch.ops.aten.add_):
+            self.count += args[0].shape == self.shape
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("size", "two_phase", "adds"), [(1, False, 0), (3, False, 2), (3, True, 2)]
+)
+def test_block_gradients_are_added_in_the_kernels(size, two_phase, adds):
+    """Autograd is left with one sum a block: the first delta is read as a source, then added to."""
+    model = toy(sublayers_per_block=size, two_phase=two_phase)
+    loss = model(embed(4).requires_grad_()).square().sum()
+    with CountAdds((4, 12)) as counter:
+        loss.backward()
+    assert counter.count == adds
 
 
 @every_mode
@@ -257,6 +283,20 @@ def test_compiles_as_one_graph(options):
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     assert_same(gradients(model, embed(4), compiled), expected)
+
+
+@pytest.mark.slow
+def test_compiles_for_any_number_of_tokens():
+    model = toy(4, sublayers_per_block=2)
+    torch._dynamo.reset()
+    backend = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
+    compilations = set()
+    for tokens in (4, 7, 11):
+        x = embed(tokens)
+        assert_same(gradients(model, x, compiled), gradients(model, x, model))
+        compilations.add(backend.frame_count)
+    assert len(compilations) == 1, "another number of tokens compiled again"
 
 
 @every_mode
