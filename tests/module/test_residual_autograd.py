@@ -3,6 +3,7 @@
 import pytest
 import torch
 from attnres_ext import residual_state
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
