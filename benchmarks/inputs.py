@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -33,6 +33,11 @@ class Inputs:
     lse: Tensor | None = None
     upstream: tuple[Tensor, ...] = ()
 
+    # What `arguments` made of it, so that building them is not timed with every call.
+    _bound: tuple[tuple[Any, ...], dict[str, Any]] | None = field(
+        default=None, init=False, repr=False, compare=False
+    )
+
     def leaves(self) -> dict[str, Tensor]:
         """Every tensor that can have a gradient, by name."""
         named = {f"sources[{i}]": source for i, source in enumerate(self.sources)}
@@ -51,12 +56,12 @@ class Inputs:
     def map(self, function: Callable[[str, Tensor], Tensor]) -> Inputs:
         """A copy with ``function(name, tensor)`` in the place of every tensor."""
         changed: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for name in (f.name for f in fields(self) if f.init):
+            value = getattr(self, name)
             if isinstance(value, Tensor):
-                changed[field.name] = function(field.name, value)
+                changed[name] = function(name, value)
             elif value is not None:
-                changed[field.name] = type(value)(function(field.name, v) for v in value)
+                changed[name] = type(value)(function(name, v) for v in value)
         return replace(self, **changed)
 
 
@@ -158,6 +163,12 @@ def take_rows(inputs: Inputs, rows: Tensor) -> Inputs:
 
 def arguments(case: Case, inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword arguments of the public function ``case.operator``."""
+    if inputs._bound is None:
+        inputs._bound = _arguments(case, inputs)
+    return inputs._bound
+
+
+def _arguments(case: Case, inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     weights = (inputs.query, inputs.key_weight)
     if case.operator == "inter_block_attention":
         return (inputs.sources, *weights), {"eps": EPS}

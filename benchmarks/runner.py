@@ -136,33 +136,29 @@ def _time(
 
 
 def _action(case: Case, forward: Forward, sets: Sequence[Inputs]) -> Action:
+    count = len(sets)
     if case.gradients == "none":
-
-        def run(call: int) -> object:
-            with torch.no_grad():
-                return forward(sets[call % len(sets)])
-
-        return Action(run)
+        return Action(lambda call: forward(sets[call % count]), context=torch.no_grad)
     if case.gradients == "graph":
-        return Action(lambda call: forward(sets[call % len(sets)]))
+        return Action(lambda call: forward(sets[call % count]))
 
-    leaves = [list(s.leaves().values()) for s in sets]
     if case.gradients == "fresh":
+        leaves = [list(inputs.leaves().values()) for inputs in sets]
 
         def run_and_return(call: int) -> object:
-            this = sets[call % len(sets)]
-            outputs = forward(this)
+            inputs = sets[call % count]
+            outputs = forward(inputs)
             return torch.autograd.grad(
-                outputs, leaves[call % len(sets)], this.upstream, allow_unused=True
+                outputs, leaves[call % count], inputs.upstream, allow_unused=True
             )
 
         return Action(run_and_return)
 
     def run_and_add(call: int) -> object:
-        this = sets[call % len(sets)]
-        torch.autograd.backward(forward(this), this.upstream)
+        inputs = sets[call % count]
+        torch.autograd.backward(forward(inputs), inputs.upstream)
 
-    return Action(run_and_add, before=lambda call: sets[call % len(sets)].forget_gradients())
+    return Action(run_and_add, before=lambda call: sets[call % count].forget_gradients())
 
 
 def _sets_past_cache(num_bytes: int) -> int:

@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 try:
@@ -25,10 +26,12 @@ class Action:
     Attributes:
         run: the call; its argument counts calls, so that inputs can be rotated.
         before: what must happen before each call without being timed.
+        context: what calls run in; entering and leaving it is not timed.
     """
 
     run: Callable[[int], object]
     before: Callable[[int], object] | None = None
+    context: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
 @dataclass
@@ -85,21 +88,10 @@ def measure(actions: Mapping[str, Action], effort: Effort) -> dict[str, Timing]:
     calls = dict.fromkeys(actions, 0)
 
     def sample(name: str, repeats: int) -> float:
-        action, seconds = actions[name], 0.0
-        if action.before is None:
-            start_call = calls[name]
-            start = time.perf_counter()
-            for i in range(repeats):
-                action.run(start_call + i)
-            seconds = time.perf_counter() - start
-        else:
-            for i in range(repeats):
-                action.before(calls[name] + i)
-                start = time.perf_counter()
-                action.run(calls[name] + i)
-                seconds += time.perf_counter() - start
+        first = calls[name]
         calls[name] += repeats
-        return seconds / repeats
+        with actions[name].context():
+            return _seconds(actions[name], range(first, first + repeats)) / repeats
 
     timings = {name: Timing() for name in actions}
     turns: dict[str, tuple[int, int, int, bool]] = {}
@@ -129,6 +121,22 @@ def measure(actions: Mapping[str, Action], effort: Effort) -> dict[str, Timing]:
             timings[name].samples += [sample(name, repeats) for _ in range(turn)]
             timings[name].preemptions += _preemptions() - before
     return timings
+
+
+def _seconds(action: Action, calls: range) -> float:
+    run, before = action.run, action.before
+    if before is None:
+        start = time.perf_counter()
+        for call in calls:
+            run(call)
+        return time.perf_counter() - start
+    seconds = 0.0
+    for call in calls:
+        before(call)
+        start = time.perf_counter()
+        run(call)
+        seconds += time.perf_counter() - start
+    return seconds
 
 
 def _preemptions() -> int:

@@ -43,7 +43,8 @@ def prepare(case: Case) -> Callable[[Inputs], tuple[Tensor, ...]]:
     def call(inputs: Inputs) -> tuple[Tensor, ...]:
         args, keywords = arguments(case, inputs)
         if case.gradients == "accumulate" and inputs.sources:
-            keywords["buffers"] = [_Existing(source) for source in inputs.sources]
+            buffers = [_Existing(source) for source in inputs.sources]
+            return as_tuple(function(*args, **keywords, buffers=buffers))
         return as_tuple(function(*args, **keywords))
 
     return call

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 
 from attnres_ext.benchmarks import timing
@@ -71,6 +74,25 @@ def test_what_comes_before_a_call_is_not_timed(clock: Clock) -> None:
     timings = measure({"it": action}, Effort(rounds=2, turn=2))
     assert timings["it"].median == pytest.approx(1e-3)
     assert clock.log.count("before") == clock.log.count("run")
+
+
+def test_the_context_is_not_timed(clock: Clock) -> None:
+    inside: list[bool] = []
+
+    @contextmanager
+    def context() -> Iterator[None]:
+        clock.work("enter", 1.0)
+        inside.append(True)
+        yield
+        inside.pop()
+        clock.work("leave", 1.0)
+
+    def run(_: int) -> None:
+        assert inside
+        clock.work("run", 1e-3)
+
+    timings = measure({"it": Action(run, context=context)}, Effort(rounds=2, turn=2))
+    assert timings["it"].median == pytest.approx(1e-3)
 
 
 def test_calls_are_counted_for_the_rotation_of_inputs(clock: Clock) -> None:
