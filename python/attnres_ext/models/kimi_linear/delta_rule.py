@@ -185,8 +185,8 @@ class _ChunkScores(torch.autograd.Function):
             grad = _cross(grads, half).permute(1, 4, 0, 2, 3).reshape(-1, 2 * half, half)
             # Gradients of the decayed factors; times the factor they are the gradients of the
             # exponents.
-            grad_left = (grad @ right).view(-1, blocks, 2, half, key_dim)
-            grad_right = (grad.transpose(-1, -2) @ left).view(-1, blocks, half, key_dim)
+            grad_left = _product(grad, right).view(-1, blocks, 2, half, key_dim)
+            grad_right = _product(grad.transpose(-1, -2), left).view(-1, blocks, half, key_dim)
             left, right = left.view_as(grad_left), right.view_as(grad_right)
             exponent = torch.empty_like(decay)
             torch.mul(grad_right, right, out=exponent[:, :, 0])
@@ -200,6 +200,17 @@ class _ChunkScores(torch.autograd.Function):
             _halves(grad_k, half)[0].addcmul_(grad_right, before)
             half //= 2
         return grad_q.view(shape), grad_k.view(shape), grad_g.view(shape)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` for a great many matrices; where they are tiny, outer products beat bmm."""
+    inner = a.shape[-1]
+    if inner > 4:
+        return a @ b
+    out = a[..., :1] * b[..., :1, :]
+    for i in range(1, inner):
+        out.addcmul_(a[..., i : i + 1], b[..., i : i + 1, :])
+    return out
 
 
 def _level(q: Tensor, k: Tensor, g: Tensor, half: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,6 +17,7 @@ from attnres_ext.models.kimi_linear.delta_rule import (
     recurrent_gated_delta_rule,
 )
 from attnres_ext.models.kimi_linear.linear import Linear
+from attnres_ext.models.kimi_linear.short_convolution import ShortConvolution
 
 __all__ = ["KimiDeltaAttention", "KimiDeltaState"]
 
@@ -31,28 +32,13 @@ class KimiDeltaState:
     """What a KDA layer remembers of the tokens seen so far; its size does not grow with them.
 
     Attributes:
-        convolution: Last inputs of the short convolutions, queries', keys' and values' channels
-            side by side ``[B, taps - 1, 3 * H * K]``.
+        convolutions: Last inputs of the queries', keys' and values' short convolutions
+            ``[3, B, taps - 1, H * K]``.
         memory: State of the delta rule ``[B, H, K, V]``, float32 or wider.
     """
 
-    convolution: Tensor
+    convolutions: Tensor
     memory: Tensor
-
-
-class ShortConvolution(nn.Module):
-    """Holds the taps ``[channels, 1, taps]`` of a depthwise causal convolution, named as in the
-    public checkpoints.
-    """
-
-    def __init__(self, channels: int, taps: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(channels, 1, taps))
-
-    def reset_parameters(self) -> None:
-        """Uniform within ``taps^-1/2``, what ``nn.Conv1d`` does for one input channel."""
-        bound = self.weight.shape[-1] ** -0.5
-        nn.init.uniform_(self.weight, -bound, bound)
 
 
 class KimiDeltaAttention(nn.Module):
@@ -117,9 +103,9 @@ class KimiDeltaAttention(nn.Module):
         self, batch_size: int, dtype: torch.dtype, device: torch.device
     ) -> KimiDeltaState:
         """The state before the first token, zeros."""
-        channels = 3 * self.num_heads * self.head_dim
+        channels = self.num_heads * self.head_dim
         return KimiDeltaState(
-            torch.zeros(batch_size, self.taps - 1, channels, dtype=dtype, device=device),
+            torch.zeros(3, batch_size, self.taps - 1, channels, dtype=dtype, device=device),
             torch.zeros(
                 batch_size,
                 self.num_heads,
@@ -135,19 +121,18 @@ class KimiDeltaAttention(nn.Module):
 
         Args:
             x: ``[B, T, D]``.
-            state: Continues after the tokens it has seen, and is moved on past these; None starts
-                at nothing.
+            state: Continues after the tokens it has seen, and is moved on past these in place
+                (inference only); None starts at nothing.
 
         Returns:
             ``[B, T, D]``.
         """
         dtype = torch.promote_types(x.dtype, torch.float32)  # of decays, recurrence and norms
         heads = (self.num_heads, self.head_dim)
-        inputs = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
-        q, k, v = (
-            part.unflatten(-1, heads).to(dtype)
-            for part in self._convolve(inputs, state).chunk(3, dim=-1)
-        )
+        past = (None, None, None) if state is None else state.convolutions.unbind(0)
+        q = self.q_conv1d(self.q_proj(x), past[0]).unflatten(-1, heads).to(dtype)
+        k = self.k_conv1d(self.k_proj(x), past[1]).unflatten(-1, heads).to(dtype)
+        v = self.v_conv1d(self.v_proj(x), past[2]).unflatten(-1, heads).to(dtype)
         q = q * torch.rsqrt(q.square().sum(-1, keepdim=True) + _L2_EPS)
         k = k * torch.rsqrt(k.square().sum(-1, keepdim=True) + _L2_EPS)
         g = self._log_decay(self.f_b_proj(self.f_a_proj(x)).to(dtype)).unflatten(-1, heads)
@@ -166,26 +151,6 @@ class KimiDeltaAttention(nn.Module):
             out, self.o_norm.normalized_shape, self.o_norm.weight.to(dtype), self.o_norm.eps
         )
         return self.o_proj((normed.flatten(-2) * gate.to(dtype).sigmoid()).to(x.dtype))
-
-    def _convolve(self, inputs: Tensor, state: KimiDeltaState | None) -> Tensor:
-        """Causal depthwise convolution of ``[B, T, 3 * H * K]`` and SiLU, for queries, keys and
-        values at once.
-        """
-        weight = torch.cat([self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight])[
-            :, 0
-        ].to(inputs.dtype)
-        tokens, past = inputs.shape[1], self.taps - 1
-        if state is None:
-            padded = F.pad(inputs, (0, 0, past, 0))
-        else:
-            padded = torch.cat([state.convolution, inputs], dim=1)
-            state.convolution.copy_(padded[:, tokens:])
-        # A product per tap runs at memory speed in this layout; a grouped convolution needs a
-        # transposed copy, and its backward took twice as long on a CPU.
-        out = padded[:, :tokens] * weight[:, 0]
-        for tap in range(1, self.taps):
-            out = torch.addcmul(out, padded[:, tap : tap + tokens], weight[:, tap])
-        return F.silu(out)
 
     def _log_decay(self, z: Tensor) -> Tensor:
         """Log-decay of every channel ``[B, T, H * K]``, at most 0."""

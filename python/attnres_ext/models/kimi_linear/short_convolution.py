@@ -1,0 +1,73 @@
+"""The short convolution before KDA's queries, keys and values (Kimi Linear report, §4)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["ShortConvolution"]
+
+
+class ShortConvolution(nn.Module):
+    """A causal convolution of each channel by itself, then SiLU: ``[B, T, C] -> [B, T, C]``.
+
+    Attributes:
+        weight: ``[C, 1, taps]``, the last tap on the current token; named as in the public
+            checkpoints.
+    """
+
+    def __init__(self, channels: int, taps: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, 1, taps))
+
+    def reset_parameters(self) -> None:
+        """Uniform within ``taps^-1/2``, what ``nn.Conv1d`` does for one input channel."""
+        bound = self.weight.shape[-1] ** -0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+
+    def forward(self, x: Tensor, past: Tensor | None = None) -> Tensor:
+        """Convolves ``x`` ``[B, T, C]``.
+
+        Args:
+            x: ``[B, T, C]``.
+            past: The last ``taps - 1`` inputs before ``x``, ``[B, taps - 1, C]``, replaced by the
+                last ones of these; None for zeros.
+        """
+        weight = self.weight[:, 0].to(x.dtype)
+        if past is None:
+            return F.silu(_CausalConvolution.apply(x, weight))
+        x = torch.cat([past, x], dim=1)
+        seen = past.shape[1]
+        past.copy_(x[:, x.shape[1] - seen :])
+        return F.silu(_CausalConvolution.apply(x, weight)[:, seen:])
+
+
+class _CausalConvolution(torch.autograd.Function):
+    """``out[t] = sum_j weight[:, j] * x[t - (taps - 1) + j]``, zeros before the first token.
+
+    One fused multiply-add over the whole tensor per tap, in both directions and in the layout that
+    ``x`` has. A grouped ``conv1d`` wants channels first, and its backward took twice as long.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        tokens, taps = x.shape[1], weight.shape[-1]
+        out = x * weight[:, -1]
+        for delay in range(1, min(taps, tokens)):
+            out[:, delay:].addcmul_(x[:, :-delay], weight[:, -1 - delay])
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        tokens, taps = x.shape[1], weight.shape[-1]
+        grad_x = grad * weight[:, -1]
+        grad_weight = torch.zeros_like(weight)
+        grad_weight[:, -1] = (grad * x).sum((0, 1))
+        for delay in range(1, min(taps, tokens)):
+            grad_x[:, :-delay].addcmul_(grad[:, delay:], weight[:, -1 - delay])
+            grad_weight[:, -1 - delay] = (grad[:, delay:] * x[:, :-delay]).sum((0, 1))
+        return grad_x, grad_weight
