@@ -1,0 +1,51 @@
+"""What every test gets: poisoned fresh memory, a seed, and the devices of this machine."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+import torch
+
+DEVICES = ["cpu"]
+if torch.cuda.is_available():
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    DEVICES.append(pytest.param("cuda", marks=pytest.mark.cuda))
+
+# No deadline: the first call of an operator loads a library. Derandomised: a red run is red for
+# everybody.
+hypothesis.settings.register_profile("attnres", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("attnres")
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    """Each device this machine has."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _poison_uninitialised_memory() -> Iterator[None]:
+    """Fills what ``torch.empty`` and the stable ABI allocate with NaN: what nobody wrote shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
+@pytest.fixture(autouse=True)
+def _seed(request: pytest.FixtureRequest) -> None:
+    """Seeds from the test's own name: its inputs do not depend on the tests that ran before it."""
+    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture
+def num_threads() -> Iterator[None]:
+    """Lets a test call ``torch.set_num_threads`` and puts the count back."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
