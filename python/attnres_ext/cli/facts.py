@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-import attnres_ext
 from attnres_ext import _C
+from attnres_ext._native import LIBRARY
 
 
 def collect() -> dict[str, Any]:
@@ -27,10 +27,11 @@ def collect() -> dict[str, Any]:
             "model": _cpu_model(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
-            "torch capability": torch.backends.cpu.get_cpu_capability(),
+            "instruction set": torch.ops.attnres.cpu_instruction_set(),
+            "torch's choice": torch.backends.cpu.get_cpu_capability(),
         },
         "cuda": {
-            "architectures built": list(_C.cuda_archs),
+            "architectures": _architectures(),
             "torch CUDA": torch.version.cuda,
             "devices": _cuda_devices(),
         },
@@ -38,16 +39,20 @@ def collect() -> dict[str, Any]:
 
 
 def _binaries() -> dict[str, Any]:
-    folder = Path(attnres_ext.__file__).parent
-    operators = folder / "_ops.so"
     return {
-        "operators": str(operators),
-        "operators bytes": operators.stat().st_size if operators.is_file() else None,
+        "operators": str(LIBRARY),
+        "operators bytes": LIBRARY.stat().st_size,
         "bindings": str(_C.__file__),
         "compiler": _C.compiler,
         "standard": f"C++{_C.cxx_standard // 100 % 100}",
         "most sources": _C.max_sources,
     }
+
+
+def _architectures() -> list[str]:
+    """Compute capabilities with kernels in the operators' library, such as "sm_90"."""
+    built = torch.ops.attnres.cuda_architectures()
+    return [f"sm_{architecture}" for architecture in built.split(";") if architecture]
 
 
 def _cpu_model() -> str:
