@@ -8,7 +8,7 @@ namespace attnres::cuda {
 constexpr int kWarpSize = 32;
 
 template <typename T>
-struct Pair {
+struct alignas(2 * sizeof(T)) Pair {
   T first;
   T second;
 };

@@ -192,8 +192,9 @@ class DepthAttentionForwardBody {
       sum += e;
     }
     sum = warp_sum(sum);
+    const Compute inverse_sum = Compute(1) / sum;
     for (int source = lane; source < args.num_sources; source += kWarpSize) {
-      const Compute weight = weights[source] / sum;
+      const Compute weight = weights[source] * inverse_sum;
       weights[source] = weight;
       if (args.weights != nullptr) args.weights[source * args.num_tokens + row] = weight;
     }

@@ -1,0 +1,261 @@
+"""Reads the machine code of the CUDA kernels in a built ``_ops.so`` and prints it as a table.
+
+    python tools/kernels.py [path/to/_ops.so]
+
+Needs ``cuobjdump`` and ``nvdisasm``: from a CUDA toolkit, or from the packages
+``nvidia-cuda-cuobjdump`` and ``nvidia-cuda-nvdisasm``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+DEFAULT_LIBRARY = ROOT / "python" / "attnres_ext" / "_ops.so"
+
+ARCH = re.compile(r"arch = (sm_\w+)|code for (sm_\w+)")
+RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+) .*CONSTANT\[0\]:(\d+)")
+INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
+TARGET = re.compile(r"\b0x([0-9a-f]+)\s*$")
+FUSED_MULTIPLY_ADDS = ("FFMA", "DFMA", "HFMA2", "FFMA2")
+#: A loop with fewer multiply-adds is bookkeeping.
+INNER_LOOP_MULTIPLY_ADDS = 8
+
+
+@dataclass
+class Loop:
+    """An innermost loop that does arithmetic: how often each of its instructions occurs."""
+
+    first: int
+    last: int
+    opcodes: Counter[str]
+
+    @property
+    def multiply_adds(self) -> int:
+        """Fused multiply-adds."""
+        return count(self.opcodes, *FUSED_MULTIPLY_ADDS)
+
+    def loads(self, *, wide: bool) -> int:
+        """Loads of 16 bytes (wide) or of fewer, from shared or global memory."""
+        return sum(
+            n
+            for opcode, n in self.opcodes.items()
+            if opcode.split(".")[0] in {"LDS", "LDG", "LD"} and (".128" in opcode) == wide
+        )
+
+
+@dataclass
+class Kernel:
+    """One kernel for one architecture."""
+
+    name: str
+    arch: str
+    registers: int = 0
+    stack: int = 0
+    local: int = 0
+    shared: int = 0
+    constant: int = 0
+    opcodes: Counter[str] = field(default_factory=Counter)
+    loops: list[Loop] = field(default_factory=list)
+
+    @property
+    def instructions(self) -> int:
+        """Length of the code without padding."""
+        return sum(n for opcode, n in self.opcodes.items() if opcode != "NOP")
+
+    @property
+    def spills(self) -> int:
+        """Reads and writes of local memory: spilled registers, or arrays kept there."""
+        return count(self.opcodes, "LDL", "STL")
+
+    @property
+    def bulk_copies(self) -> int:
+        """Copies by the copy engine."""
+        return count(self.opcodes, "UBLKCP")
+
+    def async_copies(self, *, wide: bool) -> int:
+        """Asynchronous copies by a thread, of 16 bytes (wide) or of fewer."""
+        return sum(
+            n
+            for opcode, n in self.opcodes.items()
+            if opcode.startswith("LDGSTS") and (".128" in opcode) == wide
+        )
+
+    def global_stores(self, *, wide: bool) -> int:
+        """Stores to global memory of 16 bytes (wide) or of fewer."""
+        return sum(
+            n
+            for opcode, n in self.opcodes.items()
+            if opcode.startswith("STG") and (".128" in opcode) == wide
+        )
+
+
+def count(opcodes: Counter[str], *stems: str) -> int:
+    """How many instructions have one of these names, whatever follows the name's first dot."""
+    return sum(n for opcode, n in opcodes.items() if opcode.split(".")[0] in stems)
+
+
+def find_tool(name: str) -> str | None:
+    """The program of that name: on the PATH, or in the wheel that carries it."""
+    if found := shutil.which(name):
+        return found
+    nvidia = importlib.util.find_spec("nvidia")
+    for base in (nvidia.submodule_search_locations or []) if nvidia else []:
+        for candidate in sorted(Path(base).glob(f"*/bin/{name}")):
+            return str(candidate)
+    return None
+
+
+def run_cuobjdump(option: str, library: Path) -> str:
+    """What cuobjdump prints; empty for a library without device code."""
+    cuobjdump, nvdisasm = find_tool("cuobjdump"), find_tool("nvdisasm")
+    if cuobjdump is None or nvdisasm is None:
+        raise FileNotFoundError(
+            "cuobjdump and nvdisasm are needed to read kernels; found neither or one"
+        )
+    # cuobjdump looks for nvdisasm on the PATH.
+    path = os.pathsep.join([str(Path(nvdisasm).parent), os.environ.get("PATH", "")])
+    done = subprocess.run(
+        [cuobjdump, option, str(library)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PATH": path},
+    )
+    # Without any device code it says so and fails.
+    if done.returncode != 0 and "does not contain device code" in done.stdout + done.stderr:
+        return ""
+    if done.returncode != 0:
+        raise RuntimeError(f"cuobjdump {option} {library}: {done.stderr.strip()}")
+    return done.stdout
+
+
+def demangle(names: list[str]) -> dict[str, str]:
+    """Names without namespaces and parameters; the mangled ones where there is no c++filt."""
+    tool = find_tool("cu++filt") or shutil.which("c++filt")
+    if tool is None or not names:
+        return {name: name for name in names}
+    text = subprocess.run(
+        [tool], input="\n".join(names), capture_output=True, text=True, check=True
+    )
+    readable = {}
+    for name, line in zip(names, text.stdout.splitlines(), strict=True):
+        line = line.removeprefix("void ").replace("attnres::cuda::", "")
+        line = re.sub(r"\((int|unsigned int|bool)\)", "", line)
+        readable[name] = line.split("(")[0].strip()
+    return readable
+
+
+def find_loops(code: list[tuple[int, str, str]]) -> list[Loop]:
+    """Innermost loops over values: spans between a backward branch and its target.
+
+    Loops with exponentials work on the logits of a row. Branches behind the last exit retry waits
+    that the compiler moved out of the way.
+    """
+    loops: list[Loop] = []
+    end = max((address for address, opcode, _ in code if opcode == "EXIT"), default=0)
+    for address, opcode, operands in code:
+        target = TARGET.search(operands)
+        if not opcode.startswith("BRA") or target is None or address > end:
+            continue
+        first = int(target[1], 16)
+        if first >= address:
+            continue
+        body = Counter(op for at, op, _ in code if first <= at <= address)
+        loop = Loop(first, address, body)
+        exponentials = body["MUFU.EX2"] > 0
+        if loop.multiply_adds >= INNER_LOOP_MULTIPLY_ADDS and not exponentials:
+            loops.append(loop)
+    return [
+        loop
+        for loop in loops
+        if not any(
+            other is not loop and loop.first <= other.first and other.last <= loop.last
+            for other in loops
+        )
+    ]
+
+
+def read_kernels(library: Path) -> list[Kernel]:
+    """Every kernel of the library, for every architecture that it holds machine code of."""
+    kernels: dict[tuple[str, str], Kernel] = {}
+    arch = name = ""
+    for line in run_cuobjdump("--dump-resource-usage", library).splitlines():
+        if found := ARCH.search(line):
+            arch = found[1] or found[2]
+        elif line.strip().startswith("Function "):
+            name = line.strip().removeprefix("Function ").rstrip(":")
+        elif (found := RESOURCES.search(line)) and name:
+            registers, stack, shared, local, constant = map(int, found.groups())
+            kernels[arch, name] = Kernel(name, arch, registers, stack, local, shared, constant)
+            name = ""
+    if not kernels:
+        return []
+
+    code: dict[tuple[str, str], list[tuple[int, str, str]]] = {key: [] for key in kernels}
+    for line in run_cuobjdump("--dump-sass", library).splitlines():
+        if found := INSTRUCTION.search(line):
+            code[arch, name].append((int(found[1], 16), found[2], found[3].strip()))
+        elif "Function :" in line:
+            name = line.split(":", 1)[1].strip()
+        elif found := ARCH.search(line):
+            arch = found[1] or found[2]
+    readable = demangle(sorted({name for _, name in kernels}))
+    for key, kernel in kernels.items():
+        kernel.opcodes = Counter(opcode for _, opcode, _ in code[key])
+        kernel.loops = find_loops(code[key])
+        kernel.name = readable[kernel.name]
+    return sorted(kernels.values(), key=lambda k: (int(re.sub(r"\D", "", k.arch)), k.name))
+
+
+def table(kernels: list[Kernel]) -> str:
+    """The kernels as a Markdown table."""
+    header = ["arch", "kernel", "regs", "stack", "spills", "smem", "params", "code"]
+    header += ["copies", "inner loops: loads 16 B + narrower / multiply-adds"]
+    rows = [header]
+    for k in kernels:
+        copies = f"bulk {k.bulk_copies}" if k.bulk_copies else ""
+        if async_copies := k.async_copies(wide=True) + k.async_copies(wide=False):
+            copies = f"cp.async {async_copies}"
+        loops = ", ".join(
+            f"{loop.loads(wide=True)} + {loop.loads(wide=False)} / {loop.multiply_adds}"
+            for loop in k.loops
+        )
+        numbers = [k.registers, k.stack, k.spills, k.shared, k.constant, k.instructions]
+        rows.append([k.arch, k.name, *map(str, numbers), copies or "in place", loops])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    lines = [
+        "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    ]
+    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("library", nargs="?", type=Path, default=DEFAULT_LIBRARY)
+    arguments = parser.parse_args()
+    if not arguments.library.exists():
+        print(f"{arguments.library} does not exist; build it first (make build)", file=sys.stderr)
+        return 2
+    kernels = read_kernels(arguments.library)
+    if not kernels:
+        print(f"{arguments.library} holds no CUDA kernels", file=sys.stderr)
+        return 2
+    print(table(kernels))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
