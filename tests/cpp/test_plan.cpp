@@ -18,16 +18,21 @@ static_assert(two_phase_bytes(shape_of(9, 6), false) == (9 + 6 * 6 - 2) * kX);
 void test_bytes_decide_for_many_tokens() {
   for (int64_t n = 1; n <= 64; ++n) {
     for (int64_t s = 1; s <= 32; ++s) {
-      for (DeviceKind device : {DeviceKind::kCpu, DeviceKind::kCuda}) {
-        const Plan plan = make_plan(shape_of(n, s, int64_t{1} << 40), device);
-        CHECK(plan.two_phase == (n * (s - 1) > 2 * s));
-        CHECK(plan.two_phase == (plan.bytes_two_phase < plan.bytes_single_pass));
-        // A backward reads blocks and their gradients: sharing the reads pays earlier.
-        const Plan training = make_plan(shape_of(n, s, int64_t{1} << 40), device, true);
-        CHECK(training.two_phase == (4 * n * (s - 1) > 7 * s));
-      }
+      const Plan plan = make_plan(shape_of(n, s, int64_t{1} << 40), DeviceKind::kCuda);
+      CHECK(plan.two_phase == (n * (s - 1) > 2 * s));
+      CHECK(plan.two_phase == (plan.bytes_two_phase < plan.bytes_single_pass));
+      // A backward reads blocks and their gradients: sharing the reads pays earlier.
+      const Plan training = make_plan(shape_of(n, s, int64_t{1} << 40), DeviceKind::kCuda, true);
+      CHECK(training.two_phase == (4 * n * (s - 1) > 7 * s));
     }
   }
+}
+
+void test_arithmetic_bound_devices_take_the_single_pass() {
+  const Plan plan = make_plan(shape_of(9, 6, int64_t{1} << 40), DeviceKind::kCpu);
+  CHECK(!plan.two_phase && plan.bytes_two_phase < plan.bytes_single_pass);
+  CHECK(plan.two_phase_from_tokens == std::numeric_limits<int64_t>::max());
+  CHECK(plan.reason.find("arithmetic") != std::string::npos);
 }
 
 void test_threshold() {
@@ -69,6 +74,7 @@ void test_errors() {
 
 int main() {
   test_bytes_decide_for_many_tokens();
+  test_arithmetic_bound_devices_take_the_single_pass();
   test_threshold();
   test_no_overflow_at_sizes_people_use();
   test_tiles();

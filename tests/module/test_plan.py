@@ -66,11 +66,17 @@ def test_a_block_is_the_sum_of_its_operators():
 
 @pytest.mark.parametrize("num_sources", range(1, 12))
 @pytest.mark.parametrize("num_queries", [1, 2, 3, 6, 24])
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_bytes_decide_where_there_are_many_tokens(num_sources, num_queries, device):
-    plan = _C.plan(num_sources, num_queries, 1 << 30, 64, 2, device)
+def test_bytes_decide_where_there_are_many_tokens(num_sources, num_queries):
+    plan = _C.plan(num_sources, num_queries, 1 << 30, 64, 2, "cuda")
     assert plan.two_phase == (num_sources * (1 - 1 / num_queries) > 2)
     assert plan.two_phase == (plan.bytes_two_phase < plan.bytes_single_pass)
+
+
+def test_arithmetic_decides_on_a_cpu():
+    plan = _C.plan(9, 6, 1 << 30, 64, 2, "cpu")
+    assert not plan.two_phase
+    assert plan.bytes_two_phase < plan.bytes_single_pass
+    assert "arithmetic takes longer" in plan.reason
 
 
 def test_threshold_is_where_the_choice_changes():

@@ -228,11 +228,11 @@ def test_parameters():
 
 def test_plan_decides_when_asked():
     residual = AttentionResiduals(64, 18, sublayers_per_block=6)
-    few, many = torch.empty(1, 64), torch.empty(1 << 20, 64)
+    few, many = (torch.empty(tokens, 64, device="meta") for tokens in (1, 1 << 20))
     assert not residual.reads_in_two_phases(3, few, training=False)
     assert residual.reads_in_two_phases(3, many, training=False)
     assert not residual.reads_in_two_phases(1, many, training=False), "N(1 - 1/S) is below 2"
-    pairs = AttentionResiduals(64, 6, mode="full")
-    assert not pairs.reads_in_two_phases(6, many, training=True), (
-        "a block of one has nothing to share"
-    )
+    full = AttentionResiduals(64, 6, mode="full")
+    assert not full.reads_in_two_phases(6, many, training=True), "a block of one shares nothing"
+    cpu = torch.empty(1, 64).expand(1 << 20, 64)
+    assert not residual.reads_in_two_phases(3, cpu, training=False), "arithmetic is the limit"

@@ -106,6 +106,8 @@ inline int64_t bytes_moved(std::string_view op, Direction direction, const Shape
 
 // What the plan assumes of a device.
 struct DeviceFacts {
+  // Whether bytes decide how long an operator takes. Two phases save bytes, never arithmetic.
+  bool bandwidth_bound;
   // A kernel launch (with its tail and ramp) costs about as much time as moving this many bytes.
   int64_t launch_bytes;
   // On-chip bytes in which one tile's sources wait between being scored and being mixed.
@@ -115,13 +117,17 @@ struct DeviceFacts {
 constexpr DeviceFacts device_facts(DeviceKind device) {
   switch (device) {
     case DeviceKind::kCpu:
-      // ~10 us for a call through the dispatcher at ~20 GB/s; half of a 1 MiB private L2.
-      return {200 << 10, 512 << 10};
+      // Sources of a row wait in L2 and are scored and mixed there, which takes longer than
+      // fetching them: two phases took 0.9 to 1.2 times as long as the single pass forward and 1.1
+      // to 1.7 times backward (16 to 54 sublayers of D 256 to 2304, S 4 to 12, 256 to 2048 tokens,
+      // fp32 and bf16; one thread of a Xeon with AVX-512, 2026-11). A call costs ~10 us, at ~20
+      // GB/s; half of a 1 MiB private L2.
+      return {false, 200 << 10, 512 << 10};
     case DeviceKind::kCuda:
       // ~2 us at ~3 TB/s; 227 KiB of shared memory is the most one sm90 CTA may use.
-      return {6 << 20, 227 << 10};
+      return {true, 6 << 20, 227 << 10};
   }
-  return {0, 0};
+  return {};
 }
 
 // Bytes that the sites of one block move: S sites, each with N finished blocks before it and the
@@ -168,7 +174,8 @@ inline void require_positive(const char* name, int64_t value) {
 
 // Chooses how a block's sites read. In bytes alone two phases win where
 // S(N+4) > N + 6S, that is N(1 - 1/S) > 2; with a backward where N(1 - 1/S) > 1.75. They
-// take one launch more, which decides for small M.
+// take one launch more, which decides for small M. Where arithmetic and not bandwidth is the limit,
+// the single pass, which does no more of it, is taken.
 inline Plan make_plan(const Shape& shape, DeviceKind device, bool training = false) {
   detail::require_positive("num_sources", shape.num_sources);
   detail::require_positive("num_queries", shape.num_queries);
@@ -188,7 +195,7 @@ inline Plan make_plan(const Shape& shape, DeviceKind device, bool training = fal
   const int64_t saved_per_token =
       single_pass_bytes(one_token, training) - two_phase_bytes(one_token, training);
   const int64_t extra_launches = training ? 2 : 1;
-  if (saved_per_token > 0) {
+  if (saved_per_token > 0 && facts.bandwidth_bound) {
     plan.two_phase_from_tokens =
         (extra_launches * facts.launch_bytes + saved_per_token - 1) / saved_per_token;
   }
@@ -200,6 +207,8 @@ inline Plan make_plan(const Shape& shape, DeviceKind device, bool training = fal
 
   if (plan.two_phase) {
     plan.reason = "two phases move fewer bytes, by more than their extra launch costs";
+  } else if (saved_per_token > 0 && !facts.bandwidth_bound) {
+    plan.reason = "two phases would move fewer bytes, but arithmetic takes longer here, and stays";
   } else if (saved_per_token > 0) {
     plan.reason = "two phases would move fewer bytes, but by less than their extra launch costs";
   } else {
