@@ -126,9 +126,11 @@ def test_public_variants_are_read(tmp_path):
     public = {}
     for name, tensor in tensors.items():
         if name.endswith("layers.0.self_attn.A_log"):
-            tensor = tensor.view(1, 1, heads, 1)
+            assert tensor.shape == (1, 1, heads, 1)
+        elif name.endswith("layers.1.self_attn.A_log"):
+            tensor = tensor.flatten()
         elif name.endswith(".A_log"):
-            tensor = torch.cat([tensor, torch.full((7,), float("nan"))])
+            tensor = torch.cat([tensor.flatten(), torch.full((7,), float("nan"))])
         elif name.endswith("mlp_res_proj.weight"):
             tensor = tensor[0]
         public[f"language_model.{name}"] = tensor.contiguous()

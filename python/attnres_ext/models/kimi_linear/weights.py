@@ -83,8 +83,8 @@ def load_weights(model: KimiLinearForCausalLM, path: str | Path) -> None:
     several.
 
     Values are cast to the model's dtypes. Checkpoints may carry the prefix ``language_model.``,
-    ``A_log`` as ``[1, 1, H, 1]`` (Kimi Linear) or padded beyond its ``H`` heads (Kimi K3), and
-    pseudo-queries as ``[D]``.
+    ``A_log`` as ``[H]`` or padded beyond its ``H`` heads (Kimi K3) in place of ``[1, 1, H, 1]``
+    (Kimi Linear), and pseudo-queries as ``[D]`` in place of ``[1, D]``.
 
     Raises:
         FileNotFoundError: No weights at ``path``.
@@ -137,14 +137,10 @@ class _Slot:
     tensor: Tensor
 
     def accepts(self, shape: tuple[int, ...]) -> bool:
-        if shape == self.shape:
+        if shape in (self.shape, tuple(self.tensor.shape)):
             return True
-        if self.name.endswith("_res_proj.weight"):
-            return shape == tuple(self.tensor.shape)
-        if self.name.endswith(".A_log"):
-            heads = self.tensor.numel()
-            return shape == (1, 1, heads, 1) or (len(shape) == 1 and shape[0] > heads)
-        return False
+        padded = len(shape) == 1 and shape[0] > self.tensor.numel()
+        return self.name.endswith(".A_log") and padded
 
 
 def _slots(model: KimiLinearForCausalLM) -> Iterator[_Slot]:
@@ -152,8 +148,16 @@ def _slots(model: KimiLinearForCausalLM) -> Iterator[_Slot]:
     for key, tensor in model.state_dict(keep_vars=True).items():
         if key == "lm_head.weight" and model.config.tie_word_embeddings:
             continue
-        name, shape = names.get(key, key), tuple(tensor.shape)
-        yield _Slot(name, (1, *shape) if name.endswith("_res_proj.weight") else shape, tensor)
+        name = names.get(key, key)
+        yield _Slot(name, _stored_shape(name, tensor), tensor)
+
+
+def _stored_shape(name: str, tensor: Tensor) -> tuple[int, ...]:
+    if name.endswith("_res_proj.weight"):  # a projection of D channels to one logit
+        return 1, *tensor.shape
+    if name.endswith(".A_log"):  # broadcasts over batch, tokens and channels
+        return 1, 1, *tensor.shape, 1
+    return tuple(tensor.shape)
 
 
 def _check(slots: list[_Slot], found: dict[str, tuple[int, ...]], path: str | Path) -> None:
