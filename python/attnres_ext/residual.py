@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from attnres_ext import _C
 from attnres_ext.cache import BlockCache
+from attnres_ext.ops import SAVE_LEVELS
 from attnres_ext.recording import Record
 from attnres_ext.residual_state import CachedState, ResidualState, TrainingState
 
 __all__ = ["AttentionResiduals"]
 
 MODES = ("standard", "block", "full")
-SAVE_LEVELS = ("nothing", "stats", "output")
 # About eight blocks recover most of what full depth attention gives (paper, section 3.2 and Fig.
 # 6).
 DEFAULT_NUM_BLOCKS = 8
