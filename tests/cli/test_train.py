@@ -209,7 +209,7 @@ def test_resuming_a_finished_run_changes_nothing(train):
         (["--steps", "many"], "'many' is not a whole number"),
         (["--learning-rate", "nan"], "nan is not a number above 0"),
         (["--seeds", "1,1"], "names something twice"),
-        (["--preset", "huge"], "--preset huge: "),
+        (["--preset", "huge"], "'huge' is not one of tiny, demo, small"),
         (["--config", "nowhere.json"], "not allowed with argument --preset"),
         (["--device", "abacus"], "--device abacus cannot be used"),
         (["--sublayers-per-block", "99"], "sublayers_per_block is 99"),
@@ -287,6 +287,8 @@ def test_resume_refuses_other_settings_and_other_text(refused, train, text, tmp_
     assert "--steps 9 differs from 2" in refused(*resume, "--steps", 9)
     assert "differs from block" in refused(*resume, "--residual", "standard,block")
     assert "--text" in refused(*resume, "--text", tmp_path)
+    assert "--tokenizer bpe differs from byte" in refused(*resume, "--tokenizer", "bpe")
+    assert "differs from None" in refused(*resume, "--sublayers-per-block", 2)
     text.write_text(text.read_text() + "#")
     assert "the text" in refused(*resume)
     assert tree(out) == before
@@ -302,9 +304,34 @@ def test_resume_refuses_a_damaged_checkpoint(refused, train):
     assert tree(out) == before
 
 
-def test_two_processes_do_not_share_a_run(refused, train):
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("run.json", "{"),
+        ("run.json", '{"format": 7}'),
+        ("tokenizer.json", "{}"),
+        ("metrics.jsonl", "garbage\n"),
+    ],
+)
+def test_resume_refuses_damaged_files(refused, train, name, content):
+    out = train("--residual", "block", "--steps", 1)
+    (out / name).write_text(content)
+    before = tree(out)
+    assert name in refused("train", "--out", out, "--resume")
+    assert tree(out) == before
+
+
+def test_the_same_command_with_resume_is_fine(train, whole):
+    out = train("--residual", "standard,block")
+    assert final(train("--residual", "standard,block", "--resume", out=out)) == whole
+
+
+def test_two_processes_do_not_share_a_run(refused, train, text, tmp_path):
     from attnres_ext.training.run import Run
 
     out = train("--residual", "block", "--steps", 1)
     with Run(out).lock():
-        assert "another process is training" in refused("train", "--out", out, "--resume")
+        for option in ("--resume", "--overwrite"):
+            argv = ["train", "--out", out, "--text", text, *TINY, "--steps", 1, option]
+            assert "another process is training" in refused(*argv, "--residual", "block")
+    assert not list(tmp_path.glob(".*"))

@@ -101,8 +101,8 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     either = group.add_mutually_exclusive_group()
     either.add_argument(
-        "--preset", default="demo", action=Given, metavar="NAME",
-        help="size of the model: tiny, demo or small",
+        "--preset", type=one_of("tiny", "demo", "small"), default="demo", action=Given,
+        metavar="NAME", help="size of the model: tiny, demo or small",
     )  # fmt: skip
     either.add_argument(
         "--config", type=Path, action=Given, metavar="FILE",

@@ -22,9 +22,11 @@ from attnres_ext.training.errors import UserError
 from attnres_ext.training.files import write_json
 from attnres_ext.training.loop import Arm, Settings, build_arms, depth_weights, train
 from attnres_ext.training.model import make_config, site_names, source_names
-from attnres_ext.training.run import Run, check_vacant
+from attnres_ext.training.run import FORMAT, Run, check_vacant
 from attnres_ext.training.summary import summarize
 from attnres_ext.training.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer
+
+_ENTERING = frozenset({"command", "given", "out", "overwrite", "resume"})
 
 
 def start_run(args: argparse.Namespace) -> int:
@@ -51,11 +53,12 @@ def start_run(args: argparse.Namespace) -> int:
     )
     arms = _build(settings, config)
     description = {
-        "format": 1,
+        "format": FORMAT,
         "attnres_ext": _C.version,
         "torch": torch.__version__,
+        "arguments": {name: _plain(getattr(args, name)) for name in _defining(args)},
         "settings": dataclasses.asdict(settings),
-        "model": "config" if args.config else args.preset,
+        "model": args.config.name if args.config else args.preset,
         "config": config.to_dict(),
         "text": {
             "path": str(args.text.resolve()) if args.text else None,
@@ -113,24 +116,28 @@ def _stored_settings(description: dict[str, Any]) -> Settings:
     return Settings(**stored)
 
 
+def _defining(args: argparse.Namespace) -> list[str]:
+    """Names of the arguments that define a run: all but where it is and how it is entered."""
+    return [name for name in vars(args) if name not in _ENTERING]
+
+
 def _check_unchanged(args: argparse.Namespace, description: dict[str, Any]) -> None:
-    """Refuses settings on the command line that differ from those the run began with."""
-    stored = dict(description["settings"])
-    stored["residual"] = stored.pop("residuals")
-    stored["text"] = description["text"]["path"]
-    stored["validation_fraction"] = description["text"]["validation_fraction"]
-    stored["preset"] = description["model"]
+    """Refuses arguments that differ from those the run began with."""
+    stored = description["arguments"]
     for name, option in getattr(args, "given", {}).items():
-        value = getattr(args, name)
-        if isinstance(value, tuple):
-            value = list(value)
-        if isinstance(value, Path):
-            value = str(value.resolve())
-        if name in stored and stored[name] != value:
+        value = _plain(getattr(args, name))
+        if stored.get(name) != value:
             raise UserError(
-                f"--resume: {option} {_shown(value)} differs from {_shown(stored[name])}, with "
+                f"--resume: {option} {_shown(value)} differs from {_shown(stored.get(name))}, with "
                 f"which {args.out} was started; a resumed run keeps its settings"
             )
+
+
+def _plain(value: Any) -> Any:
+    """An argument as JSON gives it back."""
+    if isinstance(value, tuple):
+        return list(value)
+    return str(value.resolve()) if isinstance(value, Path) else value
 
 
 def _shown(value: Any) -> str:

@@ -25,6 +25,8 @@ from attnres_ext.training.files import sync_directory, write_json, write_text
 from attnres_ext.training.loop import Record
 from attnres_ext.training.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 
+# Of run.json; raised whenever an older one can no longer be resumed.
+FORMAT = 1
 _DESCRIPTION = "run.json"
 _METRICS = "metrics.jsonl"
 _TOKENIZER = "tokenizer.json"
@@ -59,7 +61,8 @@ class Run:
             save_tokenizer(tokenizer, building / _TOKENIZER)
             write_text(building / _METRICS, "")
             if path.exists() and any(path.iterdir()):
-                shutil.rmtree(path)
+                with cls(path).lock():
+                    shutil.rmtree(path)
             os.rename(building, path)
         except BaseException:
             shutil.rmtree(building, ignore_errors=True)
@@ -85,8 +88,18 @@ class Run:
 
     @property
     def description(self) -> dict[str, Any]:
-        """What :meth:`create` was given."""
-        return read_json_object(self.path / _DESCRIPTION)
+        """What :meth:`create` was given.
+
+        Raises:
+            UserError: The file is damaged, or another version of the package wrote it.
+        """
+        description = read_json_object(self.path / _DESCRIPTION)
+        if description.get("format") != FORMAT:
+            raise UserError(
+                f"{self.path / _DESCRIPTION} has format {description.get('format')}, expected "
+                f"{FORMAT}: it was written by another version, or is damaged"
+            )
+        return description
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -146,13 +159,24 @@ class Run:
         write_text(self.path / _METRICS, lines)
 
     def records(self) -> list[Record]:
-        """All metrics so far, without a torn last line."""
+        """All metrics so far, without a torn last line.
+
+        Raises:
+            UserError: The file is missing or a line is no record.
+        """
+        path = self.path / _METRICS
+        try:
+            lines = path.read_text().splitlines(keepends=True)
+        except FileNotFoundError:
+            raise UserError(f"{path} is missing") from None
         records = []
-        with open(self.path / _METRICS) as file:
-            for line in file:
-                # Only a line with its newline was written whole.
-                if line.endswith("\n"):
+        for number, line in enumerate(lines, start=1):
+            # Only a line with its newline was written whole.
+            if line.endswith("\n"):
+                try:
                     records.append(Record(**json.loads(line)))
+                except (ValueError, TypeError) as error:
+                    raise UserError(f"{path} is damaged in line {number}: {error}") from error
         return records
 
 
