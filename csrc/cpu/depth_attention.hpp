@@ -37,12 +37,13 @@ ATTNRES_INLINE A dot(Row v, const A* g, int64_t hidden) {
   return dots.total();
 }
 
-// <v, u>, <v, v> and <v, g>: what the backward needs of a row when nothing was saved.
+// <v, u>, <v, v> and <v, g>: what the backward needs of a row when nothing was saved. Sums in the order of `score` and
+// `dot`, so that gradients do not depend on what was saved.
 template <typename Access, typename A = typename Access::A>
 ATTNRES_INLINE void score_and_dot(Row v, const A* u, const A* g, int64_t hidden, A& dot_u, A& squares, A& dot_g) {
-  Sum<A, 2> us, sums, gs;
-  for_tiles<Access, 2>(hidden, [&](auto tile) __attribute__((always_inline)) {
-#pragma GCC unroll 2
+  Sum<A, kUnroll> us, sums, gs;
+  for_tiles<Access, kUnroll>(hidden, [&](auto tile) __attribute__((always_inline)) {
+#pragma GCC unroll 4
     for (int k = 0; k < tile.kCount; ++k) {
       const Vec<A> x = tile.load(v, k);
       us.parts[k] += x * tile.load(u, k);

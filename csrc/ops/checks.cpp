@@ -153,6 +153,16 @@ Rows check_output(const Argument& argument, const Tensor& output) {
   return *rows;
 }
 
+bool same_memory(const Tensor& a, const Tensor& b) {
+  if (a.const_data_ptr() != b.const_data_ptr() || !same_sizes(a, b)) return false;
+  const auto left = a.strides();
+  const auto right = b.strides();
+  for (size_t d = 0; d < left.size(); ++d) {
+    if (left[d] != right[d]) return false;
+  }
+  return true;
+}
+
 void check_no_overlap(const Argument& argument, const Tensor& output, const Tensor& input, const std::string& input_name) {
   const Extent written(output), read(input);
   const bool overlap = written.begin < read.end && read.begin < written.end;

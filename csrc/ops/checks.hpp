@@ -39,6 +39,8 @@ void check_needs(const char* op, const std::vector<bool>& needs, size_t wanted);
 
 // Written by the operator: must be addressable in place and share no memory with an input.
 Rows check_output(const Argument& argument, const Tensor& output);
+// Whether two tensors are views of the same elements in the same order.
+bool same_memory(const Tensor& a, const Tensor& b);
 void check_no_overlap(const Argument& argument, const Tensor& output, const Tensor& input, const std::string& input_name);
 
 // The backend's kernel for an operator, or a sentence that says that there is none.

@@ -90,6 +90,7 @@ BackwardCall::BackwardCall(const char* op, const std::vector<Tensor>& sources, c
 void BackwardCall::set_grad_out(const char* name, const Tensor& grad_out, const OptionalTensor& grad_weights) {
   check_like({op_, name}, grad_out, sources_[0], "the sources");
   p_.grad_out = inputs_.rows(grad_out);
+  grad_out_ = grad_out;
   if (!grad_weights.has_value()) return;
   const Argument argument{op_, "grad_weights"};
   check_floating(argument, *grad_weights);
@@ -140,7 +141,7 @@ Tensor BackwardCall::allocate_source_gradient(size_t i, const char* base_name, c
 
 void use_gradients(const char* op, const char* name, const std::vector<Tensor>& sources, const std::vector<bool>& needs,
                    size_t count, const std::vector<Tensor>& gradients, const std::vector<bool>& accumulate,
-                   std::vector<Rows>& grad_rows, std::vector<ConstRows>& base_rows) {
+                   const OptionalTensor& grad_out, std::vector<Rows>& grad_rows, std::vector<ConstRows>& base_rows) {
   size_t wanted = 0;
   for (size_t i = 0; i < count; ++i) wanted += needs[i] ? 1 : 0;
   STD_TORCH_CHECK(gradients.size() == wanted, op, ": ", name, " has ", gradients.size(), " tensors, expected ", wanted,
@@ -157,6 +158,13 @@ void use_gradients(const char* op, const char* name, const std::vector<Tensor>& 
     for (size_t j = 0; j < sources.size(); ++j) {
       check_no_overlap(argument, gradient, sources[j], "source " + std::to_string(j));
     }
+    if (grad_out.has_value()) check_no_overlap(argument, gradient, *grad_out, "the output's gradient");
+    // A source given twice may have one gradient, which both uses add to; two gradients must not overlap otherwise.
+    for (size_t j = 0; j < next; ++j) {
+      if (!same_memory(gradient, gradients[j])) {
+        check_no_overlap(argument, gradient, gradients[j], std::string(name) + "[" + std::to_string(j) + "]");
+      }
+    }
     if (accumulate[next]) {
       const Rows& rows = grad_rows[i];
       base_rows[i] = {rows.data, rows.inner, rows.outer_stride, rows.inner_stride, rows.dtype};
@@ -167,7 +175,7 @@ void use_gradients(const char* op, const char* name, const std::vector<Tensor>& 
 
 void BackwardCall::use_source_gradients(const char* name, const std::vector<bool>& needs, size_t count,
                                         const std::vector<Tensor>& gradients, const std::vector<bool>& accumulate) {
-  use_gradients(op_, name, sources_, needs, count, gradients, accumulate, grad_rows_, base_rows_);
+  use_gradients(op_, name, sources_, needs, count, gradients, accumulate, grad_out_, grad_rows_, base_rows_);
 }
 
 std::tuple<Tensor, Tensor, Tensor> BackwardCall::run(const std::vector<bool>& needs) {

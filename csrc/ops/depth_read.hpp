@@ -33,7 +33,7 @@ void run_forward(const char* op, const DepthAttentionForward& p, const Tensor& l
 // Points the gradients of the first `count` sources, where `needs` is set, at tensors that the caller keeps; checks them.
 void use_gradients(const char* op, const char* name, const std::vector<Tensor>& sources, const std::vector<bool>& needs,
                    size_t count, const std::vector<Tensor>& gradients, const std::vector<bool>& accumulate,
-                   std::vector<Rows>& grad_rows, std::vector<ConstRows>& base_rows);
+                   const OptionalTensor& grad_out, std::vector<Rows>& grad_rows, std::vector<ConstRows>& base_rows);
 
 // A backward over N sources under construction. Keeps alive what its parameters point to.
 class BackwardCall {
@@ -67,6 +67,7 @@ class BackwardCall {
   std::vector<ConstRows> rows_;
   std::vector<Rows> grad_rows_;
   std::vector<ConstRows> base_rows_;
+  OptionalTensor grad_out_;
   DepthAttentionBackward p_;
 };
 

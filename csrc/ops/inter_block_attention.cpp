@@ -185,8 +185,8 @@ std::tuple<Tensor, Tensor> inter_block_attention_backward_(
     const std::vector<bool>& needs, const std::vector<Tensor>& grad_blocks, const std::vector<bool>& accumulate) {
   check_needs(kName, needs, blocks.size() + 2);
   Backward call(grad_out, grad_lse, blocks, queries, key_weights, stats, eps, scale);
-  use_gradients(kName, "grad_blocks", blocks, needs, blocks.size(), grad_blocks, accumulate, call.grad_rows,
-                call.base_rows);
+  use_gradients(kName, "grad_blocks", blocks, needs, blocks.size(), grad_blocks, accumulate, grad_out,
+                call.grad_rows, call.base_rows);
   return call.run(blocks, queries, key_weights, needs);
 }
 

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from attnres_ext import _native  # noqa: F401  (the operators must exist before their derivatives)
+from attnres_ext.first_order import first_order_only, raise_second_derivative
 
 if TYPE_CHECKING:
     from attnres_ext.gradient_buffer import GradientBuffer
@@ -156,7 +156,7 @@ class DepthAttention(torch.autograd.Function):
         return (out, weights) if options.return_weights else out
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx, grad_out, grad_weights=None):
         needs = ctx.needs_input_grad
         saved = ctx.saved_tensors
@@ -174,8 +174,9 @@ def _setup_depth_attention(ctx, inputs, output) -> None:
     sources, query, key_weight, out_weight, eps, out_eps, scale, *flags = inputs
     stats = mix = None
     if flags:
-        _, _, stats, mix = output
-        ctx.mark_non_differentiable(stats, mix)
+        _, weights, stats, mix = output
+        return_weights = flags[0]
+        ctx.mark_non_differentiable(*([] if return_weights else [weights]), stats, mix)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(query, key_weight, out_weight, stats, mix, *sources)
     ctx.options = Options(eps, out_eps, scale, "nothing", False, None)
@@ -262,7 +263,7 @@ class AccumulateDepthAttention(torch.autograd.Function):
         return hidden, new_partial
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx, grad_hidden, grad_new_partial):
         needs = ctx.needs_input_grad
         blocks, partial, weights = _accumulate_gradients(
@@ -355,7 +356,7 @@ class InterBlockAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx, grad_out, grad_lse):
         needs = ctx.needs_input_grad
         blocks, weights = _inter_block_gradients(
@@ -438,7 +439,7 @@ class MergePartial(torch.autograd.Function):
         return hidden, new_partial
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx, grad_hidden, grad_new_partial):
         return None, *_merge_gradients(ctx, ctx.needs_input_grad[1:], grad_hidden, grad_new_partial)
 
@@ -453,13 +454,6 @@ def _merge_backward(ctx, needs, grad_hidden, grad_new_partial):
     return _merge_gradients(ctx, needs, grad_hidden, grad_new_partial)
 
 
-def _no_second_derivative(ctx, *gradients):
-    raise RuntimeError(
-        "attnres: second derivatives are not supported by the compiled operators; differentiate "
-        "once, without create_graph=True, or use the definitions in attnres_ext.reference"
-    )
-
-
 def _register() -> None:
     for name, setup, backward in (
         ("depth_attention", _setup_depth_attention, _depth_attention_backward),
@@ -470,7 +464,7 @@ def _register() -> None:
         forms = (name, f"{name}_with_stats") if name != "merge_partial" else (name,)
         for form in forms:
             torch.library.register_autograd(f"attnres::{form}", backward, setup_context=setup)
-        torch.library.register_autograd(f"attnres::{name}_backward", _no_second_derivative)
+        torch.library.register_autograd(f"attnres::{name}_backward", raise_second_derivative)
 
 
 _register()

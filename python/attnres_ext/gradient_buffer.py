@@ -13,7 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["GradientBuffer", "can_tap", "forbid_second_derivative", "tap"]
+from attnres_ext.first_order import refuse_second_derivative
+
+__all__ = ["GradientBuffer", "can_tap", "tap"]
 
 
 class GradientBuffer:
@@ -57,10 +59,10 @@ class GradientBuffer:
 class _Tap(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tensor: Tensor, buffer: GradientBuffer) -> Tensor:
-        ctx.set_materialize_grads(
-            False
-        )  # no reader but our operators: the incoming gradient is None, not zeros
+        # No reader but our operators: the incoming gradient is None, not zeros.
+        ctx.set_materialize_grads(False)
         ctx.buffer = buffer
+        ctx.save_for_backward(tensor)
         return tensor.view_as(tensor)
 
     @staticmethod
@@ -71,34 +73,7 @@ class _Tap(torch.autograd.Function):
         with torch.no_grad():
             if gradient is not None:  # readers that know nothing of the buffer
                 collected.add_(gradient)
-        return forbid_second_derivative(collected), None
-
-
-class _NoSecondDerivative(torch.autograd.Function):
-    """Identity that makes its result depend on ``anchor``, so that differentiating it raises."""
-
-    @staticmethod
-    def forward(ctx, gradient: Tensor, anchor: Tensor) -> Tensor:
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> None:
-        raise RuntimeError(
-            "attnres_ext: second derivatives of depth attention are not supported, "
-            "but a gradient made with create_graph=True was differentiated"
-        )
-
-
-def forbid_second_derivative(gradient: Tensor) -> Tensor:
-    """``gradient`` itself; in a backward under ``create_graph=True``, one that cannot be
-    differentiated further.
-
-    What a kernel computed is no differentiable function to autograd. Taken for a constant, it would
-    leave a term out of second derivatives without a word.
-    """
-    if not torch.is_grad_enabled():
-        return gradient
-    return _NoSecondDerivative.apply(gradient, torch.zeros((), requires_grad=True))
+        return refuse_second_derivative(collected, ctx.saved_tensors), None
 
 
 def tap(tensor: Tensor, buffer: GradientBuffer) -> Tensor:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from attnres_ext import _native, fake, reference  # noqa: F401  (registers the operators and their shapes)
 from attnres_ext.autograd import (
@@ -306,9 +307,17 @@ def _as_list(sources: Sources) -> list[Tensor]:
 
 
 def _transformed() -> bool:
-    """Whether a function transform is under way, which knows no compiled operators."""
-    return not _traced() and torch._C._are_functorch_transforms_active()
+    """Whether a function transform or forward-mode differentiation is under way."""
+    return not _traced() and (
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    )
 
 
 def _needs_gradient(tensors: Sequence[Tensor | None]) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if not torch.is_grad_enabled():
+        return False
+    try:
+        return any(t is not None and t.requires_grad for t in tensors)
+    except AttributeError:
+        strange = next(t for t in tensors if not isinstance(t, Tensor | None))
+        raise TypeError(f"attnres: expected tensors, got {type(strange).__name__}") from None
