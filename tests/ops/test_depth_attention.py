@@ -142,11 +142,14 @@ def test_one_source(device: str, dtype: torch.dtype, norm: bool) -> None:
         assert_same_bits("output", results["output 0"], source)
 
 
-@pytest.mark.parametrize("shape", [(0, 17), (2, 0, 17), (0, 3, 17)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_tokens(device: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("layout", ["contiguous", "padded_rows", "strided_inside", "transposed"])
+@pytest.mark.parametrize(
+    "shape", [(0, 17), (2, 0, 17), (0, 3, 17), (0, 0, 0, 17), (2, 0, 3, 0, 17)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_no_tokens(device: str, dtype: torch.dtype, shape: tuple[int, ...], layout: str) -> None:
     """No rows: an empty output, zero gradients for the weights."""
-    sources = make_sources(3, shape, dtype=dtype, device=device)
+    sources = make_sources(3, shape, dtype=dtype, layout=layout, device=device)
     results = check(depth_attention, {"sources": sources, **make_weights(17, device=device)})
     assert results["output 0"].shape == shape
     for name in ("query", "key_weight", "out_weight"):
