@@ -18,7 +18,7 @@ struct Launcher {
   // caller to find.
   template <auto kKernel, typename Args>
   cudaError_t operator()(const Args& args, const LaunchShape& shape) const {
-    cudaError_t status = allow_shared_memory<kKernel>();
+    cudaError_t status = allow_shared_memory<kKernel>(shape.fills_shared_memory);
     if (status == cudaSuccess) {
       cudaLaunchConfig_t config = {};
       config.gridDim = dim3(static_cast<unsigned>(shape.num_ctas));
@@ -32,16 +32,21 @@ struct Launcher {
   }
 
  private:
-  // More than 48 KB of shared memory is opt-in, once for each kernel and device.
+  // More than 48 KB of shared memory is opt-in, and so is a small first-level cache that leaves
+  // room for it: once for each kernel and device.
   template <auto kKernel>
-  cudaError_t allow_shared_memory() const {
+  cudaError_t allow_shared_memory(bool fill) const {
     static std::atomic<uint64_t> allowed{0};  // a bit for each device
     const uint64_t bit = uint64_t{1} << (context.device % 64);
     if (context.device < 64 && (allowed.load(std::memory_order_relaxed) & bit) != 0) {
       return cudaSuccess;
     }
-    const cudaError_t status = cudaFuncSetAttribute(
-        kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, context.limits.shared_bytes_per_cta);
+    cudaError_t status = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                              context.limits.shared_bytes_per_cta);
+    if (status == cudaSuccess && fill) {
+      status = cudaFuncSetAttribute(kKernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                    cudaSharedmemCarveoutMaxShared);
+    }
     if (status == cudaSuccess) allowed.fetch_or(bit, std::memory_order_relaxed);
     return status;
   }

@@ -1,7 +1,7 @@
 // The CUDA backend: the only file that knows both torch and CUDA. Parameters in, launcher of the
 // device's architecture called, failures turned into sentences.
 #include <cuda_runtime_api.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/c/shim.h>
 #include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/shim_utils.h>
 

@@ -186,12 +186,10 @@ def run(runner: Path, cases: list[Case], folder: Path) -> list[Result]:
         position += 7 * 8
         outputs = []
         for shape, dtype in case.output_shapes():
-            count = torch.Size(shape).numel()
-            flat = torch.empty(0, dtype=dtype)
-            if count:
-                flat = torch.frombuffer(bytearray(data), dtype=dtype, count=count, offset=position)
-            outputs.append(flat.reshape(shape))
-            position += count * dtype.itemsize
+            size = torch.Size(shape).numel() * dtype.itemsize
+            raw = torch.tensor(list(data[position : position + size]), dtype=torch.uint8)
+            outputs.append(raw.view(dtype).reshape(shape))
+            position += size
         results.append(Result(bool(report[0]), bool(report[1]), *report[2:], *outputs))
     assert position == len(data)
     return results

@@ -72,7 +72,8 @@ auto launch_forward_with(const DepthAttentionForward& p, const DeviceLimits& lim
   const int64_t most_ctas =
       static_cast<int64_t>(tile.ctas_per_multiprocessor) * limits.num_multiprocessors;
   const LaunchShape shape = {static_cast<int>(std::min(p.num_tokens, most_ctas)),
-                             tile.num_threads + Loader::kExtraThreads, tile.shared_bytes};
+                             tile.num_threads + Loader::kExtraThreads, tile.shared_bytes,
+                             Loader::kUsesSlots};
   return launch.template operator()<depth_attention_fwd_kernel<Policy, kCapacity>>(
       make_forward_args<Compute, kCapacity>(p, Elements::kWidth, tile), shape);
 }

@@ -5,8 +5,10 @@ namespace attnres::cuda {
 
 struct LaunchShape {
   int num_ctas;
-  int num_threads;   // of a CTA
-  int shared_bytes;  // of a CTA, dynamic
+  int num_threads;           // of a CTA
+  int shared_bytes;          // of a CTA, dynamic
+  bool fills_shared_memory;  // counts on as many CTAs as shared memory holds; else the memory is
+                             // better used as cache
 };
 
 }  // namespace attnres::cuda
