@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from attnres_ext.models.kimi_linear import delta_rule
 from attnres_ext.models.kimi_linear.delta_rule import (
     chunk_gated_delta_rule,
     recurrent_gated_delta_rule,
@@ -118,3 +119,12 @@ def test_no_state_is_a_state_of_zeros():
 def test_chunk_size_must_be_a_power_of_two():
     with pytest.raises(ValueError, match="chunk_size is 24; it must be a power of two"):
         chunk_gated_delta_rule(*make_inputs(3), chunk_size=24)
+
+
+def test_inference_mode_leaves_nothing_behind_that_training_cannot_use():
+    inputs = make_inputs(12)
+    delta_rule._level_mask.cache_clear()
+    delta_rule._prefix_masks.cache_clear()
+    with torch.inference_mode():
+        chunk_gated_delta_rule(*inputs)
+    values_and_gradients(chunk_gated_delta_rule, inputs)

@@ -54,7 +54,7 @@ def test_decoding_equals_the_full_forward(mode):
     for part in ids.split([9, 1, 1, 1, 4, 1, 1, 3], dim=1):
         output = model(part, state=state)
         assert output.state is state
-        assert not output.logits.grad_fn or output.logits.is_leaf is False
+        assert not output.logits.requires_grad
         parts.append(output.logits)
     assert state.length == ids.shape[1]
     # The block cache keeps reciprocal norms of blocks in float32, whatever the dtype.
@@ -175,6 +175,10 @@ def test_misuse_gives_sentences():
         model(ids[:, :0])
     with pytest.raises(ValueError, match="labels has shape"):
         model(ids, labels=ids[:, 1:])
+    with pytest.raises(ValueError, match="labels need at least two tokens"):
+        model(ids[:, :1], labels=ids[:, :1])
+    with pytest.raises(ValueError, match="leave logits_to_keep at None"):
+        model(ids, labels=ids, logits_to_keep=2)
     with pytest.raises(ValueError, match="logits_to_keep is 0"):
         model(ids, logits_to_keep=0)
     with pytest.raises(ValueError, match="both must be at least 1"):

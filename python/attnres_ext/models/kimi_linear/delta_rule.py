@@ -247,7 +247,9 @@ def _cross(scores: Tensor, half: int) -> Tensor:
     return tiles.diagonal(dim1=2, dim2=4)[:, :, half:, :half]
 
 
+# Made once, outside inference mode: tensors born inside it could never take part in training.
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _level_mask(chunk: int, half: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """0/1 matrix ``[C, C]`` that sums log-decays between each token and the middle of its block of
     ``2 * half``.
@@ -263,6 +265,7 @@ def _level_mask(chunk: int, half: int, dtype: torch.dtype, device: torch.device)
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _prefix_masks(chunk: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """0/1 matrices ``[C, C]`` that sum up to and including each token, and after it."""
     until = torch.ones(chunk, chunk, dtype=torch.bool, device=device).tril()

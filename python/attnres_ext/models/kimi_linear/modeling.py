@@ -195,15 +195,14 @@ class KimiLinearForCausalLM(nn.Module):
             ValueError: Shapes that do not fit one another, or the state.
         """
         self._check(input_ids, labels, state, logits_to_keep)
-        if state is None:
-            hidden = self.model(input_ids)
-        else:
-            with torch.no_grad():
-                hidden = self.model(input_ids, state)
+        # What is kept in the state is changed in place, which a backward pass could not survive.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and state is None):
+            hidden = self.model(input_ids, state)
+            if logits_to_keep is not None:
+                hidden = hidden[:, -logits_to_keep:]
+            logits = self.lm_head(hidden)
+        if state is not None:
             state.length += input_ids.shape[1]
-        if logits_to_keep is not None:
-            hidden = hidden[:, -logits_to_keep:]
-        logits = self.lm_head(hidden)
         loss = None
         if labels is not None:
             loss = F.cross_entropy(
@@ -295,6 +294,8 @@ class KimiLinearForCausalLM(nn.Module):
                 f"labels has shape {tuple(labels.shape)}; it must have that of input_ids, "
                 f"{tuple(input_ids.shape)}"
             )
+        if labels is not None and input_ids.shape[1] < 2:
+            raise ValueError("labels need at least two tokens: the target of one is the next")
         if labels is not None and logits_to_keep is not None:
             raise ValueError("labels need the logits of all tokens: leave logits_to_keep at None")
         if logits_to_keep is not None and logits_to_keep < 1:

@@ -37,9 +37,11 @@ class ShortConvolution(nn.Module):
         weight = self.weight[:, 0].to(x.dtype)
         if past is None:
             return F.silu(_CausalConvolution.apply(x, weight))
+        tokens, seen = x.shape[1], past.shape[1]
         x = torch.cat([past, x], dim=1)
-        seen = past.shape[1]
-        past.copy_(x[:, x.shape[1] - seen :])
+        past.copy_(x[:, tokens:])
+        if tokens == 1:
+            return F.silu((x * weight.T).sum(1, keepdim=True))
         return F.silu(_CausalConvolution.apply(x, weight)[:, seen:])
 
 
