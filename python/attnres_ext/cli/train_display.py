@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -31,7 +32,7 @@ class Display:
         self._progress = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
-            BarColumn(bar_width=30),
+            BarColumn(bar_width=20),
             TimeRemainingColumn(),
             TextColumn("{task.fields[losses]}"),
             console=console,
@@ -78,10 +79,12 @@ def print_table(rows: Sequence[Row]) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=_PLAIN_WIDTH)
-    table = Table()
+    # Narrow headings: the table has to fit a terminal of 80 columns.
+    table = Table(box=SIMPLE_HEAD)
     table.add_column("residual")
-    for heading in ("parameters", "train loss", "val loss", "bits/byte", "ms/step", "overhead"):
-        table.add_column(heading, justify="right")
+    for heading in ("parameters", "train\nloss", "val\nloss", "bits/\nbyte", "ms/\nstep"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("overhead", justify="right", no_wrap=True)
     for row in rows:
         deviation = f" ± {row.val_loss_deviation:.4f}" if row.val_loss_deviation else ""
         table.add_row(
