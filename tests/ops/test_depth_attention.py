@@ -96,6 +96,21 @@ def test_strided_weights(device: str) -> None:
     check(depth_attention, {"sources": sources, **weights})
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sources_as_a_stack(device: str, dtype: torch.dtype) -> None:
+    """A tuple or one tensor ``[N, ..., D]`` is a list of sources; a stack gets one gradient."""
+    sources = make_sources(3, (2, 4, 40), dtype=dtype, device=device)
+    weights = make_weights(40, device=device)
+    expected, _ = evaluate(depth_attention, ops, {"sources": sources, **weights})
+    stacked, _ = evaluate(depth_attention, ops, {"sources": torch.stack(sources), **weights})
+    assert_same_bits("output", stacked["output 0"], expected["output 0"])
+    for i in range(3):
+        assert_same_bits(
+            "gradient", stacked["gradient of sources"][i], expected[f"gradient of sources[{i}]"]
+        )
+    assert_same_bits("output", ops.depth_attention(tuple(sources), **weights), expected["output 0"])
+
+
 @pytest.mark.parametrize("scale", [1.0, 0.125, -2.0, 0.0])
 @pytest.mark.parametrize(("eps", "out_eps"), [(1e-6, None), (1e-5, 1e-2), (0.5, 0.0), (0.0, None)])
 def test_scale_and_eps(device: str, scale: float, eps: float, out_eps: float | None) -> None:
