@@ -1,8 +1,10 @@
+import dataclasses
 import subprocess
 import sys
 
 import pytest
 from attnres_ext.cli.main import main, make_parser
+from attnres_ext.training.loop import Settings
 
 SUBCOMMANDS = ["train", "generate", "info", "bench"]
 
@@ -28,6 +30,13 @@ def test_subcommand_help_has_examples_and_explains_every_option(name, capsys):
     (action,) = (action for action in make_parser([name])._actions if action.dest == "command")
     for option in action.choices[name]._actions:
         assert option.help, option.option_strings
+
+
+def test_defaults_of_the_command_are_those_of_the_library():
+    args = make_parser().parse_args(["train", "--out", "x"])
+    named = {**vars(args), "residuals": args.residual}
+    for field in dataclasses.fields(Settings):
+        assert named[field.name] == field.default, field.name
 
 
 @pytest.mark.parametrize("argv", [[], ["fly"], ["train", "--wings", "2"], ["train"]])

@@ -53,7 +53,7 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--overwrite", action="store_true", help="start again where DIR already holds a run"
     )
     group.add_argument(
-        "--checkpoint-every", type=number(int, least=1), default=100, action=Given, metavar="STEPS",
+        "--checkpoint-every", type=number(int, least=1), default=50, action=Given, metavar="STEPS",
         help="steps between checkpoints; the last step always has one",
     )  # fmt: skip
     group.add_argument(
@@ -126,11 +126,11 @@ def _add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
         help="each arm is trained once per seed; a seed decides weights and batches",
     )  # fmt: skip
     group.add_argument(
-        "--batch-size", type=number(int, least=1), default=8, action=Given, metavar="N",
+        "--batch-size", type=number(int, least=1), default=4, action=Given, metavar="N",
         help="sequences per step",
     )  # fmt: skip
     group.add_argument(
-        "--learning-rate", type=number(float, above=0), default=3e-3, action=Given, metavar="RATE",
+        "--learning-rate", type=number(float, above=0), default=4e-3, action=Given, metavar="RATE",
         help="peak of the cosine schedule",
     )  # fmt: skip
     group.add_argument(

@@ -44,16 +44,16 @@ class Settings:
     residuals: tuple[str, ...] = ("standard", "block")
     seeds: tuple[int, ...] = (0,)
     steps: int = 300
-    batch_size: int = 8
+    batch_size: int = 4
     sequence_length: int = 256
-    learning_rate: float = 3e-3
+    learning_rate: float = 4e-3
     final_learning_rate: float = 0.1
     warmup_steps: int = 20
     weight_decay: float = 0.1
     gradient_clip: float = 1.0
     validate_every: int = 50
     validation_batches: int = 8
-    checkpoint_every: int = 100
+    checkpoint_every: int = 50
     device: str = "cpu"
 
 
