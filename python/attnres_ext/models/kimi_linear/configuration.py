@@ -1,6 +1,4 @@
-"""The configuration of a Kimi Linear model with Attention Residuals: fields as in the public
-``config.json``, plus two.
-"""
+"""Configurations of Kimi Linear: the public ``config.json`` and two fields for residuals."""
 
 from __future__ import annotations
 
@@ -58,15 +56,13 @@ _FIXED = {
     "moe_layer_freq": 1,
     "num_expert_group": 1,
     "topk_group": 1,
-    "attn_res_block_size": None,
     "routed_expert_hidden_size": None,
 }
 
 
 @dataclass
 class LinearAttentionConfig:
-    """``linear_attn_config``: which layers are KDA and how wide they are (Kimi Linear report,
-    §3-4).
+    """``linear_attn_config``: which layers are KDA, and how wide (Kimi Linear report, §3-4).
 
     Attributes:
         kda_layers: Layers with Kimi Delta Attention, counted from 1.
@@ -94,8 +90,7 @@ class LinearAttentionConfig:
 
 @dataclass
 class KimiLinearConfig:
-    """Every choice that defines a model; defaults are those of Kimi-Linear-48B-A3B where they do
-    not set a size.
+    """Every choice that defines a model; what is no size defaults to Kimi-Linear-48B-A3B's.
 
     ``residual`` and ``sublayers_per_block`` are the two fields of ours: how sublayers are connected
     ("standard": sums; "block" and "full": attention over depth) and how many sublayers, attention
@@ -138,15 +133,11 @@ class KimiLinearConfig:
         return index + 1 in self.linear_attn_config.kda_layers
 
     def is_moe_layer(self, index: int) -> bool:
-        """Whether layer ``index``, counted from 0, has experts instead of one dense feed-forward
-        network.
-        """
+        """Whether layer ``index``, counted from 0, has experts instead of one dense network."""
         return self.num_experts is not None and index >= self.first_k_dense_replace
 
     def validate(self) -> KimiLinearConfig:
-        """Raises a ``ValueError`` whose sentences name every field that cannot work; returns the
-        configuration itself.
-        """
+        """Returns itself, or raises a ``ValueError`` that names every field that cannot work."""
         problems = self._size_problems() + self._layer_problems()
         problems += self._expert_problems() + self._residual_problems()
         if problems:
@@ -292,8 +283,7 @@ class KimiLinearConfig:
 
 
 def presets(name: str, **changes: Any) -> KimiLinearConfig:
-    """A configuration by name, with fields changed: "tiny" (tests), "demo" (trains on two cores),
-    "small", "48b".
+    """A configuration by name, with fields changed: "tiny", "demo", "small" or "48b".
 
     Raises:
         ValueError: No preset has this name, or a change makes the configuration invalid.

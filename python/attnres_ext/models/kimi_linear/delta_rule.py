@@ -1,14 +1,13 @@
-"""The gated delta rule of Kimi Delta Attention, chunk by chunk for training and token by token for
-decoding.
+"""The gated delta rule of Kimi Delta Attention: by chunks to train, by tokens to decode.
 
-Per head and token (Kimi Linear report, Eq. 1; ``S`` is the state ``[K, V]``, ``g <= 0`` the
-log-decay of each key channel):
+Per head and token (Kimi Linear report, §3; ``S`` is the state ``[K, V]``, ``g <= 0`` the log-decay
+of each key channel):
 
-    S_t = (I - beta_t k_t k_t^T) Diag(exp(g_t)) S_{t-1} + beta_t k_t v_t^T,        o_t = S_t^T q_t /
-    sqrt(K)
+    S_t = (I - beta_t k_t k_t^T) Diag(exp(g_t)) S_{t-1} + beta_t k_t v_t^T
+    o_t = S_t^T q_t / sqrt(K)
 
-Shapes: ``B`` batch, ``T`` tokens, ``H`` heads, ``K`` key channels, ``V`` value channels, ``C``
-    tokens of a chunk.
+Shapes: ``B`` batch, ``T`` tokens, ``H`` heads, ``K`` key channels, ``V`` value channels, ``n``
+chunks of ``C`` tokens.
 
 **Safe decays.** The chunkwise form needs ``sum_d q_c k_i exp(g_{i+1} + ... + g_c)`` per channel for
 every pair ``i <= c`` of a chunk. Splitting the exponential into ``exp(G_c) exp(-G_i)`` makes it a
@@ -38,8 +37,7 @@ __all__ = ["chunk_gated_delta_rule", "recurrent_gated_delta_rule"]
 def recurrent_gated_delta_rule(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence as written, one token after another; what a decoder runs and what tests
-    compare with.
+    """The recurrence as written, one token after another: what a decoder runs.
 
     Args:
         q: Queries ``[B, T, H, K]``, normalised by the caller; scaled by ``K^-1/2`` here.
@@ -74,22 +72,20 @@ def chunk_gated_delta_rule(
     state: Tensor | None = None,
     chunk_size: int = 32,
 ) -> tuple[Tensor, Tensor]:
-    """The same map in chunkwise form (Kimi Linear report, Eq. 6-9): matrix products over all chunks
-    at once.
+    """The same map in chunkwise form: matrix products over all chunks at once.
 
     Within a chunk the writes ``beta_c (v_c - S^T k_c)`` depend on one another through a unit lower
     triangular system; it is solved for all chunks together with the state left open (``W``: what
     the chunk reads of the incoming state, ``U``: what it writes regardless). Only the state's own
-    recurrence runs over chunks one by one.
+    recurrence runs over chunks one by one (Kimi Linear report, §3.1).
 
     Args:
-        q: See :func:`recurrent_gated_delta_rule`, as for ``k``, ``v``, ``g``, ``beta`` and
-            ``state``.
-        k: ...
-        v: ...
-        g: ...
-        beta: ...
-        state: ...
+        q: Queries ``[B, T, H, K]``, normalised by the caller; scaled by ``K^-1/2`` here.
+        k: Keys ``[B, T, H, K]``, normalised by the caller.
+        v: Values ``[B, T, H, V]``.
+        g: Log-decay of each key channel ``[B, T, H, K]``, finite and at most 0.
+        beta: Writing strength ``[B, T, H]`` in (0, 1).
+        state: State before the first token ``[B, H, K, V]``; None is zeros.
         chunk_size: Tokens of a chunk, a power of two. ``T`` need not be a multiple.
 
     Returns:
@@ -101,9 +97,8 @@ def chunk_gated_delta_rule(
     while chunk_size > 1 and chunk_size >= 2 * tokens:
         chunk_size //= 2
     # Tokens of padding neither decay the state (g = 0) nor write to it (beta = 0).
-    q, k, v, g = (
-        _split(x, chunk_size) for x in (q * key_dim**-0.5, k, v, g)
-    )  # [B, H, n, C, K or V]
+    # [B, H, n, C, K], values [B, H, n, C, V].
+    q, k, v, g = (_split(x, chunk_size) for x in (q * key_dim**-0.5, k, v, g))
     beta = _split(beta.unsqueeze(-1), chunk_size)  # [B, H, n, C, 1]
 
     attention, similarity = _ChunkScores.apply(q, k, g)  # [B, H, n, C, C] each
@@ -117,9 +112,8 @@ def chunk_gated_delta_rule(
         upper=False,
         unitriangular=True,
     )
-    reads, writes = solved.split(
-        [key_dim, v.shape[-1]], dim=-1
-    )  # W [B, H, n, C, K], U [B, H, n, C, V]
+    # W [B, H, n, C, K] and U [B, H, n, C, V].
+    reads, writes = solved.split([key_dim, v.shape[-1]], dim=-1)
     keys_out = (decay_out * k).transpose(-1, -2)  # [B, H, n, K, C]
 
     if state is None:
@@ -137,8 +131,7 @@ def chunk_gated_delta_rule(
 
 
 class _ChunkScores(torch.autograd.Function):
-    """Decayed inner products within each chunk, ``[..., C, K] -> [..., C, C]``, by halving (see the
-    module's docstring).
+    """Decayed inner products within each chunk, ``[..., C, K] -> [..., C, C]``, by halving.
 
     Returns ``sum_d q_c k_i e^{g_{i+1..c}}`` for ``i <= c`` and ``sum_d k_c k_i e^{g_{i+1..c}}`` for
     ``i < c``, zeros above. Its own backward, because autograd's would keep the decays of every
@@ -214,9 +207,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _level(q: Tensor, k: Tensor, g: Tensor, half: int) -> tuple[Tensor, Tensor, Tensor]:
-    """One level's factors from ``[M, C, K]``: rows ``[M * C/2s, 2s, K]``, columns ``[M * C/2s, s,
-    K]``, decays.
-    """
+    """One level's rows ``[M * C/2s, 2s, K]``, columns ``[M * C/2s, s, K]`` and decays."""
     chunk, key_dim = g.shape[-2:]
     decay = (
         (_level_mask(chunk, half, g.dtype, g.device) @ g)
@@ -232,16 +223,12 @@ def _level(q: Tensor, k: Tensor, g: Tensor, half: int) -> tuple[Tensor, Tensor, 
 
 
 def _halves(x: Tensor, half: int) -> tuple[Tensor, Tensor]:
-    """The tokens before and after the middle of each block of ``2 * half``: views ``[M, C/2s, s,
-    K]`` of ``[M, C, K]``.
-    """
+    """Views of ``[M, C, K]``: tokens before and after each block's middle, ``[M, C/2s, s, K]``."""
     return x.view(x.shape[0], -1, 2, half, x.shape[-1]).unbind(2)
 
 
 def _cross(scores: Tensor, half: int) -> Tensor:
-    """The lower left quarter of each diagonal block of ``2 * half``: a view ``[2, M, s, s, C/2s]``
-    of ``[2, M, C, C]``.
-    """
+    """View of ``[2, M, C, C]``: each diagonal block's lower left quarter ``[2, M, s, s, C/2s]``."""
     blocks = scores.shape[-1] // (2 * half)
     tiles = scores.unflatten(-1, (blocks, 2 * half)).unflatten(-3, (blocks, 2 * half))
     return tiles.diagonal(dim1=2, dim2=4)[:, :, half:, :half]
@@ -251,9 +238,7 @@ def _cross(scores: Tensor, half: int) -> Tensor:
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def _level_mask(chunk: int, half: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """0/1 matrix ``[C, C]`` that sums log-decays between each token and the middle of its block of
-    ``2 * half``.
-    """
+    """View of ``[2, M, C, C]``: lower left quarters of diagonal blocks, ``[2, M, s, s, C/2s]``."""
     token = torch.arange(chunk, device=device)
     middle = (token // (2 * half) * (2 * half) + half - 1).unsqueeze(
         -1

@@ -1,6 +1,4 @@
-"""Kimi Delta Attention: linear attention whose state is edited by a gated delta rule (Kimi Linear
-report, §3).
-"""
+"""Kimi Delta Attention: linear attention by a gated delta rule (Kimi Linear report, §3)."""
 
 from __future__ import annotations
 
@@ -84,8 +82,7 @@ class KimiDeltaAttention(nn.Module):
         self.o_proj = Linear(channels, hidden)
 
     def reset_parameters(self) -> None:
-        """Initialises what is no matrix: decay rates ``A`` in (1, 16) and time steps in (1e-3,
-        0.1), log-uniform.
+        """Initialises what is no matrix: rates ``A`` in (1, 16), time steps in (1e-3, 0.1).
 
         With a bounded gate ``A_log`` starts at 0, as Kimi K3's.
         """

@@ -31,9 +31,7 @@ class KimiLatentState:
     length: int = 0
 
     def append(self, latents: Tensor) -> Tensor:
-        """Stores the latents of new tokens ``[B, T, R]``; returns those of all tokens so far, a
-        view.
-        """
+        """Stores latents of new tokens ``[B, T, R]``; returns a view of those of all tokens."""
         end = self.length + latents.shape[1]
         if end > self.latents.shape[1]:
             raise ValueError(
@@ -47,8 +45,7 @@ class KimiLatentState:
 
 
 class KimiMLAAttention(nn.Module):
-    """One full-attention sublayer, ``[B, T, D] -> [B, T, D]``: keys and values of all heads from
-    one latent a token.
+    """One full-attention sublayer, ``[B, T, D] -> [B, T, D]``, with one latent a token.
 
     There is no positional encoding: the key part that other models rotate (``qk_rope_head_dim``
     wide, shared by the heads) is used as it is. Logits are scaled by ``(qk_nope_head_dim +
@@ -136,8 +133,7 @@ class KimiMLAAttention(nn.Module):
         )
 
     def _attend_latents(self, queries: Tensor, latents: Tensor) -> Tensor:
-        """For a few tokens after many: ``q . (W_k c) = (W_k^T q) . c``, so heads attend over the
-        latents themselves.
+        """For a few tokens after many: as ``q . W c = W^T q . c``, heads attend over latents.
 
         The cache is read as it lies, once for keys and values of all heads (DeepSeek-V2, §2.1.2,
         "absorbed" matrices).

@@ -1,6 +1,4 @@
-"""Kimi Linear, a language model of KDA, MLA and mixtures of experts, connected by residuals of any
-kind.
-"""
+"""Kimi Linear: KDA, MLA and mixtures of experts, connected by residuals of any kind."""
 
 from __future__ import annotations
 
@@ -25,8 +23,7 @@ __all__ = ["KimiLinearForCausalLM", "KimiLinearModel", "KimiLinearOutput", "Kimi
 
 @dataclass
 class KimiLinearState:
-    """Everything a decoder keeps between calls; made by :meth:`KimiLinearForCausalLM.new_state`,
-    changed in place.
+    """What a decoder keeps between calls: made by ``new_state``, changed in place.
 
     Attributes:
         layers: One state a layer: the recurrent state of a KDA layer, the latent cache of an MLA
@@ -61,9 +58,7 @@ class KimiLinearOutput:
 
 
 class KimiDecoderLayer(nn.Module):
-    """The two sublayers of a layer and their norms. How they are connected is the model's
-    residual's business.
-    """
+    """The two sublayers of a layer and their norms; the model's residual connects them."""
 
     def __init__(self, config: KimiLinearConfig, index: int) -> None:
         super().__init__()
@@ -106,9 +101,7 @@ class KimiLinearModel(nn.Module):
         )
 
     def forward(self, input_ids: Tensor, state: KimiLinearState | None = None) -> Tensor:
-        """Hidden states ``[B, T, D]`` of ``input_ids`` ``[B, T]``, continuing after what ``state``
-        has seen.
-        """
+        """Hidden states ``[B, T, D]`` of ``[B, T]`` tokens, continuing what ``state`` has seen."""
         embedding = self.embed_tokens(input_ids)
         residual = self.residual.start(embedding, cache=self._block_cache(embedding, state))
         for site, (norm, sublayer) in enumerate(self._sublayers(state)):
@@ -134,8 +127,7 @@ class KimiLinearModel(nn.Module):
 
 
 class KimiLinearForCausalLM(nn.Module):
-    """Kimi Linear with its output head; parameters are named as in the public checkpoints (see
-    ``weights.py``).
+    """Kimi Linear with its output head; parameters bear the public checkpoints' names.
 
     Args:
         config: Sizes and residual mode. Two models of one random seed that differ only in
@@ -161,9 +153,7 @@ class KimiLinearForCausalLM(nn.Module):
         return self.model.residual
 
     def reset_parameters(self) -> None:
-        """Matrices from N(0, initializer_range), gains 1, pseudo-queries 0; KDA's decays as its
-        report has them.
-        """
+        """Matrices from N(0, initializer_range), gains 1, pseudo-queries 0, decays as reported."""
         if self.lm_head.weight.is_meta:
             return
         deviation = self.config.initializer_range
@@ -212,9 +202,7 @@ class KimiLinearForCausalLM(nn.Module):
         return KimiLinearOutput(logits, loss, state)
 
     def new_state(self, batch_size: int, max_length: int) -> KimiLinearState:
-        """A decoding state before the first token, with room for ``max_length`` tokens, prompt
-        included.
-        """
+        """An empty decoding state with room for ``max_length`` tokens, prompt included."""
         if batch_size < 1 or max_length < 1:
             raise ValueError(
                 f"new_state: batch_size is {batch_size} and max_length {max_length}; both must "
@@ -240,8 +228,7 @@ class KimiLinearForCausalLM(nn.Module):
         temperature: float = 0.0,
         generator: torch.Generator | None = None,
     ) -> Iterator[Tensor]:
-        """Continues ``input_ids`` ``[B, T]`` by prefill and decoding; each token is yielded as soon
-        as it is known.
+        """Continues ``input_ids``, yielding each token as soon as it is known.
 
         Args:
             input_ids: The prompt, ``T >= 1``.
@@ -270,9 +257,7 @@ class KimiLinearForCausalLM(nn.Module):
 
     @torch.no_grad()
     def update_router_bias(self, rate: float = 1e-3) -> None:
-        """Balances the experts' load without an auxiliary loss; call it after each optimizer step
-        (see ``moe.py``).
-        """
+        """Balances the experts' load; call it after each optimizer step (see ``moe.py``)."""
         for module in self.modules():
             if isinstance(module, KimiRouter):
                 module.update_bias(rate)

@@ -1,6 +1,4 @@
-"""Feed-forward sublayers: a gated network, and a mixture of them behind a sigmoid router (Kimi
-Linear report, §4).
-"""
+"""Feed-forward sublayers: a gated network, and a mixture of them behind a sigmoid router."""
 
 from __future__ import annotations
 
@@ -29,9 +27,7 @@ class KimiMLP(nn.Module):
 
 
 class KimiExpert(nn.Module):
-    """The same network as :class:`KimiMLP` under the public checkpoints' names for experts: gate
-    w1, up w3, down w2.
-    """
+    """The network of :class:`KimiMLP` under experts' names: gate w1, up w3, down w2."""
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
@@ -45,8 +41,7 @@ class KimiExpert(nn.Module):
 
 
 class KimiRouter(nn.Module):
-    """Chooses experts: sigmoid scores, a bias that only the choice sees, weights renormalised over
-    the chosen.
+    """Chooses experts by sigmoid scores and a bias that only the choice sees (DeepSeek-V3, §2.1.2).
 
     Attributes:
         weight: ``[E, D]``.
@@ -67,9 +62,7 @@ class KimiRouter(nn.Module):
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Experts ``[M, k]`` (int64) and their weights ``[M, k]`` (float32 or wider) for tokens
-        ``[M, D]``.
-        """
+        """Experts ``[M, k]`` (int64) and weights ``[M, k]`` (float32 or wider) of ``[M, D]``."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         scores = F.linear(x.to(dtype), self.weight.to(dtype)).sigmoid()
         experts = (
@@ -82,8 +75,7 @@ class KimiRouter(nn.Module):
 
     @torch.no_grad()
     def update_bias(self, rate: float) -> None:
-        """Balances load without a loss (DeepSeek-V3, §2.1.2): experts above the mean load become
-        less eligible by ``rate``.
+        """Makes experts above the mean load less eligible, and those below more, by ``rate``.
 
         Call it once a training step, after the optimizer's.
         """

@@ -1,5 +1,4 @@
-"""Weights on disk under the public checkpoints' names: Kimi Linear's, and Kimi K3's for Attention
-Residuals.
+"""Weights on disk under the names of Kimi Linear's and, for residuals, Kimi K3's checkpoints.
 
 Every tensor of a model but the residual's is already named as in the checkpoints.
 :func:`checkpoint_names` is the one table that renames and reshapes the rest; saving, loading and
@@ -36,8 +35,7 @@ _OUTER_PREFIX = "language_model."
 
 
 def checkpoint_names(config: KimiLinearConfig) -> dict[str, str]:
-    """Module name -> checkpoint name of the Attention Residuals parameters (Kimi K3's names); empty
-    in standard mode.
+    """Module name -> Kimi K3's name of each Attention Residuals parameter.
 
     Site ``2 i`` is read before layer ``i``'s attention, site ``2 i + 1`` before its feed-forward
     network, the last one before the output. Queries are stored as ``[1, D]``, the weight of a
@@ -79,8 +77,7 @@ def save_weights(model: KimiLinearForCausalLM, folder: str | Path) -> Path:
 
 
 def load_weights(model: KimiLinearForCausalLM, path: str | Path) -> None:
-    """Fills ``model`` from a ``.safetensors`` file, or from a folder that holds one or an index of
-    several.
+    """Fills ``model`` from a ``.safetensors`` file, or a folder with one or an index of several.
 
     Values are cast to the model's dtypes. Checkpoints may carry the prefix ``language_model.``,
     ``A_log`` as ``[H]`` or padded beyond its ``H`` heads (Kimi K3) in place of ``[1, 1, H, 1]``
@@ -120,9 +117,7 @@ def load_weights(model: KimiLinearForCausalLM, path: str | Path) -> None:
 
 
 def load_model(folder: str | Path) -> KimiLinearForCausalLM:
-    """The model that :func:`save_weights` wrote, or a public checkpoint's: ``config.json`` and the
-    weights beside it.
-    """
+    """The model in a folder that :func:`save_weights` wrote, or in a public checkpoint's."""
     model = KimiLinearForCausalLM(KimiLinearConfig.from_json(folder))
     load_weights(model, folder)
     return model
@@ -196,9 +191,7 @@ def _weight_files(path: Path) -> list[Path]:
 
 
 class _replacing:  # noqa: N801
-    """``with _replacing(path) as temporary``: what was written there becomes ``path`` at the end,
-    if nothing failed.
-    """
+    """``with _replacing(path) as temporary``: at the end it becomes ``path``, if nothing failed."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
