@@ -238,7 +238,7 @@ def _cross(scores: Tensor, half: int) -> Tensor:
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def _level_mask(chunk: int, half: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """View of ``[2, M, C, C]``: lower left quarters of diagonal blocks, ``[2, M, s, s, C/2s]``."""
+    """0/1 matrix ``[C, C]``: sums from each token to the middle of its block of ``2 * half``."""
     token = torch.arange(chunk, device=device)
     middle = (token // (2 * half) * (2 * half) + half - 1).unsqueeze(
         -1
