@@ -22,12 +22,13 @@ std::optional<R> try_rows(const Tensor& tensor) {
   const auto sizes = tensor.sizes();
   const auto strides = tensor.strides();
   const int64_t dims = static_cast<int64_t>(sizes.size());
-  if (sizes[dims - 1] > 1 && strides[dims - 1] != 1) return std::nullopt;
+  if (tensor.numel() > 0 && sizes[dims - 1] > 1 && strides[dims - 1] != 1) return std::nullopt;
   // Merge leading dimensions from the inside out, as long as each continues the one inside it.
   int64_t merged_sizes[2] = {1, 1};
   int64_t merged_strides[2] = {0, 0};
   int level = -1;
-  for (int64_t d = dims - 2; d >= 0; --d) {
+  // Without rows there is nothing to address, and strides mean nothing.
+  for (int64_t d = dims - 2; d >= 0 && tensor.numel() > 0; --d) {
     if (sizes[d] == 1) continue;
     if (level >= 0 && strides[d] == merged_strides[level] * merged_sizes[level]) {
       merged_sizes[level] *= sizes[d];
