@@ -240,9 +240,8 @@ def _cross(scores: Tensor, half: int) -> Tensor:
 def _level_mask(chunk: int, half: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """0/1 matrix ``[C, C]``: sums from each token to the middle of its block of ``2 * half``."""
     token = torch.arange(chunk, device=device)
-    middle = (token // (2 * half) * (2 * half) + half - 1).unsqueeze(
-        -1
-    )  # the last token before the middle
+    middle = token // (2 * half) * (2 * half) + half - 1  # the last token before it
+    middle = middle.unsqueeze(-1)
     row, column = token.unsqueeze(-1), token.unsqueeze(0)
     before = (row < column) & (column <= middle)
     behind = (middle < column) & (column <= row)
