@@ -192,7 +192,7 @@ def _title(description: dict[str, Any], settings: Settings, corpus: Corpus) -> s
     tokens = settings.batch_size * settings.sequence_length
     return (
         f"Kimi Linear ({description['model']}) on {description['text']['source']}, "
-        f"{corpus.training.numel():,} tokens: {settings.steps} steps of {tokens:,}"
+        f"{corpus.training.numel():,} tokens; {settings.steps} steps of {tokens:,} tokens"
     )
 
 

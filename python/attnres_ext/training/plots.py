@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,7 @@ def plot_loss(path: Path, records: Sequence[Record], title: str) -> None:
     compare = "standard" in arms and bool(others)
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(11 if compare else 7, 4.4), dpi=150, layout="constrained")
-        figure.suptitle(title, x=0.01, ha="left", fontsize=10, color="#333333")
+        _head(figure, title)
         axes = figure.subplots(1, 1 + compare, width_ratios=[3, 2] if compare else None)
         left = axes[0] if compare else axes
         _draw_losses(left, records, arms)
@@ -135,8 +136,8 @@ def _mean_by_step(records: Sequence[Record], arm: str, field: str) -> tuple[list
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """Centred mean over a window that grows to 2 % of the run and is cut at both ends."""
-    half = max(1, len(values) // 50)
+    """Centred mean over 8 % of the run; the window narrows towards both ends."""
+    half = max(1, len(values) // 25)
     smoothed = []
     for i in range(len(values)):
         reach = min(half, i, len(values) - 1 - i)
@@ -162,7 +163,7 @@ def plot_depth_attention(path: Path, maps: Sequence[DepthMap], title: str) -> No
         figure = Figure(
             figsize=(max(6.5, sum(widths) + 0.9), 1.9 + 0.27 * rows), dpi=150, layout="constrained"
         )
-        figure.suptitle(title, x=0.01, ha="left", fontsize=10, color="#333333")
+        _head(figure, title)
         panels = figure.subplots(1, len(maps), squeeze=False, width_ratios=widths)[0]
         for axes, depth_map, table in zip(panels, maps, tables, strict=True):
             image = _draw_map(axes, depth_map, *table)
@@ -227,6 +228,12 @@ def _draw_map(
     axes.set_ylabel("site: who reads, from first to last")
     axes.set_title(f"{depth_map.arm}, weight in %", fontsize=10)
     return image
+
+
+def _head(figure: Figure, title: str) -> None:
+    # Some 13 characters of this size fit an inch.
+    text = textwrap.fill(title, int(13 * figure.get_figwidth()))
+    figure.suptitle(text, x=0.01, ha="left", fontsize=10, color="#333333")
 
 
 def _save(figure: Figure, path: Path) -> None:
