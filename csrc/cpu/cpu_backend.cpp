@@ -1,4 +1,5 @@
-// The CPU backend: picks the instruction set, prepares what all tokens share, and splits the tokens over torch's threads.
+// The CPU backend: picks the instruction set, prepares what all tokens share, and splits the tokens
+// over torch's threads.
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
@@ -22,18 +23,19 @@ namespace {
 const Kernels* widest_supported() {
 #if defined(ATTNRES_X86_KERNELS)
   __builtin_cpu_init();
-  const bool avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512bf16");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bf16");
   if (avx512) return &kAvx512Kernels;
   if (avx2) return &kAvx2Kernels;
 #endif
   return &kBaselineKernels;
 }
 
-// The one run-time switch: ATTNRES_CPU=baseline|avx2|avx512 asks for narrower kernels than the machine could run.
+// The one run-time switch: ATTNRES_CPU=baseline|avx2|avx512 asks for narrower kernels than the
+// machine could run.
 const Kernels* choose_kernels() {
   const Kernels* widest = widest_supported();
   const char* asked = std::getenv("ATTNRES_CPU");
@@ -43,7 +45,8 @@ const Kernels* choose_kernels() {
   if (widest == &kAvx512Kernels && std::strcmp(asked, kAvx2Kernels.name) == 0) return &kAvx2Kernels;
 #endif
   STD_TORCH_CHECK(false, "attnres: the environment variable ATTNRES_CPU is '", asked,
-                  "', expected an instruction set that this machine and this build have, at most '", widest->name, "'");
+                  "', expected an instruction set that this machine and this build have, at most '",
+                  widest->name, "'");
 }
 
 const Kernels& kernels() {
@@ -55,7 +58,8 @@ const Kernels& kernels() {
 class Buffer {
  public:
   explicit Buffer(int64_t bytes) : data_(std::aligned_alloc(64, (bytes + 63) / 64 * 64 + 64)) {
-    STD_TORCH_CHECK(data_ != nullptr, "attnres: could not allocate ", bytes, " bytes of scratch memory");
+    STD_TORCH_CHECK(data_ != nullptr, "attnres: could not allocate ", bytes,
+                    " bytes of scratch memory");
   }
   void* data() const { return data_.get(); }
   template <typename A>
@@ -115,8 +119,8 @@ Rows as_rows(const Vector& vector) { return {vector.data, 1, 0, 0, vector.dtype}
 
 // scale * key_weights * queries, [count, D].
 template <typename A>
-void make_score_vectors(const ConstRows& queries, const ConstRows& key_weights, int64_t count, int64_t hidden,
-                        double scale, A* score) {
+void make_score_vectors(const ConstRows& queries, const ConstRows& key_weights, int64_t count,
+                        int64_t hidden, double scale, A* score) {
   std::vector<A> gain(key_weights.data == nullptr ? 0 : hidden);
   for (int64_t s = 0; s < count; ++s) {
     A* row = score + s * hidden;
@@ -131,8 +135,9 @@ void make_score_vectors(const ConstRows& queries, const ConstRows& key_weights, 
 
 // The other way round: from the gradient of the score vectors to those of queries and key gains.
 template <typename A>
-void finish_score_gradient(const A* grad_score, const ConstRows& queries, const ConstRows& key_weights,
-                           const Rows& grad_queries, const Rows& grad_key_weights, int64_t count, int64_t hidden,
+void finish_score_gradient(const A* grad_score, const ConstRows& queries,
+                           const ConstRows& key_weights, const Rows& grad_queries,
+                           const Rows& grad_key_weights, int64_t count, int64_t hidden,
                            double scale) {
   std::vector<A> other(hidden), gradient(hidden);
   const auto finish = [&](const ConstRows& factor, const Rows& target, int64_t s) {
@@ -141,7 +146,8 @@ void finish_score_gradient(const A* grad_score, const ConstRows& queries, const 
     } else {
       read_row(factor, s, hidden, other.data());
     }
-    for (int64_t c = 0; c < hidden; ++c) gradient[c] = grad_score[s * hidden + c] * other[c] * static_cast<A>(scale);
+    for (int64_t c = 0; c < hidden; ++c)
+      gradient[c] = grad_score[s * hidden + c] * other[c] * static_cast<A>(scale);
     write_values(gradient.data(), hidden, target.data, target.dtype, target.offset(s));
   };
   for (int64_t s = 0; s < count; ++s) {
@@ -159,7 +165,8 @@ void with_compute(DType compute, F&& f) {
   }
 }
 
-// Fewer tokens than this for a thread cost more to hand over than to compute: 64 KiB of reads is some 10 us of work.
+// Fewer tokens than this for a thread cost more to hand over than to compute: 64 KiB of reads is
+// some 10 us of work.
 int64_t grain(int64_t rows_per_token, int64_t hidden) {
   constexpr int64_t kValues = 16384;
   return std::max<int64_t>(1, kValues / std::max<int64_t>(1, rows_per_token * hidden));
@@ -181,14 +188,16 @@ void depth_attention_forward(const DepthAttentionForward& p, int) {
     }
   });
   const int64_t scratch_size = k.depth_attention_forward_scratch(p);
-  torch::stable::parallel_for(0, p.num_tokens, grain(p.num_sources, p.hidden), [&](int64_t begin, int64_t end) {
-    const Buffer scratch(scratch_size);
-    k.depth_attention_forward(p, shared, {begin, end, scratch.data()});
-  });
+  torch::stable::parallel_for(0, p.num_tokens, grain(p.num_sources, p.hidden),
+                              [&](int64_t begin, int64_t end) {
+                                const Buffer scratch(scratch_size);
+                                k.depth_attention_forward(p, shared, {begin, end, scratch.data()});
+                              });
 }
 
-// Tokens are split into parts by their number alone; each part's sums are made in token order and the parts are added in
-// order, so that weight gradients depend neither on the number of threads nor on their timing.
+// Tokens are split into parts by their number alone; each part's sums are made in token order and
+// the parts are added in order, so that weight gradients depend neither on the number of threads
+// nor on their timing.
 int64_t num_weight_gradient_parts(int64_t num_tokens, int) {
   constexpr int64_t kTokens = 16, kMost = 64;
   return std::clamp<int64_t>((num_tokens + kTokens - 1) / kTokens, 1, kMost);
@@ -229,16 +238,18 @@ void depth_attention_backward(const DepthAttentionBackward& p, int) {
       shared.out_weight = out_weight;
     }
     if (p.num_parts == 0) {
-      torch::stable::parallel_for(0, p.num_tokens, grain(2 * p.num_sources, hidden), [&](int64_t begin, int64_t end) {
-        const Buffer scratch(scratch_size);
-        k.depth_attention_backward(p, shared, {begin, end, scratch.data()}, nullptr);
-      });
+      torch::stable::parallel_for(
+          0, p.num_tokens, grain(2 * p.num_sources, hidden), [&](int64_t begin, int64_t end) {
+            const Buffer scratch(scratch_size);
+            k.depth_attention_backward(p, shared, {begin, end, scratch.data()}, nullptr);
+          });
       return;
     }
-    over_parts(p.num_tokens, p.num_parts, p.parts, 2 * hidden, sums, [&](int64_t begin, int64_t end, void* part) {
-      const Buffer scratch(scratch_size);
-      k.depth_attention_backward(p, shared, {begin, end, scratch.data()}, part);
-    });
+    over_parts(p.num_tokens, p.num_parts, p.parts, 2 * hidden, sums,
+               [&](int64_t begin, int64_t end, void* part) {
+                 const Buffer scratch(scratch_size);
+                 k.depth_attention_backward(p, shared, {begin, end, scratch.data()}, part);
+               });
     finish_score_gradient(sums, as_rows(p.query), as_rows(p.key_weight), as_rows(p.grad_query),
                           as_rows(p.grad_key_weight), 1, hidden, p.scale);
     if (p.grad_out_weight.data != nullptr) {
@@ -251,15 +262,17 @@ void inter_block_forward(const InterBlockForward& p, int) {
   const Kernels& k = kernels();
   const Buffer vectors(p.num_queries * p.hidden * size_of(p.compute));
   with_compute(p.compute, [&](auto zero) {
-    make_score_vectors(p.queries, p.key_weights, p.num_queries, p.hidden, p.scale, vectors.as<decltype(zero)>());
+    make_score_vectors(p.queries, p.key_weights, p.num_queries, p.hidden, p.scale,
+                       vectors.as<decltype(zero)>());
   });
   const SharedVectors shared{vectors.data(), nullptr};
   const int64_t scratch_size = k.inter_block_forward_scratch(p);
   const int64_t rows = p.num_sources * p.num_queries;
-  torch::stable::parallel_for(0, p.num_tokens, grain(rows, p.hidden), [&](int64_t begin, int64_t end) {
-    const Buffer scratch(scratch_size);
-    k.inter_block_forward(p, shared, {begin, end, scratch.data()});
-  });
+  torch::stable::parallel_for(0, p.num_tokens, grain(rows, p.hidden),
+                              [&](int64_t begin, int64_t end) {
+                                const Buffer scratch(scratch_size);
+                                k.inter_block_forward(p, shared, {begin, end, scratch.data()});
+                              });
 }
 
 void inter_block_backward(const InterBlockBackward& p, int) {
@@ -275,24 +288,27 @@ void inter_block_backward(const InterBlockBackward& p, int) {
     const SharedVectors shared{score, nullptr};
     if (p.num_parts == 0) {
       const int64_t rows = p.num_sources * p.num_queries;
-      torch::stable::parallel_for(0, p.num_tokens, grain(2 * rows, p.hidden), [&](int64_t begin, int64_t end) {
-        const Buffer scratch(scratch_size);
-        k.inter_block_backward(p, shared, {begin, end, scratch.data()}, nullptr);
-      });
+      torch::stable::parallel_for(
+          0, p.num_tokens, grain(2 * rows, p.hidden), [&](int64_t begin, int64_t end) {
+            const Buffer scratch(scratch_size);
+            k.inter_block_backward(p, shared, {begin, end, scratch.data()}, nullptr);
+          });
       return;
     }
-    over_parts(p.num_tokens, p.num_parts, p.parts, values, sums, [&](int64_t begin, int64_t end, void* part) {
-      const Buffer scratch(scratch_size);
-      k.inter_block_backward(p, shared, {begin, end, scratch.data()}, part);
-    });
-    finish_score_gradient(sums, p.queries, p.key_weights, p.grad_queries, p.grad_key_weights, p.num_queries, p.hidden,
-                          p.scale);
+    over_parts(p.num_tokens, p.num_parts, p.parts, values, sums,
+               [&](int64_t begin, int64_t end, void* part) {
+                 const Buffer scratch(scratch_size);
+                 k.inter_block_backward(p, shared, {begin, end, scratch.data()}, part);
+               });
+    finish_score_gradient(sums, p.queries, p.key_weights, p.grad_queries, p.grad_key_weights,
+                          p.num_queries, p.hidden, p.scale);
   });
 }
 
 void block_cache_write(const BlockCacheWrite& p, int) {
-  torch::stable::parallel_for(0, p.num_tokens, grain(2, p.hidden),
-                              [&](int64_t begin, int64_t end) { kernels().block_cache_write(p, begin, end); });
+  torch::stable::parallel_for(0, p.num_tokens, grain(2, p.hidden), [&](int64_t begin, int64_t end) {
+    kernels().block_cache_write(p, begin, end);
+  });
 }
 
 }  // namespace

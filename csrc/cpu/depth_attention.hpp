@@ -1,12 +1,13 @@
-// Depth attention over a range of tokens, forward and backward. Serves `depth_attention`, `accumulate_depth_attention`,
-// `merge_partial` and the block cache, which differ in what the parameters hold (see attnres/params.hpp).
+// Depth attention over a range of tokens, forward and backward. Serves `depth_attention`,
+// `accumulate_depth_attention`, `merge_partial` and the block cache, which differ in what the
+// parameters hold (see attnres/params.hpp).
 //
-// A token's N rows come from memory in the first pass over them; the passes that follow find them in the core's own cache
-// (N = 9 rows of 2304 float32 values are 81 KiB).
+// A token's N rows come from memory in the first pass over them; the passes that follow find them
+// in the core's own cache (N = 9 rows of 2304 float32 values are 81 KiB).
 #pragma once
 
-#include "rows.hpp"
 #include "kernels.hpp"
+#include "rows.hpp"
 
 namespace attnres::cpu {
 namespace {
@@ -37,10 +38,11 @@ ATTNRES_INLINE A dot(Row v, const A* g, int64_t hidden) {
   return dots.total();
 }
 
-// <v, u>, <v, v> and <v, g>: what the backward needs of a row when nothing was saved. Sums in the order of `score` and
-// `dot`, so that gradients do not depend on what was saved.
+// <v, u>, <v, v> and <v, g>: what the backward needs of a row when nothing was saved. Sums in the
+// order of `score` and `dot`, so that gradients do not depend on what was saved.
 template <typename Access, typename A = typename Access::A>
-ATTNRES_INLINE void score_and_dot(Row v, const A* u, const A* g, int64_t hidden, A& dot_u, A& squares, A& dot_g) {
+ATTNRES_INLINE void score_and_dot(Row v, const A* u, const A* g, int64_t hidden, A& dot_u,
+                                  A& squares, A& dot_g) {
   Sum<A, kUnroll> us, sums, gs;
   for_tiles<Access, kUnroll>(hidden, [&](auto tile) __attribute__((always_inline)) {
 #pragma GCC unroll 4
@@ -56,11 +58,11 @@ ATTNRES_INLINE void score_and_dot(Row v, const A* u, const A* g, int64_t hidden,
   dot_g = gs.total();
 }
 
-// Block summation: result = round(partial + delta); an absent partial counts as zero. Returns the sum of squares of the
-// rounded values, and their product with u.
+// Block summation: result = round(partial + delta); an absent partial counts as zero. Returns the
+// sum of squares of the rounded values, and their product with u.
 template <typename Access, typename A = typename Access::A>
-ATTNRES_INLINE void add_and_score(Row partial, Row delta, MutableRow result, const A* u, int64_t hidden, A& dot,
-                                  A& squares) {
+ATTNRES_INLINE void add_and_score(Row partial, Row delta, MutableRow result, const A* u,
+                                  int64_t hidden, A& dot, A& squares) {
   const Row rounded{result.data, result.dtype};
   Sum<A, kUnroll> dots, sums;
   for_tiles<Access, kUnroll>(hidden, [&](auto tile) __attribute__((always_inline)) {
@@ -109,14 +111,16 @@ struct ForwardScratch {
         mixed(arena.take<A>(p.hidden)) {}
 };
 
-// An empty state (lse = -inf) has weight 0 but may hold anything, NaN too: point at a row that is mixed anyway.
+// An empty state (lse = -inf) has weight 0 but may hold anything, NaN too: point at a row that is
+// mixed anyway.
 template <typename A>
 ATTNRES_INLINE void skip_empty_state(A first_logit, Row* rows, int count) {
   if (count > 1 && first_logit == -__builtin_inf()) rows[0] = rows[1];
 }
 
 template <typename Access>
-void depth_attention_forward(const DepthAttentionForward& p, const SharedVectors& shared, TokenRange range) {
+void depth_attention_forward(const DepthAttentionForward& p, const SharedVectors& shared,
+                             TokenRange range) {
   using A = typename Access::A;
   const A* u = static_cast<const A*>(shared.score);
   const A* out_weight = static_cast<const A*>(shared.out_weight);
@@ -156,14 +160,16 @@ void depth_attention_forward(const DepthAttentionForward& p, const SharedVectors
     const MutableRow out = row(p.out, m);
     if (out_weight == nullptr) {
       mix<Access>(s.rows, s.weights, n, hidden,
-                  [&](auto tile, int k, Vec<A> v) __attribute__((always_inline)) { tile.store(out, k, v); });
+                  [&](auto tile, int k, Vec<A> v)
+                      __attribute__((always_inline)) { tile.store(out, k, v); });
     } else {
       A* mixed = p.mix.data == nullptr ? s.mixed : static_cast<A*>(row(p.mix, m).data);
       Sum<A, kUnroll> squares;
-      mix<Access>(s.rows, s.weights, n, hidden, [&](auto tile, int k, Vec<A> v) __attribute__((always_inline)) {
-        tile.store(mixed, k, v);
-        squares.parts[k] += v * v;
-      });
+      mix<Access>(s.rows, s.weights, n, hidden,
+                  [&](auto tile, int k, Vec<A> v) __attribute__((always_inline)) {
+                    tile.store(mixed, k, v);
+                    squares.parts[k] += v * v;
+                  });
       const A rstd = inverse_rms<A>(squares.total(), hidden, p.out_eps);
       for_tiles<Access, 1>(hidden, [&](auto tile) __attribute__((always_inline)) {
         tile.store(out, 0, tile.load(mixed, 0) * rstd * tile.load(out_weight, 0));
@@ -211,10 +217,11 @@ struct BackwardScratch {
         g(arena.take<A>(p.hidden)) {}
 };
 
-// Through the output norm: g = rstd * (dh * w - o_hat * <dh * w, o_hat> / D), and adds dh * o_hat to the gain's gradient.
+// Through the output norm: g = rstd * (dh * w - o_hat * <dh * w, o_hat> / D), and adds dh * o_hat
+// to the gain's gradient.
 template <typename Access, typename A = typename Access::A>
-ATTNRES_INLINE void output_norm_backward(Row grad_out, const A* mixed, const A* out_weight, int64_t hidden, double out_eps,
-                                         A* g, A* grad_out_weight) {
+ATTNRES_INLINE void output_norm_backward(Row grad_out, const A* mixed, const A* out_weight,
+                                         int64_t hidden, double out_eps, A* g, A* grad_out_weight) {
   Sum<A, 2> squares, products;
   for_tiles<Access, 2>(hidden, [&](auto tile) __attribute__((always_inline)) {
 #pragma GCC unroll 2
@@ -237,13 +244,16 @@ ATTNRES_INLINE void output_norm_backward(Row grad_out, const A* mixed, const A* 
 }
 
 template <typename Access>
-void depth_attention_backward(const DepthAttentionBackward& p, const SharedVectors& shared, TokenRange range, void* part) {
+void depth_attention_backward(const DepthAttentionBackward& p, const SharedVectors& shared,
+                              TokenRange range, void* part) {
   using A = typename Access::A;
   const A* u = static_cast<const A*>(shared.score);
   const A* out_weight = static_cast<const A*>(shared.out_weight);
   const int n = p.num_sources;
   const int64_t m_total = p.num_tokens, hidden = p.hidden;
-  A* grad_score = p.grad_query.data != nullptr || p.grad_key_weight.data != nullptr ? static_cast<A*>(part) : nullptr;
+  A* grad_score = p.grad_query.data != nullptr || p.grad_key_weight.data != nullptr
+                      ? static_cast<A*>(part)
+                      : nullptr;
   A* grad_out_weight = p.grad_out_weight.data != nullptr ? static_cast<A*>(part) + hidden : nullptr;
   Arena arena(range.scratch);
   const BackwardScratch<A> s(arena, p);
@@ -298,21 +308,25 @@ void depth_attention_backward(const DepthAttentionBackward& p, const SharedVecto
         mixed = static_cast<const A*>(row(p.mix, m).data);
       } else {
         mix<Access>(s.rows, s.weights, n, hidden,
-                    [&](auto tile, int k, Vec<A> v) __attribute__((always_inline)) { tile.store(s.mixed, k, v); });
+                    [&](auto tile, int k, Vec<A> v)
+                        __attribute__((always_inline)) { tile.store(s.mixed, k, v); });
       }
-      output_norm_backward<Access>(grad_out, mixed, out_weight, hidden, p.out_eps, s.g, grad_out_weight);
+      output_norm_backward<Access>(grad_out, mixed, out_weight, hidden, p.out_eps, s.g,
+                                   grad_out_weight);
     }
     if (!needs_columns && p.grad_first_logit == nullptr) continue;
 
     for (int i = 0; i < n; ++i) {
       const bool have_dot = stats == nullptr && !normed && i >= first_scored;
       if (!have_dot) s.dots[i] = dot<Access>(s.rows[i], s.g, hidden);
-      if (p.grad_weights != nullptr) s.dots[i] += static_cast<const A*>(p.grad_weights)[i * m_total + m];
+      if (p.grad_weights != nullptr)
+        s.dots[i] += static_cast<const A*>(p.grad_weights)[i * m_total + m];
     }
     A mean = 0;
     for (int i = 0; i < n; ++i) mean += s.weights[i] * s.dots[i];
     for (int i = 0; i < n; ++i) {
-      // A single source has weight 1 whatever its logit, so its logit's gradient is 0 and not a rounding error.
+      // A single source has weight 1 whatever its logit, so its logit's gradient is 0 and not a
+      // rounding error.
       const A grad_logit = n == 1 ? A(0) * mean : s.weights[i] * (s.dots[i] - mean);
       if (i < first_scored) {
         if (p.grad_first_logit != nullptr) static_cast<A*>(p.grad_first_logit)[m] = grad_logit;
@@ -348,7 +362,8 @@ void depth_attention_backward(const DepthAttentionBackward& p, const SharedVecto
       }
       if (grad_score != nullptr) {
 #pragma GCC unroll 2
-        for (int k = 0; k < tile.kCount; ++k) tile.store(grad_score, k, tile.load(grad_score, k) + du[k]);
+        for (int k = 0; k < tile.kCount; ++k)
+          tile.store(grad_score, k, tile.load(grad_score, k) + du[k]);
       }
     });
   }

@@ -1,5 +1,6 @@
-// Phase 1 over a range of tokens: S score vectors against N finished blocks, forward and backward. Each block row is read
-// from memory once; queries are taken four at a time, so that a vector of a row in a register serves four of them.
+// Phase 1 over a range of tokens: S score vectors against N finished blocks, forward and backward.
+// Each block row is read from memory once; the products of rows and queries are made in small
+// tiles, so that what is loaded serves several.
 #pragma once
 
 #include "depth_attention.hpp"
@@ -7,82 +8,98 @@
 namespace attnres::cpu {
 namespace {
 
+// A vector of four queries is multiplied with one of several rows: as many products as registers
+// hold.
 constexpr int kQueries = 4;
+constexpr int kRows = kVectorBytes == 64 ? 4 : 2;
 
-template <int kQueriesInGroup>
-struct QueryGroup {
-  static constexpr int kCount = kQueriesInGroup;
+template <int kItems>
+struct Group {
+  static constexpr int kCount = kItems;
   int64_t first;
 };
 
-// f(group) for groups of four queries, then for single ones.
-template <typename F>
-ATTNRES_INLINE void for_query_groups(int64_t num_queries, F&& f) {
-  int64_t s = 0;
-  for (; s + kQueries <= num_queries; s += kQueries) f(QueryGroup<kQueries>{s});
-  for (; s < num_queries; ++s) f(QueryGroup<1>{s});
+// f(group) for groups of kMost items, then for single ones.
+template <int kMost, typename F>
+ATTNRES_INLINE void for_groups(int64_t count, F&& f) {
+  int64_t first = 0;
+  for (; first + kMost <= count; first += kMost) f(Group<kMost>{first});
+  for (; first < count; ++first) f(Group<1>{first});
 }
 
-// products[q * stride] = <v, vectors[q]> for `kCount` rows of `vectors` [., D]; and <v, v> if wanted.
-template <typename Access, int kCount, bool kSquares, typename A = typename Access::A>
-ATTNRES_INLINE void dots(Row v, const A* vectors, int64_t hidden, A* products, int64_t stride, A* squares) {
-  Sum<A, 2> sums[kCount], own;
-  for_tiles<Access, 2>(hidden, [&](auto tile) __attribute__((always_inline)) {
-#pragma GCC unroll 2
+template <typename Access, typename A = typename Access::A>
+ATTNRES_INLINE A sum_of_squares(Row v, int64_t hidden) {
+  Sum<A, kUnroll> squares;
+  for_tiles<Access, kUnroll>(hidden, [&](auto tile) __attribute__((always_inline)) {
+#pragma GCC unroll 4
     for (int k = 0; k < tile.kCount; ++k) {
       const Vec<A> x = tile.load(v, k);
-#pragma GCC unroll 4
-      for (int q = 0; q < kCount; ++q) sums[q].parts[k] += x * tile.load(vectors + q * hidden, k);
-      if constexpr (kSquares) own.parts[k] += x * x;
+      squares.parts[k] += x * x;
     }
   });
-  for (int q = 0; q < kCount; ++q) products[q * stride] = sums[q].total();
-  if constexpr (kSquares) *squares = own.total();
+  return squares.total();
 }
 
-// products[s * stride] = <v, vectors[s]> for all S rows of `vectors`.
+// products[s * n + i] = <rows[i], vectors[s]> for n rows and S rows of `vectors` [S, D]. Every
+// product is one running sum over the columns, whatever group it falls into.
 template <typename Access, typename A = typename Access::A>
-ATTNRES_INLINE void all_dots(Row v, const A* vectors, int64_t num_queries, int64_t hidden, A* products, int64_t stride) {
-  for_query_groups(num_queries, [&](auto group) __attribute__((always_inline)) {
-    const int64_t s = group.first;
-    dots<Access, group.kCount, false>(v, vectors + s * hidden, hidden, products + s * stride, stride, static_cast<A*>(nullptr));
+ATTNRES_INLINE void all_products(const Row* rows, int n, const A* vectors, int64_t num_queries,
+                                 int64_t hidden, A* products) {
+  for_groups<kQueries>(num_queries, [&](auto queries) __attribute__((always_inline)) {
+    for_groups<kRows>(n, [&](auto sources) __attribute__((always_inline)) {
+      Vec<A> sums[queries.kCount][sources.kCount] = {};
+      for_tiles<Access, 1>(hidden, [&](auto tile) __attribute__((always_inline)) {
+        Vec<A> values[sources.kCount];
+        for (int i = 0; i < sources.kCount; ++i) values[i] = tile.load(rows[sources.first + i], 0);
+        for (int q = 0; q < queries.kCount; ++q) {
+          const Vec<A> vector = tile.load(vectors + (queries.first + q) * hidden, 0);
+          for (int i = 0; i < sources.kCount; ++i) sums[q][i] += vector * values[i];
+        }
+      });
+      for (int q = 0; q < queries.kCount; ++q) {
+        for (int i = 0; i < sources.kCount; ++i) {
+          products[(queries.first + q) * n + sources.first + i] = sum_lanes<A>(sums[q][i]);
+        }
+      }
+    });
   });
 }
 
 // logits [S, N] and rstd [N] of one token.
 template <typename Access, typename A = typename Access::A>
-ATTNRES_INLINE void score_all(const Row* rows, int n, const A* u, int64_t num_queries, int64_t hidden, double eps,
-                              const float* known_rstd, int64_t known_stride, A* logits, A* rstd) {
+ATTNRES_INLINE void score_all(const Row* rows, int n, const A* u, int64_t num_queries,
+                              int64_t hidden, double eps, const float* known_rstd,
+                              int64_t known_stride, A* logits, A* rstd) {
   for (int i = 0; i < n; ++i) {
-    if (known_rstd != nullptr) {
-      rstd[i] = static_cast<A>(known_rstd[i * known_stride]);
-      all_dots<Access>(rows[i], u, num_queries, hidden, logits + i, n);
-    } else {
-      A squares;
-      dots<Access, 1, true>(rows[i], u, hidden, logits + i, n, &squares);
-      rstd[i] = inverse_rms<A>(squares, hidden, eps);
-      all_dots<Access>(rows[i], u + hidden, num_queries - 1, hidden, logits + n + i, n);
-    }
-    for (int64_t s = 0; s < num_queries; ++s) logits[s * n + i] *= rstd[i];
+    rstd[i] = known_rstd != nullptr
+                  ? static_cast<A>(known_rstd[i * known_stride])
+                  : inverse_rms<A>(sum_of_squares<Access>(rows[i], hidden), hidden, eps);
+  }
+  all_products<Access>(rows, n, u, num_queries, hidden, logits);
+  for (int64_t s = 0; s < num_queries; ++s) {
+    for (int i = 0; i < n; ++i) logits[s * n + i] *= rstd[i];
   }
 }
 
 template <typename A>
 struct InterForwardScratch {
   Row* rows;
+  MutableRow* outs;
   A* rstd;
   A* logits;
   A* weights;
 
   InterForwardScratch(Arena& arena, const InterBlockForward& p)
       : rows(arena.take<Row>(p.num_sources)),
+        outs(arena.take<MutableRow>(p.num_queries)),
         rstd(arena.take<A>(p.num_sources)),
         logits(arena.take<A>(p.num_sources * p.num_queries)),
         weights(arena.take<A>(p.num_sources * p.num_queries)) {}
 };
 
 template <typename Access>
-void inter_block_forward(const InterBlockForward& p, const SharedVectors& shared, TokenRange range) {
+void inter_block_forward(const InterBlockForward& p, const SharedVectors& shared,
+                         TokenRange range) {
   using A = typename Access::A;
   const A* u = static_cast<const A*>(shared.score);
   const int n = p.num_sources;
@@ -93,30 +110,30 @@ void inter_block_forward(const InterBlockForward& p, const SharedVectors& shared
   for (int64_t m = range.begin; m < range.end; ++m) {
     for (int i = 0; i < n; ++i) t.rows[i] = row(p.sources[i], m);
     const float* known_rstd = p.known_rstd == nullptr ? nullptr : p.known_rstd + m;
-    score_all<Access>(t.rows, n, u, num_queries, hidden, p.eps, known_rstd, m_total, t.logits, t.rstd);
+    score_all<Access>(t.rows, n, u, num_queries, hidden, p.eps, known_rstd, m_total, t.logits,
+                      t.rstd);
     for (int64_t s = 0; s < num_queries; ++s) {
       const A lse = softmax<A>(t.logits + s * n, t.weights + s * n, n);
       static_cast<A*>(p.lse)[s * m_total + m] = lse;
     }
 
-    for_query_groups(num_queries, [&](auto group) __attribute__((always_inline)) {
-      const int64_t s = group.first;
-      MutableRow outs[kQueries];
-      for (int q = 0; q < group.kCount; ++q) outs[q] = row(p.out, (s + q) * m_total + m);
-      for_tiles<Access, 2>(hidden, [&](auto tile) __attribute__((always_inline)) {
-        Vec<A> sums[kQueries][2] = {};
+    // Columns outside, queries inside: a tile of the N rows stays in the first-level cache for all
+    // S of them.
+    for (int64_t s = 0; s < num_queries; ++s) t.outs[s] = row(p.out, s * m_total + m);
+    for_tiles<Access, 2>(hidden, [&](auto tile) __attribute__((always_inline)) {
+      for_groups<kQueries>(num_queries, [&](auto queries) __attribute__((always_inline)) {
+        Vec<A> sums[queries.kCount][2] = {};
         for (int i = 0; i < n; ++i) {
-#pragma GCC unroll 2
-          for (int k = 0; k < tile.kCount; ++k) {
-            const Vec<A> v = tile.load(t.rows[i], k);
-#pragma GCC unroll 4
-            for (int q = 0; q < group.kCount; ++q) sums[q][k] += broadcast<A>(t.weights[(s + q) * n + i]) * v;
+          Vec<A> v[2];
+          for (int k = 0; k < tile.kCount; ++k) v[k] = tile.load(t.rows[i], k);
+          for (int q = 0; q < queries.kCount; ++q) {
+            const Vec<A> weight = broadcast<A>(t.weights[(queries.first + q) * n + i]);
+            for (int k = 0; k < tile.kCount; ++k) sums[q][k] += weight * v[k];
           }
         }
-#pragma GCC unroll 4
-        for (int q = 0; q < group.kCount; ++q) {
-#pragma GCC unroll 2
-          for (int k = 0; k < tile.kCount; ++k) tile.store(outs[q], k, sums[q][k]);
+        for (int q = 0; q < queries.kCount; ++q) {
+          for (int k = 0; k < tile.kCount; ++k)
+            tile.store(t.outs[queries.first + q], k, sums[q][k]);
         }
       });
     });
@@ -156,12 +173,14 @@ struct InterBackwardScratch {
 };
 
 template <typename Access>
-void inter_block_backward(const InterBlockBackward& p, const SharedVectors& shared, TokenRange range, void* part) {
+void inter_block_backward(const InterBlockBackward& p, const SharedVectors& shared,
+                          TokenRange range, void* part) {
   using A = typename Access::A;
   const A* u = static_cast<const A*>(shared.score);
   const int n = p.num_sources;
   const int64_t m_total = p.num_tokens, hidden = p.hidden, num_queries = p.num_queries;
-  const bool any_query_gradient = p.grad_queries.data != nullptr || p.grad_key_weights.data != nullptr;
+  const bool any_query_gradient =
+      p.grad_queries.data != nullptr || p.grad_key_weights.data != nullptr;
   A* grad_score = any_query_gradient ? static_cast<A*>(part) : nullptr;
   bool any_source_gradient = false;
   for (int i = 0; i < n; ++i) any_source_gradient |= p.grad_sources[i].data != nullptr;
@@ -193,75 +212,84 @@ void inter_block_backward(const InterBlockBackward& p, const SharedVectors& shar
         tile.store(g, 0, tile.load(grad_out, 0));
       });
     }
-    for (int i = 0; i < n; ++i) all_dots<Access>(t.rows[i], t.g, num_queries, hidden, t.products + i, n);
+    all_products<Access>(t.rows, n, t.g, num_queries, hidden, t.products);
 
     for (int i = 0; i < n; ++i) t.value_factor[i] = 0;
     for (int64_t s = 0; s < num_queries; ++s) {
       softmax<A>(t.logits + s * n, t.weights + s * n, n);
       A mean = 0;
       for (int i = 0; i < n; ++i) mean += t.weights[s * n + i] * t.products[s * n + i];
-      const A grad_lse = p.grad_lse == nullptr ? A(0) : static_cast<const A*>(p.grad_lse)[s * m_total + m];
+      const A grad_lse =
+          p.grad_lse == nullptr ? A(0) : static_cast<const A*>(p.grad_lse)[s * m_total + m];
       for (int i = 0; i < n; ++i) {
         const int64_t j = s * n + i;
         const A centred = n == 1 ? A(0) * mean : t.products[j] - mean;
         const A grad_logit = t.weights[j] * (centred + grad_lse);
         t.score_factor[j] = grad_logit * t.rstd[i];
-        t.value_factor[i] += grad_logit * t.logits[j] * t.rstd[i] * t.rstd[i] / static_cast<A>(hidden);
+        t.value_factor[i] +=
+            grad_logit * t.logits[j] * t.rstd[i] * t.rstd[i] / static_cast<A>(hidden);
       }
     }
 
-    // dv_i = sum_s (p_si g_s + a_si u_s) - b_i v_i
-    if (any_source_gradient) {
-      for (int i = 0; i < n; ++i) {
-        if (t.grads[i].data == nullptr) continue;
-        for_tiles<Access, 2>(hidden, [&](auto tile) __attribute__((always_inline)) {
-          Vec<A> dv[2];
-#pragma GCC unroll 2
-          for (int k = 0; k < tile.kCount; ++k) {
-            dv[k] = broadcast<A>(-t.value_factor[i]) * tile.load(t.rows[i], k);
-            if (t.bases[i].data != nullptr) dv[k] += tile.load(t.bases[i], k);
+    // dv_i = sum_s (p_si g_s + a_si u_s) - b_i v_i and du_s += sum_i a_si v_i, a tile of columns at
+    // a time.
+    for_tiles<Access, 2>(hidden, [&](auto tile) __attribute__((always_inline)) {
+      if (any_source_gradient) {
+        for_groups<kRows>(n, [&](auto sources) __attribute__((always_inline)) {
+          Vec<A> dv[sources.kCount][2];
+          for (int j = 0; j < sources.kCount; ++j) {
+            const int64_t i = sources.first + j;
+            for (int k = 0; k < tile.kCount; ++k) {
+              dv[j][k] = broadcast<A>(-t.value_factor[i]) * tile.load(t.rows[i], k);
+            }
           }
           for (int64_t s = 0; s < num_queries; ++s) {
-            const Vec<A> weight = broadcast<A>(t.weights[s * n + i]);
-            const Vec<A> a = broadcast<A>(t.score_factor[s * n + i]);
-#pragma GCC unroll 2
+            Vec<A> g[2], score_vector[2];
             for (int k = 0; k < tile.kCount; ++k) {
-              dv[k] += weight * tile.load(t.g + s * hidden, k) + a * tile.load(u + s * hidden, k);
+              g[k] = tile.load(t.g + s * hidden, k);
+              score_vector[k] = tile.load(u + s * hidden, k);
+            }
+            for (int j = 0; j < sources.kCount; ++j) {
+              const Vec<A> weight = broadcast<A>(t.weights[s * n + sources.first + j]);
+              const Vec<A> a = broadcast<A>(t.score_factor[s * n + sources.first + j]);
+              for (int k = 0; k < tile.kCount; ++k) dv[j][k] += weight * g[k] + a * score_vector[k];
             }
           }
-#pragma GCC unroll 2
-          for (int k = 0; k < tile.kCount; ++k) tile.store(t.grads[i], k, dv[k]);
+          // A buffer may be the gradient of two sources: one is added to after the other is stored.
+          for (int j = 0; j < sources.kCount; ++j) {
+            const int64_t i = sources.first + j;
+            if (t.grads[i].data == nullptr) continue;
+            for (int k = 0; k < tile.kCount; ++k) {
+              if (t.bases[i].data != nullptr) dv[j][k] += tile.load(t.bases[i], k);
+              tile.store(t.grads[i], k, dv[j][k]);
+            }
+          }
         });
       }
-    }
-
-    // du_s += sum_i a_si v_i
-    if (grad_score != nullptr) {
-      for_query_groups(num_queries, [&](auto group) __attribute__((always_inline)) {
-        const int64_t s = group.first;
-        for_tiles<Access, 2>(hidden, [&](auto tile) __attribute__((always_inline)) {
-          Vec<A> du[kQueries][2];
-#pragma GCC unroll 4
-          for (int q = 0; q < group.kCount; ++q) {
-#pragma GCC unroll 2
-            for (int k = 0; k < tile.kCount; ++k) du[q][k] = tile.load(grad_score + (s + q) * hidden, k);
-          }
-          for (int i = 0; i < n; ++i) {
-#pragma GCC unroll 2
+      if (grad_score != nullptr) {
+        for_groups<kQueries>(num_queries, [&](auto queries) __attribute__((always_inline)) {
+          Vec<A> du[queries.kCount][2];
+          for (int q = 0; q < queries.kCount; ++q) {
             for (int k = 0; k < tile.kCount; ++k) {
-              const Vec<A> v = tile.load(t.rows[i], k);
-#pragma GCC unroll 4
-              for (int q = 0; q < group.kCount; ++q) du[q][k] += broadcast<A>(t.score_factor[(s + q) * n + i]) * v;
+              du[q][k] = tile.load(grad_score + (queries.first + q) * hidden, k);
             }
           }
-#pragma GCC unroll 4
-          for (int q = 0; q < group.kCount; ++q) {
-#pragma GCC unroll 2
-            for (int k = 0; k < tile.kCount; ++k) tile.store(grad_score + (s + q) * hidden, k, du[q][k]);
+          for (int i = 0; i < n; ++i) {
+            Vec<A> v[2];
+            for (int k = 0; k < tile.kCount; ++k) v[k] = tile.load(t.rows[i], k);
+            for (int q = 0; q < queries.kCount; ++q) {
+              const Vec<A> a = broadcast<A>(t.score_factor[(queries.first + q) * n + i]);
+              for (int k = 0; k < tile.kCount; ++k) du[q][k] += a * v[k];
+            }
+          }
+          for (int q = 0; q < queries.kCount; ++q) {
+            for (int k = 0; k < tile.kCount; ++k) {
+              tile.store(grad_score + (queries.first + q) * hidden, k, du[q][k]);
+            }
           }
         });
-      });
-    }
+      }
+    });
   }
 }
 

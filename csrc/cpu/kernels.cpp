@@ -1,4 +1,5 @@
-// The kernels of one instruction set: this file is compiled once for each, with ATTNRES_KERNELS naming the table it fills.
+// The kernels of one instruction set: this file is compiled once for each, with ATTNRES_KERNELS
+// naming the table it fills.
 #include "kernels.hpp"
 
 #include "block_cache.hpp"
@@ -11,7 +12,8 @@ namespace {
 template <DType kDType>
 using Storage = typename StorageOf<kDType>::type;
 
-// f(Access*) for the way to read a set of rows: by a storage type known when compiled if they share one, else row by row.
+// f(Access*) for the way to read a set of rows: by a storage type known when compiled if they share
+// one, else row by row.
 struct RowTypes {
   DType first;
   bool uniform = true;
@@ -28,7 +30,8 @@ struct RowTypes {
   template <typename F>
   void dispatch(DType compute, F&& f) const {
     if (compute == DType::kFloat64) {
-      if (uniform && first == DType::kFloat64) return f(static_cast<Uniform<double, double>*>(nullptr));
+      if (uniform && first == DType::kFloat64)
+        return f(static_cast<Uniform<double, double>*>(nullptr));
       return f(static_cast<Mixed<double>*>(nullptr));
     }
     if (!uniform) return f(static_cast<Mixed<float>*>(nullptr));
@@ -55,39 +58,54 @@ int64_t scratch_size(const Params& p) {
   return arena.used(nullptr);
 }
 
-void run_depth_attention_forward(const DepthAttentionForward& p, const SharedVectors& shared, TokenRange range) {
+void run_depth_attention_forward(const DepthAttentionForward& p, const SharedVectors& shared,
+                                 TokenRange range) {
+  [[maybe_unused]] const DenormalsAreZero mode;
   RowTypes types{p.out.dtype};
   types.add(p.sources, p.num_sources);
   types.add(p.delta);
   types.add(p.new_partial);
-  types.dispatch(p.compute, [&]<typename Access>(Access*) { depth_attention_forward<Access>(p, shared, range); });
+  types.dispatch(p.compute, [&]<typename Access>(Access*) {
+    depth_attention_forward<Access>(p, shared, range);
+  });
 }
 
-void run_depth_attention_backward(const DepthAttentionBackward& p, const SharedVectors& shared, TokenRange range,
-                                  void* part) {
+void run_depth_attention_backward(const DepthAttentionBackward& p, const SharedVectors& shared,
+                                  TokenRange range, void* part) {
+  [[maybe_unused]] const DenormalsAreZero mode;
   RowTypes types{p.grad_out.dtype};
   types.add(p.sources, p.num_sources);
   types.add(p.grad_sources, p.num_sources);
   types.add(p.grad_base, p.num_sources);
-  types.dispatch(p.compute, [&]<typename Access>(Access*) { depth_attention_backward<Access>(p, shared, range, part); });
+  types.dispatch(p.compute, [&]<typename Access>(Access*) {
+    depth_attention_backward<Access>(p, shared, range, part);
+  });
 }
 
-void run_inter_block_forward(const InterBlockForward& p, const SharedVectors& shared, TokenRange range) {
+void run_inter_block_forward(const InterBlockForward& p, const SharedVectors& shared,
+                             TokenRange range) {
+  [[maybe_unused]] const DenormalsAreZero mode;
   RowTypes types{p.out.dtype};
   types.add(p.sources, p.num_sources);
-  types.dispatch(p.compute, [&]<typename Access>(Access*) { inter_block_forward<Access>(p, shared, range); });
+  types.dispatch(p.compute,
+                 [&]<typename Access>(Access*) { inter_block_forward<Access>(p, shared, range); });
 }
 
-void run_inter_block_backward(const InterBlockBackward& p, const SharedVectors& shared, TokenRange range, void* part) {
+void run_inter_block_backward(const InterBlockBackward& p, const SharedVectors& shared,
+                              TokenRange range, void* part) {
+  [[maybe_unused]] const DenormalsAreZero mode;
   RowTypes types{p.sources[0].dtype};
   types.add(p.grad_out);
   types.add(p.sources, p.num_sources);
   types.add(p.grad_sources, p.num_sources);
   types.add(p.grad_base, p.num_sources);
-  types.dispatch(p.compute, [&]<typename Access>(Access*) { inter_block_backward<Access>(p, shared, range, part); });
+  types.dispatch(p.compute, [&]<typename Access>(Access*) {
+    inter_block_backward<Access>(p, shared, range, part);
+  });
 }
 
 void run_block_cache_write(const BlockCacheWrite& p, int64_t begin, int64_t end) {
+  [[maybe_unused]] const DenormalsAreZero mode;
   RowTypes types{p.slot.dtype};
   types.add(p.delta);
   const bool wide = p.slot.dtype == DType::kFloat64 || p.delta.dtype == DType::kFloat64;
@@ -98,16 +116,11 @@ void run_block_cache_write(const BlockCacheWrite& p, int64_t begin, int64_t end)
 }  // namespace
 
 const Kernels ATTNRES_KERNELS = {
-    ATTNRES_KERNELS_NAME,
-    scratch_size<ForwardScratch, DepthAttentionForward>,
-    run_depth_attention_forward,
-    scratch_size<BackwardScratch, DepthAttentionBackward>,
-    run_depth_attention_backward,
-    scratch_size<InterForwardScratch, InterBlockForward>,
-    run_inter_block_forward,
-    scratch_size<InterBackwardScratch, InterBlockBackward>,
-    run_inter_block_backward,
-    run_block_cache_write,
+    ATTNRES_KERNELS_NAME,         scratch_size<ForwardScratch, DepthAttentionForward>,
+    run_depth_attention_forward,  scratch_size<BackwardScratch, DepthAttentionBackward>,
+    run_depth_attention_backward, scratch_size<InterForwardScratch, InterBlockForward>,
+    run_inter_block_forward,      scratch_size<InterBackwardScratch, InterBlockBackward>,
+    run_inter_block_backward,     run_block_cache_write,
 };
 
 }  // namespace attnres::cpu

@@ -1,5 +1,6 @@
-// The CPU kernels of one instruction set, as functions over a range of tokens. They allocate nothing and know no threads:
-// cpu_backend.cpp prepares their inputs, gives each thread its range and its scratch memory, and picks the instruction set.
+// The CPU kernels of one instruction set, as functions over a range of tokens. They allocate
+// nothing and know no threads: cpu_backend.cpp prepares their inputs, gives each thread its range
+// and its scratch memory, and picks the instruction set.
 #pragma once
 
 #include "attnres/params.hpp"
@@ -24,12 +25,14 @@ struct Kernels {
   void (*depth_attention_forward)(const DepthAttentionForward&, const SharedVectors&, TokenRange);
   int64_t (*depth_attention_backward_scratch)(const DepthAttentionBackward&);
   // Adds to part [2, D]: the gradients of the score vector and of the output gain.
-  void (*depth_attention_backward)(const DepthAttentionBackward&, const SharedVectors&, TokenRange, void* part);
+  void (*depth_attention_backward)(const DepthAttentionBackward&, const SharedVectors&, TokenRange,
+                                   void* part);
   int64_t (*inter_block_forward_scratch)(const InterBlockForward&);
   void (*inter_block_forward)(const InterBlockForward&, const SharedVectors&, TokenRange);
   int64_t (*inter_block_backward_scratch)(const InterBlockBackward&);
   // Adds to part [S, D]: the gradients of the score vectors.
-  void (*inter_block_backward)(const InterBlockBackward&, const SharedVectors&, TokenRange, void* part);
+  void (*inter_block_backward)(const InterBlockBackward&, const SharedVectors&, TokenRange,
+                               void* part);
   void (*block_cache_write)(const BlockCacheWrite&, int64_t begin, int64_t end);
 };
 

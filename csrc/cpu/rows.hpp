@@ -1,4 +1,5 @@
-// Passes over rows of D values: the vocabulary of the CPU kernels. See simd.hpp for why nothing here is linked externally.
+// Passes over rows of D values: the vocabulary of the CPU kernels. See simd.hpp for why nothing
+// here is linked externally.
 #pragma once
 
 #include "simd.hpp"
@@ -26,8 +27,9 @@ ATTNRES_INLINE MutableRow row(const Rows& rows, int64_t m) {
   return {const_cast<void*>(row_at(rows.data, rows.dtype, rows.offset(m))), rows.dtype};
 }
 
-// How a kernel reads and writes rows. `Uniform`: every row has storage type T, known when compiled. `Mixed`: each row's own
-// dtype is looked at once per vector, a branch that goes the same way for every token.
+// How a kernel reads and writes rows. `Uniform`: every row has storage type T, known when compiled.
+// `Mixed`: each row's own dtype is looked at once per vector, a branch that goes the same way for
+// every token.
 template <typename Compute, typename T>
 struct Uniform {
   using A = Compute;
@@ -49,7 +51,8 @@ template <typename A, typename F>
 ATTNRES_INLINE auto with_storage(DType dtype, F&& f) {
   switch (dtype) {
     case DType::kFloat64:
-      // Only float64 computations meet float64 rows; this branch keeps the float instantiation compilable.
+      // Only float64 computations meet float64 rows; this branch keeps the float instantiation
+      // compilable.
       return f(static_cast<A*>(nullptr));
     case DType::kBFloat16:
       return f(static_cast<BFloat16*>(nullptr));
@@ -86,8 +89,8 @@ struct Mixed {
   }
 };
 
-// `kVectors` whole vectors from column c on, or the partial vector at the end of a row. Loops over a row are written once,
-// as a function of a tile.
+// `kVectors` whole vectors from column c on, or the partial vector at the end of a row. Loops over
+// a row are written once, as a function of a tile.
 template <typename Access, int kVectors>
 struct WholeTile {
   using A = typename Access::A;
@@ -128,7 +131,8 @@ ATTNRES_INLINE void for_tiles(int64_t hidden, F&& f) {
   if (c < hidden) f(TailTile<Access>{c, hidden - c});
 }
 
-// A running dot product with several independent lanes of sums, so that additions do not wait for one another.
+// A running dot product with several independent lanes of sums, so that additions do not wait for
+// one another.
 template <typename A, int kVectors>
 struct Sum {
   Vec<A> parts[kVectors] = {};
@@ -141,7 +145,8 @@ struct Sum {
 
 constexpr int kUnroll = 4;
 
-// Scores are exponentiated once per row and source, so the C library's exp is fast enough and exact to an ulp.
+// Scores are exponentiated once per row and source, so the C library's exp is fast enough and exact
+// to an ulp.
 ATTNRES_INLINE float exponential(float x) { return __builtin_expf(x); }
 ATTNRES_INLINE double exponential(double x) { return __builtin_exp(x); }
 ATTNRES_INLINE float logarithm(float x) { return __builtin_logf(x); }
@@ -154,8 +159,9 @@ ATTNRES_INLINE A inverse_rms(A sum_of_squares, int64_t hidden, double eps) {
   return A(1) / square_root(sum_of_squares / static_cast<A>(hidden) + static_cast<A>(eps));
 }
 
-// Softmax weights of `count` logits, and their log-sum-exp. NaN logits make NaN weights. Weights are divided by the sum
-// rather than taken from the rounded lse, whose last bit is worth 0.1 % of a weight when logits reach 1e4.
+// Softmax weights of `count` logits, and their log-sum-exp. NaN logits make NaN weights. Weights
+// are divided by the sum rather than taken from the rounded lse, whose last bit is worth 0.1 % of a
+// weight when logits reach 1e4.
 template <typename A>
 ATTNRES_INLINE A softmax(const A* logits, A* weights, int count) {
   A largest = logits[0];

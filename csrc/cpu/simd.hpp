@@ -1,8 +1,9 @@
-// Vectors of the instruction set that this translation unit is compiled for, on GCC's and Clang's vector extension.
+// Vectors of the instruction set that this translation unit is compiled for, on GCC's and Clang's
+// vector extension.
 //
-// The kernels are compiled once per instruction set into one library. Everything here has internal linkage or is always
-// inlined, and nothing of the C++ library is instantiated: the linker merges equal inline functions, and must never hand
-// AVX-512 code to a machine without it.
+// The kernels are compiled once per instruction set into one library. Everything here has internal
+// linkage or is always inlined, and nothing of the C++ library is instantiated: the linker merges
+// equal inline functions, and must never hand AVX-512 code to a machine without it.
 #pragma once
 
 #include <stdint.h>
@@ -168,7 +169,8 @@ struct Convert<float, Float16> {
 };
 #endif
 
-// Half types in a float64 computation: rare (one fp64 source among bf16 ones), so one value at a time through float.
+// Half types in a float64 computation: rare (one fp64 source among bf16 ones), so one value at a
+// time through float.
 template <typename T>
 struct ConvertThroughFloat {
   ATTNRES_INLINE Vec<double> load(const T* p) {
@@ -219,6 +221,24 @@ template <typename A>
 ATTNRES_INLINE Vec<A> broadcast(A value) {
   return Vec<A>{} + value;
 }
+
+// While one lives, numbers below the smallest normal one count as zero. Softmax weights of sources
+// that a query dislikes are such numbers, and x86 processors take some 150 cycles for each
+// operation on one: a mix of 9 rows of 2304 values went from 14 to 2 us. What is lost is
+// below 1.2e-38.
+class DenormalsAreZero {
+ public:
+#if defined(__x86_64__)
+  DenormalsAreZero() : before_(_mm_getcsr()) {
+    _mm_setcsr(before_ | kFlushToZero | kDenormalsAreZero);
+  }
+  ~DenormalsAreZero() { _mm_setcsr(before_); }
+
+ private:
+  static constexpr unsigned kFlushToZero = 1u << 15, kDenormalsAreZero = 1u << 6;
+  unsigned before_;
+#endif
+};
 
 // Adds lanes pairwise: the rounding error grows with the logarithm of the width.
 template <typename A>

@@ -1,5 +1,6 @@
-// The block cache: slots [capacity, M, D] of which the open one is the running partial sum, and 1/rms [capacity, M] of each.
-// Inference only: everything is written in place, nothing is allocated, so that a step can be captured in a CUDA graph.
+// The block cache: slots [capacity, M, D] of which the open one is the running partial sum, and
+// 1/rms [capacity, M] of each. Inference only: everything is written in place, nothing is
+// allocated, so that a step can be captured in a CUDA graph.
 #include "checks.hpp"
 #include "depth_read.hpp"
 
@@ -10,7 +11,8 @@ namespace {
 Rows slot_rows(const Tensor& slots, int64_t index) {
   Rows rows;
   rows.dtype = dtype_of(slots);
-  rows.data = static_cast<char*>(slots.mutable_data_ptr()) + index * slots.stride(0) * size_of(rows.dtype);
+  rows.data =
+      static_cast<char*>(slots.mutable_data_ptr()) + index * slots.stride(0) * size_of(rows.dtype);
   rows.inner = slots.size(1) > 0 ? slots.size(1) : 1;
   rows.inner_stride = slots.stride(1);
   return rows;
@@ -26,14 +28,16 @@ void check_cache(const char* op, const Tensor& slots, const Tensor& rstd) {
   STD_TORCH_CHECK(slots.dim() == 3, argument.text(), " has shape ", to_string(shape_of(slots)),
                   ", expected [capacity, M, D]");
   check_hidden(argument, slots);
-  STD_TORCH_CHECK(slots.stride(2) == 1 || slots.size(2) == 1, argument.text(), " has a column stride of ",
-                  slots.stride(2), ", expected 1");
+  STD_TORCH_CHECK(slots.stride(2) == 1 || slots.size(2) == 1, argument.text(),
+                  " has a column stride of ", slots.stride(2), ", expected 1");
   const bool apart = (slots.size(1) <= 1 || slots.stride(1) >= slots.size(2)) &&
-                     (slots.size(0) <= 1 || slots.stride(0) >= (slots.size(1) - 1) * slots.stride(1) + slots.size(2));
-  STD_TORCH_CHECK(apart, argument.text(), " has rows that share memory with one another, expected slots that follow one "
+                     (slots.size(0) <= 1 ||
+                      slots.stride(0) >= (slots.size(1) - 1) * slots.stride(1) + slots.size(2));
+  STD_TORCH_CHECK(apart, argument.text(),
+                  " has rows that share memory with one another, expected slots that follow one "
                   "another in memory");
-  STD_TORCH_CHECK(slots.size(0) <= kMaxSources, argument.text(), " has a capacity of ", slots.size(0),
-                  ", expected at most ", kMaxSources);
+  STD_TORCH_CHECK(slots.size(0) <= kMaxSources, argument.text(), " has a capacity of ",
+                  slots.size(0), ", expected at most ", kMaxSources);
   const Argument rms{op, "rstd"};
   STD_TORCH_CHECK(rstd.scalar_type() == ScalarType::Float && rstd.is_contiguous(), rms.text(),
                   " must be a contiguous float32 tensor");
@@ -42,17 +46,19 @@ void check_cache(const char* op, const Tensor& slots, const Tensor& rstd) {
 }
 
 void check_slot(const char* op, const Tensor& slots, int64_t slot) {
-  STD_TORCH_CHECK(slot >= 0 && slot < slots.size(0), op, ": slot is ", slot, ", expected 0 to ", slots.size(0) - 1,
-                  " for a capacity of ", slots.size(0));
+  STD_TORCH_CHECK(slot >= 0 && slot < slots.size(0), op, ": slot is ", slot, ", expected 0 to ",
+                  slots.size(0) - 1, " for a capacity of ", slots.size(0));
 }
 
 // Tokens may come with any leading dimensions: M rows in all.
 void check_tokens(const Argument& argument, const Tensor& tensor, const Tensor& slots) {
   check_floating(argument, tensor);
   check_hidden(argument, tensor);
-  const bool fits = tensor.size(tensor.dim() - 1) == slots.size(2) && num_rows(tensor) == slots.size(1);
-  STD_TORCH_CHECK(fits, argument.text(), " has shape ", to_string(shape_of(tensor)), ", expected [..., ", slots.size(2),
-                  "] with ", slots.size(1), " tokens in all, like the slots");
+  const bool fits =
+      tensor.size(tensor.dim() - 1) == slots.size(2) && num_rows(tensor) == slots.size(1);
+  STD_TORCH_CHECK(fits, argument.text(), " has shape ", to_string(shape_of(tensor)),
+                  ", expected [..., ", slots.size(2), "] with ", slots.size(1),
+                  " tokens in all, like the slots");
   check_device(argument, tensor, slots, "slots");
 }
 
@@ -60,7 +66,8 @@ float* rstd_of(const Tensor& rstd, int64_t slot) {
   return static_cast<float*>(rstd.mutable_data_ptr()) + slot * rstd.size(1);
 }
 
-void block_cache_write(const Tensor& slots, const Tensor& rstd, const Tensor& delta, int64_t slot, bool add, double eps) {
+void block_cache_write(const Tensor& slots, const Tensor& rstd, const Tensor& delta, int64_t slot,
+                       bool add, double eps) {
   constexpr const char* kName = "block_cache_write";
   check_cache(kName, slots, rstd);
   check_slot(kName, slots, slot);
@@ -81,8 +88,9 @@ void block_cache_write(const Tensor& slots, const Tensor& rstd, const Tensor& de
 }
 
 // Adds `delta` to slot `slot` (or starts the slot with it) and keeps the slot's 1/rms.
-void open_slot(DepthAttentionForward& p, Inputs& inputs, std::vector<ConstRows>& rows, const Tensor& slots,
-               const Tensor& rstd, const Tensor& delta, int64_t slot, bool add) {
+void open_slot(DepthAttentionForward& p, Inputs& inputs, std::vector<ConstRows>& rows,
+               const Tensor& slots, const Tensor& rstd, const Tensor& delta, int64_t slot,
+               bool add) {
   const Rows open = slot_rows(slots, slot);
   ConstRows partial = as_const(open);
   if (!add) partial.data = nullptr;
@@ -92,9 +100,11 @@ void open_slot(DepthAttentionForward& p, Inputs& inputs, std::vector<ConstRows>&
   p.last_rstd = rstd_of(rstd, slot);
 }
 
-void block_cache_attend(const Tensor& slots, const Tensor& rstd, const OptionalTensor& delta, int64_t slot, bool add,
-                        const Tensor& query, const OptionalTensor& key_weight, const OptionalTensor& out_weight,
-                        double eps, std::optional<double> out_eps, double scale, const Tensor& out) {
+void block_cache_attend(const Tensor& slots, const Tensor& rstd, const OptionalTensor& delta,
+                        int64_t slot, bool add, const Tensor& query,
+                        const OptionalTensor& key_weight, const OptionalTensor& out_weight,
+                        double eps, std::optional<double> out_eps, double scale,
+                        const Tensor& out) {
   constexpr const char* kName = "block_cache_attend";
   check_cache(kName, slots, rstd);
   check_slot(kName, slots, slot);
@@ -106,7 +116,8 @@ void block_cache_attend(const Tensor& slots, const Tensor& rstd, const OptionalT
   check_tokens({kName, "out"}, out, slots);
   check_no_overlap({kName, "out"}, out, slots, "slots");
   Inputs inputs;
-  DepthAttentionForward p = prepare_read(kName, inputs, slots, query, key_weight, out_weight, eps, out_eps, scale);
+  DepthAttentionForward p =
+      prepare_read(kName, inputs, slots, query, key_weight, out_weight, eps, out_eps, scale);
   p.num_tokens = slots.size(1);
   std::vector<ConstRows> rows;
   for (int64_t i = 0; i < slot; ++i) rows.push_back(as_const(slot_rows(slots, i)));
@@ -124,31 +135,35 @@ void block_cache_attend(const Tensor& slots, const Tensor& rstd, const OptionalT
   run_forward(kName, p, slots);
 }
 
-void block_cache_inter(const Tensor& slots, const Tensor& rstd, int64_t count, const Tensor& queries,
-                       const OptionalTensor& key_weights, double scale, const Tensor& out, const Tensor& lse) {
+void block_cache_inter(const Tensor& slots, const Tensor& rstd, int64_t count,
+                       const Tensor& queries, const OptionalTensor& key_weights, double scale,
+                       const Tensor& out, const Tensor& lse) {
   constexpr const char* kName = "block_cache_inter";
   check_cache(kName, slots, rstd);
-  STD_TORCH_CHECK(count >= 1 && count <= slots.size(0), kName, ": count is ", count, ", expected 1 to ", slots.size(0),
-                  " finished blocks");
+  STD_TORCH_CHECK(count >= 1 && count <= slots.size(0), kName, ": count is ", count,
+                  ", expected 1 to ", slots.size(0), " finished blocks");
   const Argument argument{kName, "queries"};
   check_floating(argument, queries);
-  STD_TORCH_CHECK(queries.dim() == 2 && queries.size(0) >= 1 && queries.size(1) == slots.size(2), argument.text(),
-                  " has shape ", to_string(shape_of(queries)), ", expected [S, ", slots.size(2), "]");
+  STD_TORCH_CHECK(queries.dim() == 2 && queries.size(0) >= 1 && queries.size(1) == slots.size(2),
+                  argument.text(), " has shape ", to_string(shape_of(queries)), ", expected [S, ",
+                  slots.size(2), "]");
   check_device(argument, queries, slots, "slots");
   if (key_weights.has_value()) check_like({kName, "key_weights"}, *key_weights, queries, "queries");
   const int64_t num_queries = queries.size(0);
   check_floating({kName, "out"}, out);
-  STD_TORCH_CHECK(out.is_contiguous() && out.numel() == num_queries * slots.size(1) * slots.size(2) && out.dim() >= 1 &&
-                      out.size(out.dim() - 1) == slots.size(2),
-                  kName, ": out has shape ", to_string(shape_of(out)), ", expected contiguous [", num_queries, ", ",
-                  slots.size(1), ", ", slots.size(2), "]");
+  STD_TORCH_CHECK(out.is_contiguous() &&
+                      out.numel() == num_queries * slots.size(1) * slots.size(2) &&
+                      out.dim() >= 1 && out.size(out.dim() - 1) == slots.size(2),
+                  kName, ": out has shape ", to_string(shape_of(out)), ", expected contiguous [",
+                  num_queries, ", ", slots.size(1), ", ", slots.size(2), "]");
   check_device({kName, "out"}, out, slots, "slots");
   check_no_overlap({kName, "out"}, out, slots, "slots");
   const DType compute = compute_dtype(dtype_of(slots));
   STD_TORCH_CHECK(lse.is_contiguous() && lse.scalar_type() == scalar_type_of(compute) &&
                       lse.numel() == num_queries * slots.size(1),
-                  kName, ": lse has shape ", to_string(shape_of(lse)), ", expected contiguous [", num_queries, ", ",
-                  slots.size(1), "] of ", torch::headeronly::toString(scalar_type_of(compute)));
+                  kName, ": lse has shape ", to_string(shape_of(lse)), ", expected contiguous [",
+                  num_queries, ", ", slots.size(1), "] of ",
+                  torch::headeronly::toString(scalar_type_of(compute)));
   check_device({kName, "lse"}, lse, slots, "slots");
 
   Inputs inputs;
@@ -171,10 +186,11 @@ void block_cache_inter(const Tensor& slots, const Tensor& rstd, int64_t count, c
   if (p.num_tokens > 0) kernel(p, slots.get_device_index());
 }
 
-void block_cache_merge(const Tensor& slots, const Tensor& rstd, const Tensor& out, const Tensor& lse, const Tensor& delta,
-                       int64_t slot, bool add, const Tensor& query, const OptionalTensor& key_weight,
-                       const OptionalTensor& out_weight, double eps, std::optional<double> out_eps, double scale,
-                       const Tensor& hidden) {
+void block_cache_merge(const Tensor& slots, const Tensor& rstd, const Tensor& out,
+                       const Tensor& lse, const Tensor& delta, int64_t slot, bool add,
+                       const Tensor& query, const OptionalTensor& key_weight,
+                       const OptionalTensor& out_weight, double eps, std::optional<double> out_eps,
+                       double scale, const Tensor& hidden) {
   constexpr const char* kName = "block_cache_merge";
   check_cache(kName, slots, rstd);
   check_slot(kName, slots, slot);
@@ -188,10 +204,11 @@ void block_cache_merge(const Tensor& slots, const Tensor& rstd, const Tensor& ou
   check_no_overlap({kName, "hidden"}, hidden, delta, "delta");
   check_floating({kName, "lse"}, lse);
   check_device({kName, "lse"}, lse, slots, "slots");
-  STD_TORCH_CHECK(lse.numel() == slots.size(1), kName, ": lse has shape ", to_string(shape_of(lse)), ", expected ",
-                  slots.size(1), " values, one a token");
+  STD_TORCH_CHECK(lse.numel() == slots.size(1), kName, ": lse has shape ", to_string(shape_of(lse)),
+                  ", expected ", slots.size(1), " values, one a token");
   Inputs inputs;
-  DepthAttentionForward p = prepare_read(kName, inputs, slots, query, key_weight, out_weight, eps, out_eps, scale);
+  DepthAttentionForward p =
+      prepare_read(kName, inputs, slots, query, key_weight, out_weight, eps, out_eps, scale);
   p.num_tokens = slots.size(1);
   std::vector<ConstRows> rows{inputs.rows(out)};
   open_slot(p, inputs, rows, slots, rstd, delta, slot, add);
@@ -206,19 +223,26 @@ void block_cache_merge(const Tensor& slots, const Tensor& rstd, const Tensor& ou
 STABLE_TORCH_LIBRARY_FRAGMENT(attnres, m) {
   // slots[slot] = add ? round(slots[slot] + delta) : delta; rstd[slot] = its 1/rms.
   m.def(
-      "block_cache_write(Tensor(a!) slots, Tensor(b!) rstd, Tensor delta, int slot, bool add, float eps=1e-6) -> ()");
-  // The same, then attention over slots[0 .. slot] into `out`. Without a delta nothing is written but `out`.
+      "block_cache_write(Tensor(a!) slots, Tensor(b!) rstd, Tensor delta, int slot, bool add, "
+      "float eps=1e-6) -> ()");
+  // The same, then attention over slots[0 .. slot] into `out`. Without a delta nothing is written
+  // but `out`.
   m.def(
-      "block_cache_attend(Tensor(a!) slots, Tensor(b!) rstd, Tensor? delta, int slot, bool add, Tensor query, "
-      "Tensor? key_weight, Tensor? out_weight, float eps, float? out_eps, float scale, Tensor(c!) out) -> ()");
+      "block_cache_attend(Tensor(a!) slots, Tensor(b!) rstd, Tensor? delta, int slot, bool add, "
+      "Tensor query, "
+      "Tensor? key_weight, Tensor? out_weight, float eps, float? out_eps, float scale, Tensor(c!) "
+      "out) -> ()");
   // Phase 1 over slots[0 .. count - 1] into out [S, M, D] and lse [S, M].
   m.def(
-      "block_cache_inter(Tensor slots, Tensor rstd, int count, Tensor queries, Tensor? key_weights, float scale, "
+      "block_cache_inter(Tensor slots, Tensor rstd, int count, Tensor queries, Tensor? "
+      "key_weights, float scale, "
       "Tensor(a!) out, Tensor(b!) lse) -> ()");
   // Phase 2: the write, then `hidden` from phase 1's out [M, D] and lse [M] and the open slot.
   m.def(
-      "block_cache_merge(Tensor(a!) slots, Tensor(b!) rstd, Tensor out, Tensor lse, Tensor delta, int slot, bool add, "
-      "Tensor query, Tensor? key_weight, Tensor? out_weight, float eps, float? out_eps, float scale, Tensor(c!) hidden) "
+      "block_cache_merge(Tensor(a!) slots, Tensor(b!) rstd, Tensor out, Tensor lse, Tensor delta, "
+      "int slot, bool add, "
+      "Tensor query, Tensor? key_weight, Tensor? out_weight, float eps, float? out_eps, float "
+      "scale, Tensor(c!) hidden) "
       "-> ()");
 }
 

@@ -1,9 +1,9 @@
 // What this library holds and what it chose to run on this machine.
+#include "attnres/build_info.hpp"
+
 #include <torch/csrc/stable/library.h>
 
 #include <string>
-
-#include "attnres/build_info.hpp"
 
 namespace attnres::ops {
 namespace {

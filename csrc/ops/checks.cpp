@@ -31,7 +31,8 @@ struct Extent {
     const auto sizes = tensor.sizes();
     const auto strides = tensor.strides();
     for (size_t d = 0; d < sizes.size(); ++d) last += (sizes[d] - 1) * strides[d];
-    end = tensor.numel() == 0 ? begin : begin + (last + 1) * static_cast<int64_t>(tensor.element_size());
+    end = tensor.numel() == 0 ? begin
+                              : begin + (last + 1) * static_cast<int64_t>(tensor.element_size());
   }
 };
 
@@ -59,31 +60,37 @@ std::string Argument::text() const {
 }
 
 void check_floating(const Argument& argument, const Tensor& tensor) {
-  STD_TORCH_CHECK(is_supported(tensor.scalar_type()), argument.text(), " has dtype ", dtype_name(tensor),
-                  ", expected float32, float64, bfloat16 or float16");
+  STD_TORCH_CHECK(is_supported(tensor.scalar_type()), argument.text(), " has dtype ",
+                  dtype_name(tensor), ", expected float32, float64, bfloat16 or float16");
 }
 
-void check_device(const Argument& argument, const Tensor& tensor, const Tensor& like, const char* like_name) {
+void check_device(const Argument& argument, const Tensor& tensor, const Tensor& like,
+                  const char* like_name) {
   const bool same = tensor.is_cpu() ? like.is_cpu()
-                                    : tensor.is_cuda() == like.is_cuda() && tensor.get_device() == like.get_device();
-  STD_TORCH_CHECK(same, argument.text(), " is on ", device_name(tensor), ", expected ", device_name(like), " like ",
-                  like_name, "; move all tensors to one device");
+                                    : tensor.is_cuda() == like.is_cuda() &&
+                                          tensor.get_device() == like.get_device();
+  STD_TORCH_CHECK(same, argument.text(), " is on ", device_name(tensor), ", expected ",
+                  device_name(like), " like ", like_name, "; move all tensors to one device");
 }
 
-void check_shape(const Argument& argument, const Tensor& tensor, const Shape& wanted, const char* why) {
-  STD_TORCH_CHECK(shape_of(tensor) == wanted, argument.text(), " has shape ", to_string(shape_of(tensor)), ", expected ",
-                  to_string(wanted), " ", why);
+void check_shape(const Argument& argument, const Tensor& tensor, const Shape& wanted,
+                 const char* why) {
+  STD_TORCH_CHECK(shape_of(tensor) == wanted, argument.text(), " has shape ",
+                  to_string(shape_of(tensor)), ", expected ", to_string(wanted), " ", why);
 }
 
 void check_hidden(const Argument& argument, const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.dim() >= 1 && tensor.size(tensor.dim() - 1) >= 1, argument.text(), " has shape ",
-                  to_string(shape_of(tensor)), ", expected [..., D] with a hidden size D of at least 1");
+  STD_TORCH_CHECK(tensor.dim() >= 1 && tensor.size(tensor.dim() - 1) >= 1, argument.text(),
+                  " has shape ", to_string(shape_of(tensor)),
+                  ", expected [..., D] with a hidden size D of at least 1");
 }
 
-void check_sources(const char* op, const char* name, const std::vector<Tensor>& sources, size_t at_least) {
-  STD_TORCH_CHECK(sources.size() >= at_least, op, ": ", name, " is an empty list, expected at least ", at_least, " tensor");
-  STD_TORCH_CHECK(sources.size() <= static_cast<size_t>(kMaxSources), op, ": ", name, " has ", sources.size(),
-                  " tensors, expected at most ", kMaxSources);
+void check_sources(const char* op, const char* name, const std::vector<Tensor>& sources,
+                   size_t at_least) {
+  STD_TORCH_CHECK(sources.size() >= at_least, op, ": ", name,
+                  " is an empty list, expected at least ", at_least, " tensor");
+  STD_TORCH_CHECK(sources.size() <= static_cast<size_t>(kMaxSources), op, ": ", name, " has ",
+                  sources.size(), " tensors, expected at most ", kMaxSources);
   for (size_t i = 0; i < sources.size(); ++i) {
     const Argument argument{op, name, static_cast<int64_t>(i)};
     check_floating(argument, sources[i]);
@@ -92,13 +99,15 @@ void check_sources(const char* op, const char* name, const std::vector<Tensor>& 
       continue;
     }
     if (!same_sizes(sources[i], sources[0])) {
-      check_shape(argument, sources[i], shape_of(sources[0]), (std::string("like ") + name + "[0]").c_str());
+      check_shape(argument, sources[i], shape_of(sources[0]),
+                  (std::string("like ") + name + "[0]").c_str());
     }
     check_device(argument, sources[i], sources[0], (std::string(name) + "[0]").c_str());
   }
 }
 
-void check_like(const Argument& argument, const Tensor& tensor, const Tensor& like, const char* like_name) {
+void check_like(const Argument& argument, const Tensor& tensor, const Tensor& like,
+                const char* like_name) {
   check_floating(argument, tensor);
   if (!same_sizes(tensor, like)) {
     check_shape(argument, tensor, shape_of(like), (std::string("like ") + like_name).c_str());
@@ -113,8 +122,9 @@ void check_query(const char* op, const Tensor& query, const Tensor& source) {
   const int64_t dims = query.dim();
   const bool fits = query.numel() == hidden &&
                     (dims == 1 || (dims == 2 && (query.size(0) == 1 || query.size(1) == 1)));
-  STD_TORCH_CHECK(fits, argument.text(), " has shape ", to_string(shape_of(query)), ", expected [", hidden, "], [1, ",
-                  hidden, "] or [", hidden, ", 1] for sources of hidden size ", hidden);
+  STD_TORCH_CHECK(fits, argument.text(), " has shape ", to_string(shape_of(query)), ", expected [",
+                  hidden, "], [1, ", hidden, "] or [", hidden, ", 1] for sources of hidden size ",
+                  hidden);
   check_device(argument, query, source, "the sources");
 }
 
@@ -131,24 +141,29 @@ void check_eps(const char* op, double eps, double out_eps) {
 }
 
 void check_needs(const char* op, const std::vector<bool>& needs, size_t wanted) {
-  STD_TORCH_CHECK(needs.size() == wanted, op, ": needs has ", needs.size(), " flags, expected ", wanted);
+  STD_TORCH_CHECK(needs.size() == wanted, op, ": needs has ", needs.size(), " flags, expected ",
+                  wanted);
 }
 
 Rows check_output(const Argument& argument, const Tensor& output) {
   check_floating(argument, output);
   const auto rows = addressable_rows(output);
-  STD_TORCH_CHECK(rows.has_value(), argument.text(), " is written in place and must have contiguous columns and at most two "
+  STD_TORCH_CHECK(rows.has_value(), argument.text(),
+                  " is written in place and must have contiguous columns and at most two "
                   "strides over its leading dimensions; call .contiguous() on it first");
   // The two strides must not make rows overlap one another, as those of an expanded tensor do.
   const int64_t hidden = output.size(output.dim() - 1), count = num_rows(output);
-  int64_t sizes[2] = {rows->inner, count / rows->inner}, strides[2] = {rows->inner_stride, rows->outer_stride};
+  int64_t sizes[2] = {rows->inner, count / rows->inner},
+          strides[2] = {rows->inner_stride, rows->outer_stride};
   if (strides[1] < strides[0] && sizes[1] > 1) {
     std::swap(sizes[0], sizes[1]);
     std::swap(strides[0], strides[1]);
   }
   const int64_t span = sizes[0] > 1 ? (sizes[0] - 1) * strides[0] + hidden : hidden;
-  const bool apart = (sizes[0] <= 1 || strides[0] >= hidden) && (sizes[1] <= 1 || strides[1] >= span);
-  STD_TORCH_CHECK(apart, argument.text(), " has rows that share memory with one another, expected a tensor that is not "
+  const bool apart =
+      (sizes[0] <= 1 || strides[0] >= hidden) && (sizes[1] <= 1 || strides[1] >= span);
+  STD_TORCH_CHECK(apart, argument.text(),
+                  " has rows that share memory with one another, expected a tensor that is not "
                   "expanded: it is written in place");
   return *rows;
 }
@@ -163,7 +178,8 @@ bool same_memory(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-void check_no_overlap(const Argument& argument, const Tensor& output, const Tensor& input, const std::string& input_name) {
+void check_no_overlap(const Argument& argument, const Tensor& output, const Tensor& input,
+                      const std::string& input_name) {
   const Extent written(output), read(input);
   const bool overlap = written.begin < read.end && read.begin < written.end;
   STD_TORCH_CHECK(!overlap, argument.text(), " shares memory with ", input_name,

@@ -1,5 +1,6 @@
-// What operators demand of their arguments. Every failed check throws a sentence that names the operator, the argument, what
-// came and what was wanted, before anything is allocated, launched or written.
+// What operators demand of their arguments. Every failed check throws a sentence that names the
+// operator, the argument, what came and what was wanted, before anything is allocated, launched or
+// written.
 #pragma once
 
 #include <string>
@@ -21,15 +22,19 @@ struct Argument {
 };
 
 void check_floating(const Argument& argument, const Tensor& tensor);
-void check_device(const Argument& argument, const Tensor& tensor, const Tensor& like, const char* like_name);
-void check_shape(const Argument& argument, const Tensor& tensor, const Shape& wanted, const char* why);
+void check_device(const Argument& argument, const Tensor& tensor, const Tensor& like,
+                  const char* like_name);
+void check_shape(const Argument& argument, const Tensor& tensor, const Shape& wanted,
+                 const char* why);
 // At least one dimension, hidden size of at least 1.
 void check_hidden(const Argument& argument, const Tensor& tensor);
 
 // 1 <= N <= kMaxSources sources of one shape [..., D] on one device.
-void check_sources(const char* op, const char* name, const std::vector<Tensor>& sources, size_t at_least = 1);
+void check_sources(const char* op, const char* name, const std::vector<Tensor>& sources,
+                   size_t at_least = 1);
 // Same shape and device as another argument.
-void check_like(const Argument& argument, const Tensor& tensor, const Tensor& like, const char* like_name);
+void check_like(const Argument& argument, const Tensor& tensor, const Tensor& like,
+                const char* like_name);
 // A query: [D], [1, D] or [D, 1].
 void check_query(const char* op, const Tensor& query, const Tensor& source);
 // A gain [D], if given.
@@ -41,14 +46,17 @@ void check_needs(const char* op, const std::vector<bool>& needs, size_t wanted);
 Rows check_output(const Argument& argument, const Tensor& output);
 // Whether two tensors are views of the same elements in the same order.
 bool same_memory(const Tensor& a, const Tensor& b);
-void check_no_overlap(const Argument& argument, const Tensor& output, const Tensor& input, const std::string& input_name);
+void check_no_overlap(const Argument& argument, const Tensor& output, const Tensor& input,
+                      const std::string& input_name);
 
 // The backend's kernel for an operator, or a sentence that says that there is none.
 template <typename Function>
-Function kernel_of(const char* op, const Tensor& like, Function Backend::*member) {
+Function kernel_of(const char* op, const Tensor& like, Function Backend::* member) {
   const Function function = backend_of(like).*member;
-  STD_TORCH_CHECK(function != nullptr, op, ": this build of attnres_ext has no CUDA kernel for it; move the tensors to "
-                  "the CPU, or install a build with CUDA kernels (`attnres info` lists what is inside)");
+  STD_TORCH_CHECK(
+      function != nullptr, op,
+      ": this build of attnres_ext has no CUDA kernel for it; move the tensors to "
+      "the CPU, or install a build with CUDA kernels (`attnres info` lists what is inside)");
   return function;
 }
 

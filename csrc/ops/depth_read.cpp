@@ -4,8 +4,9 @@
 
 namespace attnres::ops {
 
-DepthAttentionForward prepare_read(const char* op, Inputs& inputs, const Tensor& source, const Tensor& query,
-                                   const OptionalTensor& key_weight, const OptionalTensor& out_weight, double eps,
+DepthAttentionForward prepare_read(const char* op, Inputs& inputs, const Tensor& source,
+                                   const Tensor& query, const OptionalTensor& key_weight,
+                                   const OptionalTensor& out_weight, double eps,
                                    std::optional<double> out_eps, double scale) {
   check_query(op, query, source);
   check_gain({op, "key_weight"}, key_weight, source);
@@ -50,7 +51,8 @@ Shape stacked_shape(int64_t count, const Tensor& source) {
 Saved allocate_saved(DepthAttentionForward& p, const Tensor& like, bool save_stats, bool save_mix) {
   // Without an output norm the mix is the output, and its backward needs neither.
   save_mix = save_mix && p.out_weight.data != nullptr;
-  Saved saved{save_stats ? empty(stacked_shape(2 * p.num_sources + 1, like), p.compute, like) : nothing(p.compute, like),
+  Saved saved{save_stats ? empty(stacked_shape(2 * p.num_sources + 1, like), p.compute, like)
+                         : nothing(p.compute, like),
               save_mix ? empty(shape_of(like), p.compute, like) : nothing(p.compute, like)};
   if (save_stats) p.stats = saved.stats.mutable_data_ptr();
   if (save_mix) p.mix = rows_of_new(saved.mix);
@@ -64,8 +66,8 @@ void run_forward(const char* op, const DepthAttentionForward& p, const Tensor& l
 }
 
 BackwardCall::BackwardCall(const char* op, const std::vector<Tensor>& sources, const Tensor& query,
-                           const OptionalTensor& key_weight, const OptionalTensor& out_weight, double eps,
-                           std::optional<double> out_eps, double scale)
+                           const OptionalTensor& key_weight, const OptionalTensor& out_weight,
+                           double eps, std::optional<double> out_eps, double scale)
     : op_(op), sources_(sources), query_(query), key_weight_(key_weight), out_weight_(out_weight) {
   const DepthAttentionForward read =
       prepare_read(op, inputs_, sources[0], query, key_weight, out_weight, eps, out_eps, scale);
@@ -87,21 +89,24 @@ BackwardCall::BackwardCall(const char* op, const std::vector<Tensor>& sources, c
   p_.scale = read.scale;
 }
 
-void BackwardCall::set_grad_out(const char* name, const Tensor& grad_out, const OptionalTensor& grad_weights) {
+void BackwardCall::set_grad_out(const char* name, const Tensor& grad_out,
+                                const OptionalTensor& grad_weights) {
   check_like({op_, name}, grad_out, sources_[0], "the sources");
   p_.grad_out = inputs_.rows(grad_out);
   grad_out_ = grad_out;
   if (!grad_weights.has_value()) return;
   const Argument argument{op_, "grad_weights"};
   check_floating(argument, *grad_weights);
-  check_shape(argument, *grad_weights, stacked_shape(p_.num_sources, sources_[0]), "one row for each source");
+  check_shape(argument, *grad_weights, stacked_shape(p_.num_sources, sources_[0]),
+              "one row for each source");
   check_device(argument, *grad_weights, sources_[0], "the sources");
   p_.grad_weights = inputs_.values(grad_weights, p_.compute);
 }
 
 void BackwardCall::set_saved(const OptionalTensor& stats, const OptionalTensor& mix) {
   if (stats.has_value() && stats->numel() > 0) {
-    check_shape({op_, "stats"}, *stats, stacked_shape(2 * p_.num_sources + 1, sources_[0]), "as the forward saved it");
+    check_shape({op_, "stats"}, *stats, stacked_shape(2 * p_.num_sources + 1, sources_[0]),
+                "as the forward saved it");
     check_device({op_, "stats"}, *stats, sources_[0], "the sources");
     p_.stats = inputs_.values(stats, p_.compute);
   }
@@ -129,7 +134,8 @@ std::vector<Tensor> BackwardCall::allocate_source_gradients(const std::vector<bo
   return gradients;
 }
 
-Tensor BackwardCall::allocate_source_gradient(size_t i, const char* base_name, const OptionalTensor& base) {
+Tensor BackwardCall::allocate_source_gradient(size_t i, const char* base_name,
+                                              const OptionalTensor& base) {
   if (base.has_value()) {
     check_like({op_, base_name}, *base, sources_[i], "the new partial");
     base_rows_[i] = inputs_.rows(*base);
@@ -139,15 +145,17 @@ Tensor BackwardCall::allocate_source_gradient(size_t i, const char* base_name, c
   return gradient;
 }
 
-void use_gradients(const char* op, const char* name, const std::vector<Tensor>& sources, const std::vector<bool>& needs,
-                   size_t count, const std::vector<Tensor>& gradients, const std::vector<bool>& accumulate,
-                   const OptionalTensor& grad_out, std::vector<Rows>& grad_rows, std::vector<ConstRows>& base_rows) {
+void use_gradients(const char* op, const char* name, const std::vector<Tensor>& sources,
+                   const std::vector<bool>& needs, size_t count,
+                   const std::vector<Tensor>& gradients, const std::vector<bool>& accumulate,
+                   const OptionalTensor& grad_out, std::vector<Rows>& grad_rows,
+                   std::vector<ConstRows>& base_rows) {
   size_t wanted = 0;
   for (size_t i = 0; i < count; ++i) wanted += needs[i] ? 1 : 0;
-  STD_TORCH_CHECK(gradients.size() == wanted, op, ": ", name, " has ", gradients.size(), " tensors, expected ", wanted,
-                  ", one for each source that needs a gradient");
-  STD_TORCH_CHECK(accumulate.size() == wanted, op, ": accumulate has ", accumulate.size(), " flags, expected ", wanted,
-                  ", one for each of ", name);
+  STD_TORCH_CHECK(gradients.size() == wanted, op, ": ", name, " has ", gradients.size(),
+                  " tensors, expected ", wanted, ", one for each source that needs a gradient");
+  STD_TORCH_CHECK(accumulate.size() == wanted, op, ": accumulate has ", accumulate.size(),
+                  " flags, expected ", wanted, ", one for each of ", name);
   size_t next = 0;
   for (size_t i = 0; i < count; ++i) {
     if (!needs[i]) continue;
@@ -158,11 +166,14 @@ void use_gradients(const char* op, const char* name, const std::vector<Tensor>& 
     for (size_t j = 0; j < sources.size(); ++j) {
       check_no_overlap(argument, gradient, sources[j], "source " + std::to_string(j));
     }
-    if (grad_out.has_value()) check_no_overlap(argument, gradient, *grad_out, "the output's gradient");
-    // A source given twice may have one gradient, which both uses add to; two gradients must not overlap otherwise.
+    if (grad_out.has_value())
+      check_no_overlap(argument, gradient, *grad_out, "the output's gradient");
+    // A source given twice may have one gradient, which both uses add to; two gradients must not
+    // overlap otherwise.
     for (size_t j = 0; j < next; ++j) {
       if (!same_memory(gradient, gradients[j])) {
-        check_no_overlap(argument, gradient, gradients[j], std::string(name) + "[" + std::to_string(j) + "]");
+        check_no_overlap(argument, gradient, gradients[j],
+                         std::string(name) + "[" + std::to_string(j) + "]");
       }
     }
     if (accumulate[next]) {
@@ -173,9 +184,11 @@ void use_gradients(const char* op, const char* name, const std::vector<Tensor>& 
   }
 }
 
-void BackwardCall::use_source_gradients(const char* name, const std::vector<bool>& needs, size_t count,
-                                        const std::vector<Tensor>& gradients, const std::vector<bool>& accumulate) {
-  use_gradients(op_, name, sources_, needs, count, gradients, accumulate, grad_out_, grad_rows_, base_rows_);
+void BackwardCall::use_source_gradients(const char* name, const std::vector<bool>& needs,
+                                        size_t count, const std::vector<Tensor>& gradients,
+                                        const std::vector<bool>& accumulate) {
+  use_gradients(op_, name, sources_, needs, count, gradients, accumulate, grad_out_, grad_rows_,
+                base_rows_);
 }
 
 std::tuple<Tensor, Tensor, Tensor> BackwardCall::run(const std::vector<bool>& needs) {
@@ -202,7 +215,8 @@ std::tuple<Tensor, Tensor, Tensor> BackwardCall::run(const std::vector<bool>& ne
 
   Tensor parts = nothing(p_.compute, like);
   if (needs_query || needs_key || needs_out) {
-    p_.num_parts = backend_of(like).num_weight_gradient_parts(p_.num_tokens, like.get_device_index());
+    p_.num_parts =
+        backend_of(like).num_weight_gradient_parts(p_.num_tokens, like.get_device_index());
     parts = empty({p_.num_parts, 2, p_.hidden}, p_.compute, like);
     p_.parts = parts.mutable_data_ptr();
   }

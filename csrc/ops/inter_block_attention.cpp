@@ -1,4 +1,5 @@
-// Phase 1: all S pseudo-queries of a block against its N finished blocks, in one sweep over the blocks.
+// Phase 1: all S pseudo-queries of a block against its N finished blocks, in one sweep over the
+// blocks.
 #include "checks.hpp"
 #include "depth_read.hpp"
 
@@ -10,13 +11,14 @@ constexpr const char* kName = "inter_block_attention";
 void check_matrix(const Argument& argument, const Tensor& matrix, const Tensor& source) {
   const int64_t hidden = source.size(source.dim() - 1);
   check_floating(argument, matrix);
-  STD_TORCH_CHECK(matrix.dim() == 2 && matrix.size(0) >= 1 && matrix.size(1) == hidden, argument.text(), " has shape ",
-                  to_string(shape_of(matrix)), ", expected [S, ", hidden, "] with S of at least 1");
+  STD_TORCH_CHECK(matrix.dim() == 2 && matrix.size(0) >= 1 && matrix.size(1) == hidden,
+                  argument.text(), " has shape ", to_string(shape_of(matrix)), ", expected [S, ",
+                  hidden, "] with S of at least 1");
   check_device(argument, matrix, source, "the blocks");
 }
 
-void check_queries(const std::vector<Tensor>& blocks, const Tensor& queries, const OptionalTensor& key_weights,
-                   double eps) {
+void check_queries(const std::vector<Tensor>& blocks, const Tensor& queries,
+                   const OptionalTensor& key_weights, double eps) {
   check_sources(kName, "blocks", blocks);
   check_matrix({kName, "queries"}, queries, blocks[0]);
   if (key_weights.has_value()) {
@@ -39,8 +41,8 @@ struct Result {
   Tensor stats;
 };
 
-Result attend(const std::vector<Tensor>& blocks, const Tensor& queries, const OptionalTensor& key_weights, double eps,
-              double scale, bool save_stats) {
+Result attend(const std::vector<Tensor>& blocks, const Tensor& queries,
+              const OptionalTensor& key_weights, double eps, double scale, bool save_stats) {
   check_queries(blocks, queries, key_weights, eps);
   Inputs inputs;
   std::vector<ConstRows> rows;
@@ -72,16 +74,17 @@ Result attend(const std::vector<Tensor>& blocks, const Tensor& queries, const Op
   return result;
 }
 
-std::tuple<Tensor, Tensor> inter_block_attention(const std::vector<Tensor>& blocks, const Tensor& queries,
-                                                 const OptionalTensor& key_weights, double eps, double scale) {
+std::tuple<Tensor, Tensor> inter_block_attention(const std::vector<Tensor>& blocks,
+                                                 const Tensor& queries,
+                                                 const OptionalTensor& key_weights, double eps,
+                                                 double scale) {
   Result result = attend(blocks, queries, key_weights, eps, scale, false);
   return {result.out, result.lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> inter_block_attention_with_stats(const std::vector<Tensor>& blocks,
-                                                                    const Tensor& queries,
-                                                                    const OptionalTensor& key_weights, double eps,
-                                                                    double scale) {
+std::tuple<Tensor, Tensor, Tensor> inter_block_attention_with_stats(
+    const std::vector<Tensor>& blocks, const Tensor& queries, const OptionalTensor& key_weights,
+    double eps, double scale) {
   Result result = attend(blocks, queries, key_weights, eps, scale, true);
   return {result.out, result.lse, result.stats};
 }
@@ -94,8 +97,9 @@ struct Backward {
   std::vector<ConstRows> base_rows;
   InterBlockBackward p;
 
-  Backward(const OptionalTensor& grad_out, const OptionalTensor& grad_lse, const std::vector<Tensor>& blocks,
-           const Tensor& queries, const OptionalTensor& key_weights, const OptionalTensor& stats, double eps,
+  Backward(const OptionalTensor& grad_out, const OptionalTensor& grad_lse,
+           const std::vector<Tensor>& blocks, const Tensor& queries,
+           const OptionalTensor& key_weights, const OptionalTensor& stats, double eps,
            double scale) {
     check_queries(blocks, queries, key_weights, eps);
     const Tensor& like = blocks[0];
@@ -116,18 +120,21 @@ struct Backward {
     p.scale = scale;
     if (grad_out.has_value()) {
       check_floating({kName, "grad_out"}, *grad_out);
-      check_shape({kName, "grad_out"}, *grad_out, per_query(queries, like, true), "as the forward returned it");
+      check_shape({kName, "grad_out"}, *grad_out, per_query(queries, like, true),
+                  "as the forward returned it");
       check_device({kName, "grad_out"}, *grad_out, like, "the blocks");
       p.grad_out = inputs.rows(*grad_out);
     }
     if (grad_lse.has_value()) {
       check_floating({kName, "grad_lse"}, *grad_lse);
-      check_shape({kName, "grad_lse"}, *grad_lse, per_query(queries, like, false), "as the forward returned it");
+      check_shape({kName, "grad_lse"}, *grad_lse, per_query(queries, like, false),
+                  "as the forward returned it");
       check_device({kName, "grad_lse"}, *grad_lse, like, "the blocks");
       p.grad_lse = inputs.values(grad_lse, p.compute);
     }
     if (stats.has_value() && stats->numel() > 0) {
-      check_shape({kName, "stats"}, *stats, stacked_shape(p.num_sources * (1 + p.num_queries), like),
+      check_shape({kName, "stats"}, *stats,
+                  stacked_shape(p.num_sources * (1 + p.num_queries), like),
                   "as the forward saved it");
       check_device({kName, "stats"}, *stats, like, "the blocks");
       p.stats = inputs.values(stats, p.compute);
@@ -136,14 +143,17 @@ struct Backward {
 
   // Gradients of queries and key_weights, whose flags are the last two of `needs`.
   std::tuple<Tensor, Tensor> run(const std::vector<Tensor>& blocks, const Tensor& queries,
-                                 const OptionalTensor& key_weights, const std::vector<bool>& needs) {
+                                 const OptionalTensor& key_weights,
+                                 const std::vector<bool>& needs) {
     const Tensor& like = blocks[0];
     const auto kernel = kernel_of(kName, like, &Backend::inter_block_backward);
     const bool needs_queries = needs[blocks.size()];
     const bool needs_key = needs[blocks.size() + 1] && key_weights.has_value();
-    Tensor grad_queries = needs_queries ? empty(shape_of(queries), dtype_of(queries), like) : nothing(p.compute, like);
-    Tensor grad_key_weights =
-        needs_key ? empty(shape_of(*key_weights), dtype_of(*key_weights), like) : nothing(p.compute, like);
+    Tensor grad_queries = needs_queries ? empty(shape_of(queries), dtype_of(queries), like)
+                                        : nothing(p.compute, like);
+    Tensor grad_key_weights = needs_key
+                                  ? empty(shape_of(*key_weights), dtype_of(*key_weights), like)
+                                  : nothing(p.compute, like);
     if (p.num_tokens == 0) {
       fill_zero(grad_queries);
       fill_zero(grad_key_weights);
@@ -153,7 +163,8 @@ struct Backward {
     if (needs_key) p.grad_key_weights = rows_of_new(grad_key_weights);
     Tensor parts = nothing(p.compute, like);
     if (needs_queries || needs_key) {
-      p.num_parts = backend_of(like).num_weight_gradient_parts(p.num_tokens, like.get_device_index());
+      p.num_parts =
+          backend_of(like).num_weight_gradient_parts(p.num_tokens, like.get_device_index());
       parts = empty({p.num_parts, p.num_queries, p.hidden}, p.compute, like);
       p.parts = parts.mutable_data_ptr();
     }
@@ -163,9 +174,9 @@ struct Backward {
 };
 
 std::tuple<std::vector<Tensor>, Tensor, Tensor> inter_block_attention_backward(
-    const OptionalTensor& grad_out, const OptionalTensor& grad_lse, const std::vector<Tensor>& blocks,
-    const Tensor& queries, const OptionalTensor& key_weights, const OptionalTensor& stats, double eps, double scale,
-    const std::vector<bool>& needs) {
+    const OptionalTensor& grad_out, const OptionalTensor& grad_lse,
+    const std::vector<Tensor>& blocks, const Tensor& queries, const OptionalTensor& key_weights,
+    const OptionalTensor& stats, double eps, double scale, const std::vector<bool>& needs) {
   check_needs(kName, needs, blocks.size() + 2);
   Backward call(grad_out, grad_lse, blocks, queries, key_weights, stats, eps, scale);
   std::vector<Tensor> gradients;
@@ -180,32 +191,38 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> inter_block_attention_backward(
 
 // The same, with block gradients written into, or added to, tensors that the caller keeps.
 std::tuple<Tensor, Tensor> inter_block_attention_backward_(
-    const OptionalTensor& grad_out, const OptionalTensor& grad_lse, const std::vector<Tensor>& blocks,
-    const Tensor& queries, const OptionalTensor& key_weights, const OptionalTensor& stats, double eps, double scale,
-    const std::vector<bool>& needs, const std::vector<Tensor>& grad_blocks, const std::vector<bool>& accumulate) {
+    const OptionalTensor& grad_out, const OptionalTensor& grad_lse,
+    const std::vector<Tensor>& blocks, const Tensor& queries, const OptionalTensor& key_weights,
+    const OptionalTensor& stats, double eps, double scale, const std::vector<bool>& needs,
+    const std::vector<Tensor>& grad_blocks, const std::vector<bool>& accumulate) {
   check_needs(kName, needs, blocks.size() + 2);
   Backward call(grad_out, grad_lse, blocks, queries, key_weights, stats, eps, scale);
-  use_gradients(kName, "grad_blocks", blocks, needs, blocks.size(), grad_blocks, accumulate, grad_out,
-                call.grad_rows, call.base_rows);
+  use_gradients(kName, "grad_blocks", blocks, needs, blocks.size(), grad_blocks, accumulate,
+                grad_out, call.grad_rows, call.base_rows);
   return call.run(blocks, queries, key_weights, needs);
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(attnres, m) {
   m.def(
-      "inter_block_attention(Tensor[] blocks, Tensor queries, Tensor? key_weights=None, float eps=1e-6, "
+      "inter_block_attention(Tensor[] blocks, Tensor queries, Tensor? key_weights=None, float "
+      "eps=1e-6, "
       "float scale=1.0) -> (Tensor out, Tensor lse)");
   // stats [N + S * N, ...]: 1/rms of each block, then the logits of each query.
   m.def(
-      "inter_block_attention_with_stats(Tensor[] blocks, Tensor queries, Tensor? key_weights=None, float eps=1e-6, "
+      "inter_block_attention_with_stats(Tensor[] blocks, Tensor queries, Tensor? key_weights=None, "
+      "float eps=1e-6, "
       "float scale=1.0) -> (Tensor out, Tensor lse, Tensor stats)");
   // needs: one flag for each block, then queries and key_weights.
   m.def(
-      "inter_block_attention_backward(Tensor? grad_out, Tensor? grad_lse, Tensor[] blocks, Tensor queries, "
+      "inter_block_attention_backward(Tensor? grad_out, Tensor? grad_lse, Tensor[] blocks, Tensor "
+      "queries, "
       "Tensor? key_weights, Tensor? stats, float eps, float scale, bool[] needs) -> "
       "(Tensor[] grad_blocks, Tensor grad_queries, Tensor grad_key_weights)");
   m.def(
-      "inter_block_attention_backward_(Tensor? grad_out, Tensor? grad_lse, Tensor[] blocks, Tensor queries, "
-      "Tensor? key_weights, Tensor? stats, float eps, float scale, bool[] needs, Tensor(a!)[] grad_blocks, "
+      "inter_block_attention_backward_(Tensor? grad_out, Tensor? grad_lse, Tensor[] blocks, Tensor "
+      "queries, "
+      "Tensor? key_weights, Tensor? stats, float eps, float scale, bool[] needs, Tensor(a!)[] "
+      "grad_blocks, "
       "bool[] accumulate) -> (Tensor grad_queries, Tensor grad_key_weights)");
 }
 

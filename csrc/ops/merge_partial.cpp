@@ -1,5 +1,6 @@
-// Phase 2: the open block's partial sum joins what phase 1 found over the finished blocks, as one more source whose logit is
-// known and one state whose log-sum-exp is known. That is depth attention over [out, new_partial] with the first logit given.
+// Phase 2: the open block's partial sum joins what phase 1 found over the finished blocks, as one
+// more source whose logit is known and one state whose log-sum-exp is known. That is depth
+// attention over [out, new_partial] with the first logit given.
 #include "checks.hpp"
 #include "depth_read.hpp"
 
@@ -17,10 +18,12 @@ void check_lse(const Tensor& lse, const Tensor& out) {
   check_device(argument, lse, out, "out");
 }
 
-// new_partial has no elements unless both a partial and a delta are given: the value merged is then the one that is.
-std::tuple<Tensor, Tensor> merge_partial(const Tensor& out, const Tensor& lse, const OptionalTensor& partial,
-                                         const OptionalTensor& delta, const Tensor& query,
-                                         const OptionalTensor& key_weight, const OptionalTensor& out_weight, double eps,
+// new_partial has no elements unless both a partial and a delta are given: the value merged is then
+// the one that is.
+std::tuple<Tensor, Tensor> merge_partial(const Tensor& out, const Tensor& lse,
+                                         const OptionalTensor& partial, const OptionalTensor& delta,
+                                         const Tensor& query, const OptionalTensor& key_weight,
+                                         const OptionalTensor& out_weight, double eps,
                                          std::optional<double> out_eps, double scale) {
   check_floating({kName, "out"}, out);
   check_hidden({kName, "out"}, out);
@@ -29,13 +32,15 @@ std::tuple<Tensor, Tensor> merge_partial(const Tensor& out, const Tensor& lse, c
   if (delta.has_value()) check_like({kName, "delta"}, *delta, out, "out");
 
   Inputs inputs;
-  DepthAttentionForward p = prepare_read(kName, inputs, out, query, key_weight, out_weight, eps, out_eps, scale);
+  DepthAttentionForward p =
+      prepare_read(kName, inputs, out, query, key_weight, out_weight, eps, out_eps, scale);
   std::vector<ConstRows> rows{inputs.rows(out)};
   if (partial.has_value()) rows.push_back(inputs.rows(*partial));
   const bool sum = partial.has_value() && delta.has_value();
   if (delta.has_value() && !sum) rows.push_back(inputs.rows(*delta));
   p.compute = compute_dtype_of(rows);
-  Tensor new_partial = sum ? empty(shape_of(out), dtype_of(*partial), out) : nothing(p.compute, out);
+  Tensor new_partial =
+      sum ? empty(shape_of(out), dtype_of(*partial), out) : nothing(p.compute, out);
   if (sum) {
     p.delta = inputs.rows(*delta);
     p.new_partial = rows_of_new(new_partial);
@@ -51,9 +56,10 @@ std::tuple<Tensor, Tensor> merge_partial(const Tensor& out, const Tensor& lse, c
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> merge_partial_backward(
-    const Tensor& grad_hidden, const OptionalTensor& grad_new_partial, const Tensor& out, const Tensor& lse,
-    const OptionalTensor& value, const Tensor& query, const OptionalTensor& key_weight, const OptionalTensor& out_weight,
-    double eps, std::optional<double> out_eps, double scale, const std::vector<bool>& needs) {
+    const Tensor& grad_hidden, const OptionalTensor& grad_new_partial, const Tensor& out,
+    const Tensor& lse, const OptionalTensor& value, const Tensor& query,
+    const OptionalTensor& key_weight, const OptionalTensor& out_weight, double eps,
+    std::optional<double> out_eps, double scale, const std::vector<bool>& needs) {
   check_needs(kName, needs, 6);
   std::vector<Tensor> sources{out};
   if (value.has_value()) sources.push_back(*value);
@@ -67,7 +73,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> merge_partial_backwar
   compute = compute_dtype(compute);
   Tensor grad_lse = needs[1] ? empty(shape_of(lse), compute, out) : nothing(compute, out);
   call.set_first_logit(lse, needs[1] ? &grad_lse : nullptr);
-  Tensor grad_out = needs[0] ? call.allocate_source_gradient(0, nullptr, std::nullopt) : nothing(compute, out);
+  Tensor grad_out =
+      needs[0] ? call.allocate_source_gradient(0, nullptr, std::nullopt) : nothing(compute, out);
   Tensor grad_value = needs[2] && value.has_value()
                           ? call.allocate_source_gradient(1, "grad_new_partial", grad_new_partial)
                           : nothing(compute, out);
@@ -77,14 +84,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> merge_partial_backwar
 
 STABLE_TORCH_LIBRARY_FRAGMENT(attnres, m) {
   m.def(
-      "merge_partial(Tensor out, Tensor lse, Tensor? partial, Tensor? delta, Tensor query, Tensor? key_weight=None, "
+      "merge_partial(Tensor out, Tensor lse, Tensor? partial, Tensor? delta, Tensor query, Tensor? "
+      "key_weight=None, "
       "Tensor? out_weight=None, float eps=1e-6, float? out_eps=None, float scale=1.0) -> "
       "(Tensor hidden, Tensor new_partial)");
-  // value: what was merged, new_partial where a sum was made. needs: out, lse, value, query, key_weight, out_weight.
+  // value: what was merged, new_partial where a sum was made. needs: out, lse, value, query,
+  // key_weight, out_weight.
   m.def(
-      "merge_partial_backward(Tensor grad_hidden, Tensor? grad_new_partial, Tensor out, Tensor lse, Tensor? value, "
-      "Tensor query, Tensor? key_weight, Tensor? out_weight, float eps, float? out_eps, float scale, bool[] needs) -> "
-      "(Tensor grad_out, Tensor grad_lse, Tensor grad_value, Tensor grad_query, Tensor grad_key_weight, "
+      "merge_partial_backward(Tensor grad_hidden, Tensor? grad_new_partial, Tensor out, Tensor "
+      "lse, Tensor? value, "
+      "Tensor query, Tensor? key_weight, Tensor? out_weight, float eps, float? out_eps, float "
+      "scale, bool[] needs) -> "
+      "(Tensor grad_out, Tensor grad_lse, Tensor grad_value, Tensor grad_query, Tensor "
+      "grad_key_weight, "
       "Tensor grad_out_weight)");
 }
 

@@ -53,7 +53,9 @@ std::optional<R> try_rows(const Tensor& tensor) {
 
 }  // namespace
 
-const Backend& backend_of(const Tensor& tensor) { return tensor.is_cuda() ? cuda_backend() : cpu_backend(); }
+const Backend& backend_of(const Tensor& tensor) {
+  return tensor.is_cuda() ? cuda_backend() : cpu_backend();
+}
 
 DType dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -107,7 +109,8 @@ int64_t num_rows(const Tensor& tensor) {
 Tensor empty(const Shape& shape, DType dtype, const Tensor& like) {
   constexpr size_t kMaxDims = 64;
   int64_t strides[kMaxDims];
-  STD_TORCH_CHECK(shape.size() <= kMaxDims, "attnres: tensors have at most ", kMaxDims, " dimensions, got ", shape.size());
+  STD_TORCH_CHECK(shape.size() <= kMaxDims, "attnres: tensors have at most ", kMaxDims,
+                  " dimensions, got ", shape.size());
   int64_t stride = 1;
   for (size_t d = shape.size(); d-- > 0;) {
     strides[d] = stride;
@@ -115,10 +118,12 @@ Tensor empty(const Shape& shape, DType dtype, const Tensor& like) {
   }
   int32_t device_type = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  const int32_t device_index = device_type == aoti_torch_device_type_cpu() ? 0 : like.get_device_index();
+  const int32_t device_index =
+      device_type == aoti_torch_device_type_cpu() ? 0 : like.get_device_index();
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides,
-                                                  dtype_code(dtype), device_type, device_index, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(),
+                                                  strides, dtype_code(dtype), device_type,
+                                                  device_index, &handle));
   return Tensor(handle);
 }
 
@@ -149,7 +154,8 @@ ConstVector Inputs::vector(const OptionalTensor& tensor) {
 const void* Inputs::values(const Tensor& tensor, DType dtype) {
   const bool as_is = tensor.is_contiguous() && dtype_of(tensor) == dtype;
   if (as_is) return tensor.const_data_ptr();
-  return keep(torch::stable::contiguous(torch::stable::to(tensor, scalar_type_of(dtype)))).const_data_ptr();
+  return keep(torch::stable::contiguous(torch::stable::to(tensor, scalar_type_of(dtype))))
+      .const_data_ptr();
 }
 
 const void* Inputs::values(const OptionalTensor& tensor, DType dtype) {

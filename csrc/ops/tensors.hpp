@@ -41,11 +41,12 @@ Tensor nothing(DType dtype, const Tensor& like);
 void fill_zero(Tensor& tensor);
 
 Rows rows_of_new(const Tensor& contiguous);
-// Rows of a tensor that may not be copied; nothing if its layout needs more than two strides or strided columns.
+// Rows of a tensor that may not be copied; nothing if its layout needs more than two strides or
+// strided columns.
 std::optional<Rows> addressable_rows(const Tensor& tensor);
 
-// Inputs of one call. Rows are read where they lie; a tensor whose layout the kernels cannot address is copied, and the copy
-// kept until the call ends.
+// Inputs of one call. Rows are read where they lie; a tensor whose layout the kernels cannot
+// address is copied, and the copy kept until the call ends.
 class Inputs {
  public:
   ConstRows rows(const Tensor& tensor);

@@ -5,16 +5,18 @@
 
 namespace attnres {
 
-// `device` is the index of the device that holds the tensors (-1 on a CPU). A null entry means that the backend has no
-// kernel for the operator. Every function throws on failure and returns without waiting for the device.
+// `device` is the index of the device that holds the tensors (-1 on a CPU). A null entry means that
+// the backend has no kernel for the operator. Every function throws on failure and returns without
+// waiting for the device.
 struct Backend {
   void (*depth_attention_forward)(const DepthAttentionForward&, int device);
   void (*depth_attention_backward)(const DepthAttentionBackward&, int device);
   void (*inter_block_forward)(const InterBlockForward&, int device);
   void (*inter_block_backward)(const InterBlockBackward&, int device);
   void (*block_cache_write)(const BlockCacheWrite&, int device);
-  // How many partial sums a weight gradient over M tokens is split into. Depends on M and the device alone, and the parts
-  // are added in order, so that weight gradients are the same from run to run.
+  // How many partial sums a weight gradient over M tokens is split into. Depends on M and the
+  // device alone, and the parts are added in order, so that weight gradients are the same from run
+  // to run.
   int64_t (*num_weight_gradient_parts)(int64_t num_tokens, int device);
 };
 

@@ -7,7 +7,8 @@
 
 namespace attnres {
 
-// f(std::integral_constant<int, V>) for the V in Values that equals `value`; false if there is none.
+// f(std::integral_constant<int, V>) for the V in Values that equals `value`; false if there is
+// none.
 template <int... Values, typename F>
 bool dispatch_int(int value, F&& f) {
   return ((value == Values && (f(std::integral_constant<int, Values>{}), true)) || ...);

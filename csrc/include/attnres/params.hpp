@@ -1,5 +1,5 @@
-// What an operator hands to a kernel: plain structs, no torch, no CUDA. Sizes are M tokens, D hidden, N sources, S queries;
-// strides count elements. A null `data` means "absent".
+// What an operator hands to a kernel: plain structs, no torch, no CUDA. Sizes are M tokens, D
+// hidden, N sources, S queries; strides count elements. A null `data` means "absent".
 #pragma once
 
 #include <cstdint>
@@ -12,11 +12,12 @@ constexpr int64_t size_of(DType dtype) {
   return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
 }
 
-// Longest list of sources an operator takes: the table of a CUDA kernel's parameters holds this many rows.
+// Longest list of sources an operator takes: the table of a CUDA kernel's parameters holds this
+// many rows.
 constexpr int kMaxSources = 256;
 
-// [M, D] rows with contiguous columns. Two levels of stride address any slice of a [B, T, D] tensor without a copy:
-// row m starts at (m / inner) * outer_stride + (m % inner) * inner_stride.
+// [M, D] rows with contiguous columns. Two levels of stride address any slice of a [B, T, D] tensor
+// without a copy: row m starts at (m / inner) * outer_stride + (m % inner) * inner_stride.
 template <typename Void>
 struct RowsOf {
   Void* data = nullptr;
@@ -44,15 +45,19 @@ using ConstVector = VectorOf<const void>;
 // out = softmax-weighted mix of N sources, optionally RMS-normalised.
 //
 // The same struct serves every operator that reads N sources once:
-//   block summation   `delta` is added to the last source first; the sum is rounded to `new_partial`'s dtype, stored there,
-//                     and that rounded value is scored and mixed. A last source without data counts as zero.
-//   merging a state   `first_logit` is the log-sum-exp that belongs to source 0, an already mixed value that is not scored.
-//   block cache       `known_rstd` holds 1/rms of the first `num_known_rstd` sources.
+//   block summation   `delta` is added to the last source first; the sum is rounded to
+//   `new_partial`'s dtype, stored there,
+//                     and that rounded value is scored and mixed. A last source without data counts
+//                     as zero.
+//   merging a state   `first_logit` is the log-sum-exp that belongs to source 0, an already mixed
+//   value that is not scored. block cache       `known_rstd` holds 1/rms of the first
+//   `num_known_rstd` sources.
 struct DepthAttentionForward {
   int64_t num_tokens = 0;
   int64_t hidden = 0;
   int num_sources = 0;
-  DType compute = DType::kFloat32;  // kFloat32 or kFloat64: dtype of logits, sums, weights and stats
+  DType compute =
+      DType::kFloat32;  // kFloat32 or kFloat64: dtype of logits, sums, weights and stats
 
   const ConstRows* sources = nullptr;  // [N] on the host
   ConstVector query;                   // [D]
@@ -63,16 +68,17 @@ struct DepthAttentionForward {
   double scale = 1;
 
   ConstRows delta;
-  Rows new_partial;  // may be the last source itself
+  Rows new_partial;                   // may be the last source itself
   const void* first_logit = nullptr;  // [M], compute dtype
   const float* known_rstd = nullptr;  // [num_known_rstd, M]
   int num_known_rstd = 0;
 
   Rows out;
-  Rows mix;                      // the mix before the output norm, compute dtype; optional
-  void* weights = nullptr;       // [N, M], compute dtype; optional
-  void* stats = nullptr;         // [2N + 1, M], compute dtype: N rows of 1/rms, N of logits, one of lse; optional
-  float* last_rstd = nullptr;    // [M] 1/rms of the last source; optional
+  Rows mix;                 // the mix before the output norm, compute dtype; optional
+  void* weights = nullptr;  // [N, M], compute dtype; optional
+  void* stats =
+      nullptr;  // [2N + 1, M], compute dtype: N rows of 1/rms, N of logits, one of lse; optional
+  float* last_rstd = nullptr;  // [M] 1/rms of the last source; optional
 };
 
 struct DepthAttentionBackward {
@@ -81,7 +87,8 @@ struct DepthAttentionBackward {
   int num_sources = 0;
   DType compute = DType::kFloat32;
 
-  const ConstRows* sources = nullptr;  // [N]; block summation has been done: the last one is the new partial
+  const ConstRows* sources =
+      nullptr;  // [N]; block summation has been done: the last one is the new partial
   ConstVector query;
   ConstVector key_weight;
   ConstVector out_weight;
@@ -93,11 +100,12 @@ struct DepthAttentionBackward {
   ConstRows grad_out;
   const void* grad_weights = nullptr;  // [N, M], compute dtype; optional
   const void* stats = nullptr;         // as saved by the forward; absent: recomputed
-  ConstRows mix;                       // as saved by the forward; absent: recomputed when an output norm needs it
+  ConstRows mix;  // as saved by the forward; absent: recomputed when an output norm needs it
 
-  const Rows* grad_sources = nullptr;    // [N]; a source without data wants no gradient
-  const ConstRows* grad_base = nullptr;  // [N]; what the gradient is added to: absent, the same rows, or others
-  void* grad_first_logit = nullptr;      // [M], compute dtype; optional
+  const Rows* grad_sources = nullptr;  // [N]; a source without data wants no gradient
+  const ConstRows* grad_base =
+      nullptr;  // [N]; what the gradient is added to: absent, the same rows, or others
+  void* grad_first_logit = nullptr;  // [M], compute dtype; optional
 
   Vector grad_query;  // [D] each; optional
   Vector grad_key_weight;
@@ -121,9 +129,10 @@ struct InterBlockForward {
   double scale = 1;
   const float* known_rstd = nullptr;  // [N, M]; optional
 
-  Rows out;               // [S * M, D]
-  void* lse = nullptr;    // [S, M], compute dtype
-  void* stats = nullptr;  // [N + S * N, M], compute dtype: N rows of 1/rms, then logits [S, N]; optional
+  Rows out;             // [S * M, D]
+  void* lse = nullptr;  // [S, M], compute dtype
+  void* stats =
+      nullptr;  // [N + S * N, M], compute dtype: N rows of 1/rms, then logits [S, N]; optional
 };
 
 struct InterBlockBackward {
