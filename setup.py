@@ -5,10 +5,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+
+
+def tool(name: str) -> str:
+    """The program of that name from PyPI, which may be newer than the system's, or the system's."""
+    try:
+        module = __import__(name)
+        program = Path(module.CMAKE_BIN_DIR if name == "cmake" else module.BIN_DIR) / name
+    except (ImportError, AttributeError):
+        return name
+    return str(program) if program.exists() else name
 
 
 class CMakeBuild(build_ext):
@@ -26,7 +36,8 @@ class CMakeBuild(build_ext):
         tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
         self.build_dir = ROOT / "build" / tag
         configure = [
-            "cmake", "-S", ROOT, "-B", self.build_dir, "-G", "Ninja",
+            tool("cmake"), "-S", ROOT, "-B", self.build_dir, "-G", "Ninja",
+            f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DATTNRES_CUDA={os.environ.get('ATTNRES_CUDA', 'AUTO')}",
         ]  # fmt: skip
@@ -34,7 +45,7 @@ class CMakeBuild(build_ext):
             configure.append(f"-DATTNRES_CUDA_ARCHS={archs}")
         subprocess.check_call(configure)
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
-        subprocess.check_call(["cmake", "--build", self.build_dir, "-j", jobs])
+        subprocess.check_call([tool("cmake"), "--build", self.build_dir, "-j", jobs])
         super().run()
 
     def build_extension(self, ext: Extension) -> None:
@@ -42,19 +53,18 @@ class CMakeBuild(build_ext):
         destination = Path(self.get_ext_fullpath(ext.name)).parent
         subprocess.check_call(
             [
-                "cmake",
-                "--install",
-                self.build_dir,
-                "--component",
-                component,
-                "--prefix",
-                destination,
-                "--strip",
+                tool("cmake"), "--install", self.build_dir, "--component", component,
+                "--prefix", destination, "--strip",
             ]
-        )
+        )  # fmt: skip
 
 
 setup(
+    # benchmarks/ lies at the top level and installs as attnres_ext.benchmarks.
+    packages=[
+        *find_packages("python"),
+        *(f"attnres_ext.{name}" for name in find_packages(include=["benchmarks*"])),
+    ],
     ext_modules=[Extension("attnres_ext._ops", []), Extension("attnres_ext._C", [])],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -1,0 +1,95 @@
+# make demo    trains a small model on real text and shows what happened
+# make test    builds everything that the compilers here can, and runs all tests
+# The rest is listed by `make help`.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+TAG = $(shell $(BIN)/python -c "import sys; print(f'cp{sys.version_info.major}{sys.version_info.minor}')")
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+CPP_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh')
+# What the shared libraries are made of.
+SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml \
+           python/attnres_ext/version.py
+
+# Two programs that use all cores at once (say a build) must not wait for each other in busy loops.
+export OMP_WAIT_POLICY ?= passive
+export PATH := $(BIN):$(PATH)
+
+.PHONY: help demo test wheel lint format kernels bench clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo     train a small model on real text, generate, benchmark; results in runs/demo"
+	@echo "make test     build everything and run all tests and lints"
+	@echo "make wheel    build a wheel into dist/"
+	@echo "make bench    benchmark the operators on the CPU; results in runs/bench"
+	@echo "make kernels  registers, memory and instructions of each CUDA kernel"
+	@echo "make lint     ruff and clang-format, without changing anything"
+	@echo "make format   ruff and clang-format, in place"
+	@echo "make clean    remove the build, keeping the environment"
+	@echo "Knobs: PYTHON (default python3), ATTNRES_CUDA=ON|OFF|AUTO, ATTNRES_CUDA_ARCHS, MAX_JOBS"
+
+$(VENV)/run.stamp: requirements/run.txt
+	@echo "Creating $(VENV) and installing what running needs"
+	@$(PYTHON) -c 'import sys; sys.exit("attnres-ext needs Python 3.10 or later, this is " + sys.version.split()[0] + "; set PYTHON" if sys.version_info < (3, 10) else 0)'
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install -r requirements/run.txt
+	@touch $@
+
+$(VENV)/test.stamp: $(VENV)/run.stamp requirements/test.txt requirements/cuda.txt
+	@echo "Installing what testing needs"
+	@$(PIP) install -r requirements/test.txt
+	@$(PIP) install --no-deps -r requirements/cuda.txt
+	@touch $@
+
+# Editable, so that Python sources need no build. `--no-build-isolation`: against the torch that will run it.
+INSTALL = $(PIP) install --no-build-isolation --no-deps --editable .
+
+# Kernels that no device here can run are left out, unless a full build has been made already.
+build/demo.stamp: $(VENV)/run.stamp $(SOURCES)
+	@echo "Building the operators (a minute or two)"
+	@ATTNRES_CUDA=$${ATTNRES_CUDA:-$(if $(shell command -v nvidia-smi),AUTO,OFF)} $(INSTALL)
+	@mkdir -p build && touch $@
+
+build/test.stamp: $(VENV)/test.stamp $(SOURCES)
+	@echo "Building the operators for every device that the compilers here know (some minutes)"
+	@$(INSTALL)
+	@mkdir -p build && touch $@ build/demo.stamp
+
+demo: $(VENV)/run.stamp
+	@$(MAKE) --no-print-directory --question build/test.stamp 2>/dev/null \
+	  || $(MAKE) --no-print-directory build/demo.stamp
+	attnres train --preset demo --residual standard,block --steps 160 --out runs/demo --overwrite
+	attnres generate --checkpoint runs/demo --prompt "def " --max-new-tokens 200 --temperature 0.6
+	attnres bench --device cpu --suite quick --out runs/demo/bench
+	@echo "Everything is in runs/demo: loss.png, depth_attention.png, metrics.jsonl, bench/"
+
+test: build/test.stamp lint
+	@cmake -S . -B build/$(TAG) -DATTNRES_TESTS=ON > build/ctest.log && cmake --build build/$(TAG) >> build/ctest.log
+	ctest --test-dir build/$(TAG) --output-on-failure
+	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+
+wheel: $(VENV)/run.stamp
+	$(BIN)/python -m pip --disable-pip-version-check wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+lint: $(VENV)/test.stamp
+	ruff check .
+	ruff format --check .
+	@clang-format --dry-run -Werror $(CPP_FILES) && echo "clang-format: all files as they should be"
+
+format: $(VENV)/test.stamp
+	ruff check --fix .
+	ruff format .
+	clang-format -i $(CPP_FILES)
+
+kernels: build/test.stamp
+	python tools/kernels.py
+
+bench: $(VENV)/run.stamp
+	@$(MAKE) --no-print-directory --question build/test.stamp 2>/dev/null \
+	  || $(MAKE) --no-print-directory build/demo.stamp
+	attnres bench --device cpu --suite ops --out runs/bench
+
+clean:
+	rm -rf build dist python/attnres_ext/_ops.so python/attnres_ext/_C*.so python/*.egg-info
