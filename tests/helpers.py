@@ -16,8 +16,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from attnres_ext import ops, reference
 from torch import Tensor
+
+from attnres_ext import ops, reference
 
 #: Arguments whose gradient is a sum over all tokens.
 WEIGHTS = ("query", "queries", "key_weight", "key_weights", "out_weight", "w_query", "w_norm")

@@ -2,6 +2,7 @@ import itertools
 import json
 
 import pytest
+
 from attnres_ext.cli import train_run
 from attnres_ext.cli.main import main
 

@@ -3,6 +3,7 @@ import os
 
 import pytest
 import torch
+
 from attnres_ext.models.kimi_linear import KimiLinearForCausalLM, presets
 from attnres_ext.training.checkpoint import (
     ArmState,

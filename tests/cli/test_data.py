@@ -3,11 +3,12 @@ from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
 from attnres_ext.training.data import check_utf8, read_text, tokenize
 from attnres_ext.training.errors import UserError
 from attnres_ext.training.tokenizer import ByteTokenizer
-from hypothesis import given
-from hypothesis import strategies as st
 
 
 @pytest.fixture

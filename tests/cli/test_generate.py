@@ -3,6 +3,7 @@ import shutil
 
 import pytest
 import torch
+
 from attnres_ext.cli.main import main
 from attnres_ext.training.checkpoint import find_arm, load_model
 from attnres_ext.training.tokenizer import decode

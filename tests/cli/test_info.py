@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+
 from attnres_ext.cli.main import main
 
 

@@ -3,6 +3,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+
 from attnres_ext.models.kimi_linear import KimiLinearForCausalLM, presets
 from attnres_ext.training.data import read_text, tokenize
 from attnres_ext.training.errors import UserError

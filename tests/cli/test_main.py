@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import pytest
+
 from attnres_ext.cli.main import main, make_parser
 from attnres_ext.training.loop import Settings
 

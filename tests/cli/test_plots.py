@@ -1,6 +1,7 @@
 import matplotlib.image
 import numpy as np
 import pytest
+
 from attnres_ext.models.kimi_linear import presets
 from attnres_ext.residual import AttentionResiduals
 from attnres_ext.training.loop import Record

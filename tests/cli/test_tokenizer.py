@@ -1,6 +1,9 @@
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from attnres_ext.training.errors import UserError
 from attnres_ext.training.tokenizer import (
     BpeTokenizer,
@@ -10,8 +13,6 @@ from attnres_ext.training.tokenizer import (
     load_tokenizer,
     save_tokenizer,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 
 SENTENCES = [f"Ein größeres Wort, {i} mal – naïve ∑ 深さ 🙂\n".encode() for i in range(50)]
 

@@ -6,6 +6,7 @@ import sys
 import time
 
 import pytest
+
 from attnres_ext.cli.main import main
 from attnres_ext.training import checkpoint as checkpoint_module
 

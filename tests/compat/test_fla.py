@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from attnres_ext.compat import fused_attnres
 from torch import Tensor
 
+from attnres_ext.compat import fused_attnres
 from tests.helpers import assert_all_same_bits, assert_as_good_as, evaluate
 from tests.ops.cases import make_sources, make_weights
 

@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-import attnres_ext
 import pytest
+
+import attnres_ext
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Bytes of kernel parameters that every supported driver takes.

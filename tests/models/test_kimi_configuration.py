@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+
 from attnres_ext.models.kimi_linear import (
     KimiLinearConfig,
     KimiLinearForCausalLM,

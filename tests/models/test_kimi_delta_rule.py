@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
 from attnres_ext.models.kimi_linear import delta_rule
 from attnres_ext.models.kimi_linear.delta_rule import (
     chunk_gated_delta_rule,

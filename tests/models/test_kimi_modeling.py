@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from attnres_ext.models.kimi_linear import KimiLinearForCausalLM, presets
 
 MODES = ("standard", "block", "full")

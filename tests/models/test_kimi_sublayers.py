@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
 from attnres_ext.models.kimi_linear import presets
 from attnres_ext.models.kimi_linear.kda import KimiDeltaAttention
 from attnres_ext.models.kimi_linear.mla import KimiMLAAttention

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+
 from attnres_ext.models.kimi_linear import KimiLinearForCausalLM, presets, save_weights
 
 transformers = pytest.importorskip("transformers")

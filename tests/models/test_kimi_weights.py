@@ -5,6 +5,8 @@ import re
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from attnres_ext.models.kimi_linear import (
     KimiLinearForCausalLM,
     load_model,
@@ -12,7 +14,6 @@ from attnres_ext.models.kimi_linear import (
     presets,
     save_weights,
 )
-from safetensors.torch import load_file, save_file
 
 
 def make_model(seed=0, **changes):

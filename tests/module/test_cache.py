@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
+
 from attnres_ext import reference
 from attnres_ext.cache import BlockCache
-
 from tests.module.naive_residual import Toy, assert_as_exact_as_plain_pytorch
 from tests.module.test_residual import MODES, D, embed, toy
 

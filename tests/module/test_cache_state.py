@@ -1,6 +1,7 @@
 """Bookkeeping of the block cache, as Python sees it; its rules are tested in C++."""
 
 import pytest
+
 from attnres_ext import _C
 
 

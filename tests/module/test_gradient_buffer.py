@@ -4,6 +4,7 @@ import weakref
 
 import pytest
 import torch
+
 from attnres_ext.gradient_buffer import GradientBuffer, can_tap, tap
 
 

@@ -1,6 +1,7 @@
 """The traffic plan, as Python sees it."""
 
 import pytest
+
 from attnres_ext import _C
 
 X = 100 * 64 * 2

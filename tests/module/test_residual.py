@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from attnres_ext.residual import AttentionResiduals
 from torch import nn
 
+from attnres_ext.residual import AttentionResiduals
 from tests.module.naive_residual import Toy, assert_as_exact_as_plain_pytorch, gradients
 
 D = 12

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from attnres_ext import residual_state
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from attnres_ext import residual_state
 from tests.module.naive_residual import gradients
 from tests.module.test_residual import assert_same, embed, toy
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from attnres_ext.residual import AttentionResiduals
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import attnres_ext
 import pytest
 import torch
 from torch import Tensor
 
+import attnres_ext
 from tests.helpers import assert_same_bits
 from tests.ops.cases import LAYOUTS, make_sources, make_weights
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import attnres_ext
 import pytest
 import torch
-from attnres_ext import reference
 from torch import Tensor
 
+import attnres_ext
+from attnres_ext import reference
 from tests.helpers import assert_as_good_as, assert_same_bits
 from tests.ops.cases import make_sources, make_weights
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from attnres_ext import ops
 from torch import Tensor
 
+from attnres_ext import ops
 from tests.helpers import assert_all_same_bits, assert_same_bits, evaluate
 from tests.ops.cases import make_sources, make_weights
 

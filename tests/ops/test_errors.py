@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import attnres_ext
 import pytest
 import torch
+
+import attnres_ext
 from attnres_ext import ops
 
 D = 24

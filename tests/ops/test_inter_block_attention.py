@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from attnres_ext import ops
 
+from attnres_ext import ops
 from tests.helpers import assert_same_bits, check, evaluate
 from tests.ops.cases import DTYPES, HIDDEN_SIZES, LAYOUTS, make_sources
 

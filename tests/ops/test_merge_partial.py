@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from attnres_ext import ops, reference
 from torch import Tensor
 
+from attnres_ext import ops, reference
 from tests.helpers import assert_same_bits, check, evaluate
 from tests.ops.cases import DTYPES, HIDDEN_SIZES, LAYOUTS, make_sources, make_vector, make_weights
 

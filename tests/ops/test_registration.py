@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from attnres_ext import ops, reference
 from torch import Tensor
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
+from attnres_ext import ops, reference
 from tests.helpers import assert_all_same_bits, assert_same_bits, evaluate
 from tests.ops.cases import make_sources, make_weights
 

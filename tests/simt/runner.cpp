@@ -77,6 +77,15 @@ Buffer take_rows(File& file, RowsType& rows, bool is_output) {
   return buffer;
 }
 
+void copy_rows(const ConstRows& from, const Rows& to, const DepthAttentionForward& p) {
+  const int64_t size = size_of(from.dtype);
+  for (int64_t m = 0; m < p.num_tokens; ++m) {
+    std::memcpy(static_cast<char*>(to.data) + to.offset(m) * size,
+                static_cast<const char*>(from.data) + from.offset(m) * size,
+                static_cast<size_t>(p.hidden * size));
+  }
+}
+
 // What a launch was, for tests that want to know which way a case went.
 struct Report {
   int64_t uses_slots = 0;
@@ -123,6 +132,9 @@ bool run_case(File& cases, File& results) {
   p.eps = cases.take<double>();
   p.out_eps = cases.take<double>();
   p.scale = cases.take<double>();
+  p.num_known_rstd = static_cast<int>(cases.take<int64_t>());
+  const auto partial_is_source = cases.take<int64_t>() != 0;
+  const auto wants_out = cases.take<int64_t>() != 0;
 
   std::vector<Buffer> inputs;
   std::vector<ConstRows> sources(static_cast<size_t>(p.num_sources));
@@ -133,13 +145,28 @@ bool run_case(File& cases, File& results) {
     inputs.push_back(take_rows(cases, rows, false));
     *gain = {rows.data, rows.dtype};
   }
-  Rows weights, stats;
+  ConstRows first_logit, known_rstd;
+  for (ConstRows* rows : {&p.delta, &first_logit, &known_rstd}) {
+    inputs.push_back(take_rows(cases, *rows, false));
+  }
+  p.first_logit = first_logit.data;
+  p.known_rstd = static_cast<const float*>(known_rstd.data);
+  Rows weights, stats, last_rstd;
   std::vector<Buffer> outputs;
-  for (Rows* rows : {&p.out, &p.mix, &weights, &stats}) {
+  for (Rows* rows : {&p.out, &p.mix, &weights, &stats, &p.new_partial, &last_rstd}) {
     outputs.push_back(take_rows(cases, *rows, true));
   }
   p.weights = weights.data;
   p.stats = stats.data;
+  p.last_rstd = static_cast<float*>(last_rstd.data);
+  if (partial_is_source) {
+    // In place: what the sum is given is where it goes.
+    const ConstRows& last = sources.back();
+    copy_rows(last, p.new_partial, p);
+    sources.back() = {p.new_partial.data, p.new_partial.inner, p.new_partial.outer_stride,
+                      p.new_partial.inner_stride, p.new_partial.dtype};
+  }
+  if (!wants_out) p.out.data = nullptr;
 
   if (ring == 0) {
     cuda::launch_depth_attention_forward<cuda::CpAsyncRing>(p, limits, launch);

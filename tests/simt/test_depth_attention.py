@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from attnres_ext import reference
 from torch import Tensor
+
+from attnres_ext import reference
 
 from .build import build_runner, compiler, cuda_include_dir
 from .cases import Case, Limits, Result, Rows, rows, run
