@@ -1,0 +1,282 @@
+"""Writes the tables of measured figures into the documentation, so that none is typed by hand.
+
+    python tools/figures.py                            renders every table again
+    python tools/figures.py --check                    says whether one is out of date; writes nothing
+    python tools/figures.py --add-training runs/demo   keeps a training run's figures, then renders
+
+Figures come from ``benchmarks/results/``: ``*.jsonl`` as ``attnres bench --out benchmarks/results``
+writes them, ``training-*.json`` as ``--add-training`` does. A document names a table in a comment,
+
+    <!-- figures: operators cpu quick -->
+    <!-- /figures -->
+
+and everything between the two comments is replaced. The tables: ``operators DEVICE SUITE``,
+``training``, and ``verification``, which lists every CUDA kernel and where it was last checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.util
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENTS = ("README.md", "docs/figures.md", "docs/verification.md")
+
+TABLE = re.compile(r"(<!-- figures: ([^>]*?) -->\n).*?(<!-- /figures -->)", re.DOTALL)
+RIVALS = {"eager": "plain PyTorch", "compile": "torch.compile"}
+
+
+def load(name: str) -> ModuleType:
+    """A module of ``benchmarks/`` by its file: it needs nothing that is compiled."""
+    spec = importlib.util.spec_from_file_location(f"_{name}", ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+registry, results = load("registry"), load("results")
+
+
+def runs(folder: Path) -> list[tuple[dict[str, Any], list[Any]]]:
+    """Every benchmark run kept in ``folder``, oldest first."""
+    found = [results.read(path) for path in folder.glob("*.jsonl")]
+    return sorted(found, key=lambda run: run[0]["date"])
+
+
+def best_run(
+    folder: Path, device: str, suite: str
+) -> tuple[dict[str, Any], list[Any], list[Any]] | None:
+    """The run to show, and its cases of ``suite``: the newest of those with most suites."""
+    names = {case.name for case in registry.select(suite)}
+    candidates = [run for run in runs(folder) if run[0]["device"] == device]
+    candidates = [run for run in candidates if any(row.case in names for row in run[1])]
+    if not candidates:
+        return None
+    run, rows = max(
+        candidates,
+        key=lambda run: (registry.SUITES.index(run[0]["suite"]), run[0]["date"]),
+    )
+    cases = [case for case in registry.CASES if case.name in names]
+    return run, rows, cases
+
+
+def markdown(header: list[str], rows: list[list[str]], numbers: int) -> list[str]:
+    """A table whose last ``numbers`` columns are aligned to the right."""
+    texts = len(header) - numbers
+    rule = "|" + "---|" * texts + "---:|" * numbers
+    return ["| " + " | ".join(cells) + " |" if cells else rule for cells in [header, [], *rows]]
+
+
+def seconds(value: float) -> str:
+    """A time with three digits, in the unit that suits it."""
+    for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
+        if value * factor >= 1 or unit == "µs":
+            return f"{value * factor:.3g} {unit}"
+    raise AssertionError
+
+
+def operators(device: str, suite: str, folder: Path) -> list[str]:
+    """Our operators' times, against a copy of the same bytes and against the others."""
+    chosen = best_run(folder, device, suite)
+    if chosen is None:
+        command = f"attnres bench --device {device} --suite {suite} --out benchmarks/results"
+        return [f"Nothing is measured yet; `{command}` does it."]
+    run, everything, cases = chosen
+    header = ["operator", "case", "one call", "time", "GB/s", "of copy"]
+    header += [f"{name} takes" for name in RIVALS.values()]
+    rows = []
+    for case in cases:
+        by_name = {row.contestant: row for row in everything if row.case == case.name}
+        ours, copy = by_name.get("ours"), by_name.get("copy")
+        if ours is None or ours.seconds is None:
+            continue
+        cells = [f"`{case.operator}`", case.shape, case.work, seconds(ours.seconds)]
+        moved = copy is not None and copy.seconds is not None
+        cells.append(f"{ours.bandwidth / 1e9:.1f}" if moved and ours.bandwidth else "–")
+        cells.append(f"{100 * copy.seconds / ours.seconds:.0f} %" if moved else "–")
+        for name in RIVALS:
+            rival = by_name.get(name)
+            timed = rival is not None and rival.seconds is not None
+            cells.append(f"{rival.seconds / ours.seconds:.1f} ×" if timed else "–")
+        rows.append(cells)
+    machine = run["machine"]
+    changed = ", with changes" if run.get("modified") else ""
+    commit = f"commit {run['commit'][:10]}{changed}" if run.get("commit") else "no checkout"
+    where = f"{machine['processor']}, {run['threads']} threads, torch {run['versions']['torch']}"
+    command = f"attnres bench --device {device} --suite {run['suite']} --out benchmarks/results"
+    return [
+        *markdown(header, rows, numbers=5),
+        "",
+        f"`{command}`, {run['date'][:10]}, {commit}; {where}.",
+    ]
+
+
+def training(folder: Path) -> list[str]:
+    """What the newest kept training run came to."""
+    kept = [json.loads(path.read_text()) for path in folder.glob("training-*.json")]
+    if not kept:
+        return ["Nothing is kept yet; `make demo` trains, `tools/figures.py` keeps."]
+    record = max(kept, key=lambda one: one["date"])
+    header = ["residual", "parameters", "validation loss", "bits per byte", "ms per step"]
+    header += ["over standard"]
+    rows = []
+    for arm in record["arms"]:
+        over = arm["overhead"]
+        rows.append(
+            [
+                arm["arm"],
+                f"{arm['parameters']:,}",
+                _number(arm["val_loss"], 3),
+                _number(arm["bits_per_byte"], 3),
+                _number(arm["ms_per_step"], 0),
+                f"{over['percent']:+.1f} % ({over['low']:+.1f} to {over['high']:+.1f})"
+                if over
+                else "–",
+            ]
+        )
+    machine = record["machine"]
+    return [
+        *markdown(header, rows, numbers=5),
+        "",
+        f"`{record['command']}`: {record['steps']} steps of {record['tokens_per_step']:,} tokens on "
+        f"{record['text']}, {record['date'][:10]}, commit {record['commit'][:10]}; "
+        f"{machine['processor']}, torch {record['versions']['torch']}. Time over standard is the "
+        "median over steps of the ratio within a step, with its 95 % interval.",
+    ]
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def kernel_set(run: dict[str, Any]) -> str | None:
+    """The set of kernels that the run's GPU takes; None if the run does not say which GPU it was."""
+    capability = run["machine"].get("compute_capability")  # 10 * major + minor
+    if capability is None:
+        return None
+    return "sm90" if capability >= 90 else "sm80"
+
+
+def checked(row: Any, operator: str, direction: str) -> bool:
+    """Whether a result passed the benchmark's comparison with float64: only then it is timed."""
+    if (row.operator, row.contestant, row.status) != (operator, "ours", "timed"):
+        return False
+    return direction == "forward" or "backward" in row.work
+
+
+def verification(folder: Path) -> list[str]:
+    """Every CUDA kernel, and how it was last checked."""
+    on_gpu = [run for run in runs(folder) if run[0]["device"].startswith("cuda")]
+    rows = []
+    for source in sorted((ROOT / "csrc" / "cuda").glob("sm*/*.cu")):
+        operator = source.stem
+        body = (ROOT / "tests" / "simt" / f"test_{operator}.py").is_file()
+        launchers = re.findall(rf"launch_{operator}_(\w+)_sm\d+\(", source.read_text())
+        for direction in launchers:
+            ran = [
+                run
+                for run, lines in on_gpu
+                if kernel_set(run) == source.parent.name
+                and any(checked(row, operator, direction) for row in lines)
+            ]
+            last = f"{ran[-1]['date'][:10]}, commit {ran[-1]['commit'][:10]}" if ran else "never"
+            rows.append(
+                [
+                    f"`{operator}` {direction}",
+                    source.parent.name,
+                    "every test run" if body else "no",
+                    "every test run",
+                    last,
+                ]
+            )
+    header = ["kernel", "set", "body run on a CPU", "machine code read", "run on a GPU"]
+    return markdown(header, rows, numbers=0)
+
+
+TABLES = {"operators": operators, "training": training, "verification": verification}
+
+
+def render(text: str, folder: Path = RESULTS) -> str:
+    """``text`` with every table in it written anew from the results in ``folder``."""
+
+    def replace(match: re.Match[str]) -> str:
+        name, *arguments = match[2].split()
+        return match[1] + "\n".join(["", *TABLES[name](*arguments, folder), "", match[3]])
+
+    return TABLE.sub(replace, text)
+
+
+def write(path: Path, text: str) -> None:
+    """Replaces a file at once."""
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def add_training(run_folder: Path, folder: Path) -> Path:
+    """Keeps the summary of a training run, with the machine that made it."""
+    from attnres_ext.benchmarks import machine
+
+    description = json.loads((run_folder / "run.json").read_text())
+    summary = json.loads((run_folder / "summary.json").read_text())
+    settings = description["settings"]
+    date = max(path.stat().st_mtime for path in run_folder.iterdir())
+    stamp = datetime.datetime.fromtimestamp(date, datetime.timezone.utc)
+    record = {
+        "date": stamp.isoformat(timespec="seconds"),
+        "command": f"attnres train --preset {description['model']} "
+        f"--residual {','.join(settings['residuals'])} "
+        f"--steps {settings['steps']} --batch-size {settings['batch_size']} "
+        f"--sequence-length {settings['sequence_length']}",
+        "text": description["text"]["source"],
+        "steps": settings["steps"],
+        "tokens_per_step": settings["batch_size"] * settings["sequence_length"],
+        **machine.commit(),
+        "csrc_sha256": machine.source_hash(),
+        "machine": machine.describe(),
+        "versions": machine.versions(),
+        "arms": summary["arms"],
+    }
+    path = folder / f"training-{stamp:%Y-%m-%dT%H%M%SZ}.json"
+    write(path, json.dumps(record, indent=2) + "\n")
+    return path
+
+
+def main() -> int:
+    """Renders, or checks."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="fail if a table is out of date")
+    parser.add_argument(
+        "--add-training", type=Path, metavar="RUN", help="keep the figures of a training run"
+    )
+    arguments = parser.parse_args()
+    if arguments.add_training:
+        print(f"kept as {add_training(arguments.add_training, RESULTS)}")
+    stale = []
+    for name in DOCUMENTS:
+        path = ROOT / name
+        text = path.read_text()
+        new = render(text)
+        if new != text:
+            stale.append(name)
+            if not arguments.check:
+                write(path, new)
+    for name in stale:
+        print(f"{name}: {'out of date' if arguments.check else 'written'}")
+    return 1 if arguments.check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
