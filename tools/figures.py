@@ -1,8 +1,8 @@
 """Writes the tables of measured figures into the documentation, so that none is typed by hand.
 
-    python tools/figures.py                            renders every table again
-    python tools/figures.py --check                    says whether one is out of date; writes nothing
-    python tools/figures.py --add-training runs/demo   keeps a training run's figures, then renders
+    python tools/figures.py                            writes every table again
+    python tools/figures.py --check                    only says whether one is out of date
+    python tools/figures.py --add-training runs/demo   keeps a training run's figures, too
 
 Figures come from ``benchmarks/results/``: ``*.jsonl`` as ``attnres bench --out benchmarks/results``
 writes them, ``training-*.json`` as ``--add-training`` does. A document names a table in a comment,
@@ -150,8 +150,8 @@ def training(folder: Path) -> list[str]:
     return [
         *markdown(header, rows, numbers=5),
         "",
-        f"`{record['command']}`: {record['steps']} steps of {record['tokens_per_step']:,} tokens on "
-        f"{record['text']}, {record['date'][:10]}, commit {record['commit'][:10]}; "
+        f"`{record['command']}`: {record['steps']} steps of {record['tokens_per_step']:,} tokens "
+        f"on {record['text']}, {record['date'][:10]}, commit {record['commit'][:10]}; "
         f"{machine['processor']}, torch {record['versions']['torch']}. Time over standard is the "
         "median over steps of the ratio within a step, with its 95 % interval.",
     ]
@@ -162,7 +162,7 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def kernel_set(run: dict[str, Any]) -> str | None:
-    """The set of kernels that the run's GPU takes; None if the run does not say which GPU it was."""
+    """The set of kernels that the run's GPU takes; None if the run does not name the GPU."""
     capability = run["machine"].get("compute_capability")  # 10 * major + minor
     if capability is None:
         return None

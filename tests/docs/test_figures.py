@@ -1,0 +1,140 @@
+"""The tables of figures: rendered from results, and up to date."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def load_tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("figures_tool", ROOT / "tools" / "figures.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+tool = load_tool()
+QUICK = tool.registry.select("quick")
+DATES = ("2026-01-01T00:00:00+00:00", "2026-02-01T00:00:00+00:00")
+
+
+@pytest.mark.parametrize("name", tool.DOCUMENTS)
+def test_documents_show_what_was_measured(name: str) -> None:
+    text = (ROOT / name).read_text()
+    assert tool.TABLE.search(text), f"{name} has no table"
+    assert tool.render(text) == text, "out of date: run `python tools/figures.py`"
+
+
+def keep(folder: Path, date: str, suite: str, device: str = "cpu", **extra: object) -> None:
+    """A run in which we take 2 ms, a copy 1 ms and plain PyTorch 7 ms, in the first case only."""
+    case = QUICK[0]
+    times = {"ours": 2e-3, "copy": 1e-3, "eager": 7e-3, "compile": None}
+    rows = [
+        tool.results.Result(
+            case.name,
+            case.operator,
+            case.shape,
+            case.work,
+            case.origin,
+            contestant,
+            "absent" if seconds is None else "timed",
+            seconds=seconds,
+            bytes=4_000_000,
+        )
+        for contestant, seconds in times.items()
+    ]
+    run = {
+        "date": date,
+        "suite": suite,
+        "device": device,
+        "threads": 2,
+        "commit": "0123456789abcdef",
+        "modified": False,
+        "machine": {"processor": "A Processor", **extra},
+        "versions": {"torch": "2.13.0"},
+    }
+    tool.results.write(folder / f"{device}-{suite}-{date}.jsonl", run, rows)
+
+
+def test_a_table_shows_times_and_ratios(tmp_path: Path) -> None:
+    keep(tmp_path, DATES[0], "quick")
+    text = "before\n<!-- figures: operators cpu quick -->\nold\n<!-- /figures -->\nafter\n"
+    table = tool.render(text, tmp_path)
+    assert f"| `{QUICK[0].operator}` | {QUICK[0].shape} | {QUICK[0].work} |" in table
+    assert "| 2 ms | 2.0 | 50 % | 3.5 × | – |" in table
+    assert "old" not in table
+    assert table.startswith("before\n")
+    assert table.endswith("after\n")
+    assert "A Processor" in table
+    assert "commit 0123456789;" in table
+    # Rendering what is rendered changes nothing.
+    assert tool.render(table, tmp_path) == table
+
+
+def test_the_largest_suite_wins_and_then_the_newest(tmp_path: Path) -> None:
+    keep(tmp_path, DATES[1], "quick")
+    keep(tmp_path, DATES[0], "ops")
+    run, _, cases = tool.best_run(tmp_path, "cpu", "quick")
+    assert (run["suite"], run["date"]) == ("ops", DATES[0])
+    assert cases == QUICK
+    keep(tmp_path, DATES[1], "ops")
+    assert tool.best_run(tmp_path, "cpu", "quick")[0]["date"] == DATES[1]
+    assert tool.best_run(tmp_path, "cuda", "quick") is None
+
+
+def test_without_results_the_table_says_how_to_get_them(tmp_path: Path) -> None:
+    text = "<!-- figures: operators cpu quick -->\n<!-- /figures -->\n"
+    assert "attnres bench --device cpu --suite quick" in tool.render(text, tmp_path)
+
+
+def test_training_shows_the_newest_run(tmp_path: Path) -> None:
+    overhead = {"percent": 3.25, "low": 2.0, "high": 4.5}
+    arms = [
+        {
+            "arm": arm,
+            "parameters": 1_234_567,
+            "val_loss": 1.5,
+            "bits_per_byte": 2.164,
+            "ms_per_step": 800.4,
+            "overhead": overhead if arm == "block" else None,
+        }
+        for arm in ("standard", "block")
+    ]
+    for date in DATES:
+        record = {
+            "date": date,
+            "command": "attnres train --preset demo",
+            "steps": 160,
+            "tokens_per_step": 1024,
+            "text": "the text",
+            "commit": "0123456789abcdef",
+            "machine": {"processor": "A Processor"},
+            "versions": {"torch": "2.13.0"},
+            "arms": arms,
+        }
+        (tmp_path / f"training-{date}.json").write_text(json.dumps(record))
+    table = "\n".join(tool.training(tmp_path))
+    assert "| standard | 1,234,567 | 1.500 | 2.164 | 800 | – |" in table
+    assert "| +3.2 % (+2.0 to +4.5) |" in table
+    assert DATES[1][:10] in table
+
+
+def test_verification_needs_a_run_on_that_kind_of_gpu(tmp_path: Path) -> None:
+    assert all(line.endswith("never |") for line in tool.verification(tmp_path)[2:])
+    keep(tmp_path, DATES[0], "quick", device="cuda", compute_capability=90)
+    lines = [
+        line for line in tool.verification(tmp_path)[2:] if "`depth_attention` forward" in line
+    ]
+    by_set = {line.split("|")[2].strip(): line for line in lines}
+    assert DATES[0][:10] in by_set["sm90"]
+    assert by_set["sm80"].endswith("never |")
