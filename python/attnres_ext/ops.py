@@ -99,13 +99,13 @@ def depth_attention(
         raise ValueError(
             f"depth_attention: save is {save!r}, expected one of {', '.join(SAVE_LEVELS)}"
         )
-    tensors = (query, key_weight, out_weight, *sources)
-    if not _traced():
-        if _needs_gradient(tensors):
+    traced = _traced()
+    if not traced:
+        if torch.is_grad_enabled() and _needs_gradient((query, key_weight, out_weight, *sources)):
             options = Options(eps, out_eps, scale, save, return_weights, buffers)
             return DepthAttention.apply(options, query, key_weight, out_weight, *sources)
         save = "nothing"
-    with below_autograd(_traced()):
+    with below_autograd(traced):
         if save == "nothing" and not return_weights:
             return _ops.depth_attention.default(
                 sources, query, key_weight, out_weight, eps, out_eps, scale
@@ -173,14 +173,16 @@ def accumulate_depth_attention(
             f"accumulate_depth_attention: save is {save!r}, "
             f"expected one of {', '.join(SAVE_LEVELS)}"
         )
-    if not _traced():
-        if _needs_gradient((query, key_weight, out_weight, partial, delta, *blocks)):
+    traced = _traced()
+    if not traced:
+        tensors = (query, key_weight, out_weight, partial, delta, *blocks)
+        if torch.is_grad_enabled() and _needs_gradient(tensors):
             options = Options(eps, out_eps, scale, save, False, buffers)
             return AccumulateDepthAttention.apply(
                 options, query, key_weight, out_weight, partial, delta, *blocks
             )
         save = "nothing"
-    with below_autograd(_traced()):
+    with below_autograd(traced):
         if save == "nothing":
             return _ops.accumulate_depth_attention.default(
                 partial, delta, blocks, query, key_weight, out_weight, eps, out_eps, scale
@@ -232,7 +234,7 @@ def inter_block_attention(
         return _ops.inter_block_attention_with_stats.default(
             blocks, queries, key_weights, eps, scale
         )[:2]
-    if _needs_gradient((queries, key_weights, *blocks)):
+    if torch.is_grad_enabled() and _needs_gradient((queries, key_weights, *blocks)):
         options = Options(eps, None, scale, "stats", False, buffers)
         return InterBlockAttention.apply(options, queries, key_weights, *blocks)
     with below_autograd(False):
@@ -283,7 +285,9 @@ def merge_partial(
         hidden, new_partial = _ops.merge_partial.default(
             out, lse, partial, delta, query, key_weight, out_weight, eps, out_eps, scale
         )
-    elif _needs_gradient((out, lse, partial, delta, query, key_weight, out_weight)):
+    elif torch.is_grad_enabled() and _needs_gradient(
+        (out, lse, partial, delta, query, key_weight, out_weight)
+    ):
         options = Options(eps, out_eps, scale, "nothing", False, None)
         hidden, new_partial = MergePartial.apply(
             options, out, lse, partial, delta, query, key_weight, out_weight
@@ -314,10 +318,11 @@ def _transformed() -> bool:
 
 
 def _needs_gradient(tensors: Sequence[Tensor | None]) -> bool:
-    if not torch.is_grad_enabled():
-        return False
     try:
-        return any(t is not None and t.requires_grad for t in tensors)
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+        return False
     except AttributeError:
         strange = next(t for t in tensors if not isinstance(t, Tensor | None))
         raise TypeError(f"attnres: expected tensors, got {type(strange).__name__}") from None
