@@ -196,8 +196,8 @@ def verification(folder: Path) -> list[str]:
                 [
                     f"`{operator}` {direction}",
                     source.parent.name,
-                    "every test run" if body else "no",
-                    "every test run",
+                    "every test run*" if body else "no",
+                    "every test run*",
                     last,
                 ]
             )
