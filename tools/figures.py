@@ -58,17 +58,22 @@ def runs(folder: Path) -> list[tuple[dict[str, Any], list[Any]]]:
 def best_run(
     folder: Path, device: str, suite: str
 ) -> tuple[dict[str, Any], list[Any], list[Any]] | None:
-    """The run to show, and its cases of ``suite``: the newest of those with most suites."""
-    names = {case.name for case in registry.select(suite)}
-    candidates = [run for run in runs(folder) if run[0]["device"] == device]
-    candidates = [run for run in candidates if any(row.case in names for row in run[1])]
+    """The run to show, and its cases of ``suite``.
+
+    The run with most of these cases, so that a filtered one does not hide the others; then that of
+    the largest suite, which meets most rivals; then the newest.
+    """
+    cases = registry.select(suite)
+    names = {case.name for case in cases}
+
+    def rank(run: tuple[dict[str, Any], list[Any]]) -> tuple[int, int, str]:
+        found = {row.case for row in run[1] if row.contestant == "ours" and row.case in names}
+        return len(found), registry.SUITES.index(run[0]["suite"]), run[0]["date"]
+
+    candidates = [run for run in runs(folder) if run[0]["device"] == device and rank(run)[0]]
     if not candidates:
         return None
-    run, rows = max(
-        candidates,
-        key=lambda run: (registry.SUITES.index(run[0]["suite"]), run[0]["date"]),
-    )
-    cases = [case for case in registry.CASES if case.name in names]
+    run, rows = max(candidates, key=rank)
     return run, rows, cases
 
 
@@ -85,6 +90,13 @@ def seconds(value: float) -> str:
         if value * factor >= 1 or unit == "µs":
             return f"{value * factor:.3g} {unit}"
     raise AssertionError
+
+
+def version(run: dict[str, Any]) -> str:
+    """What was measured."""
+    if not run.get("commit"):
+        return "outside of a checkout"
+    return f"commit {run['commit'][:10]}{', with changes' if run.get('modified') else ''}"
 
 
 def operators(device: str, suite: str, folder: Path) -> list[str]:
@@ -112,14 +124,12 @@ def operators(device: str, suite: str, folder: Path) -> list[str]:
             cells.append(f"{rival.seconds / ours.seconds:.1f} ×" if timed else "–")
         rows.append(cells)
     machine = run["machine"]
-    changed = ", with changes" if run.get("modified") else ""
-    commit = f"commit {run['commit'][:10]}{changed}" if run.get("commit") else "no checkout"
     where = f"{machine['processor']}, {run['threads']} threads, torch {run['versions']['torch']}"
     command = f"attnres bench --device {device} --suite {run['suite']} --out benchmarks/results"
     return [
         *markdown(header, rows, numbers=5),
         "",
-        f"`{command}`, {run['date'][:10]}, {commit}; {where}.",
+        f"`{command}`, {run['date'][:10]}, {version(run)}; {where}.",
     ]
 
 
@@ -151,7 +161,7 @@ def training(folder: Path) -> list[str]:
         *markdown(header, rows, numbers=5),
         "",
         f"`{record['command']}`: {record['steps']} steps of {record['tokens_per_step']:,} tokens "
-        f"on {record['text']}, {record['date'][:10]}, commit {record['commit'][:10]}; "
+        f"on {record['text']}, {record['date'][:10]}, {version(record)}; "
         f"{machine['processor']}, torch {record['versions']['torch']}. Time over standard is the "
         "median over steps of the ratio within a step, with its 95 % interval.",
     ]
@@ -191,7 +201,7 @@ def verification(folder: Path) -> list[str]:
                 if kernel_set(run) == source.parent.name
                 and any(checked(row, operator, direction) for row in lines)
             ]
-            last = f"{ran[-1]['date'][:10]}, commit {ran[-1]['commit'][:10]}" if ran else "never"
+            last = f"{ran[-1]['date'][:10]}, {version(ran[-1])}" if ran else "never"
             rows.append(
                 [
                     f"`{operator}` {direction}",
