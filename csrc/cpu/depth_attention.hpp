@@ -16,14 +16,17 @@ namespace {
 template <typename Access, typename A = typename Access::A>
 ATTNRES_INLINE void score(Row v, const A* u, int64_t hidden, A& dot, A& squares) {
   Sum<A, kUnroll> dots, sums;
-  for_tiles<Access, kUnroll>(hidden, [&](auto tile) __attribute__((always_inline)) {
+  sum_over_tiles<Access, kUnroll>(
+      hidden,
+      [&](auto tile) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-    for (int k = 0; k < tile.kCount; ++k) {
-      const Vec<A> x = tile.load(v, k);
-      dots.parts[k] += x * tile.load(u, k);
-      sums.parts[k] += x * x;
-    }
-  });
+        for (int k = 0; k < tile.kCount; ++k) {
+          const Vec<A> x = tile.load(v, k);
+          dots.parts[k] += x * tile.load(u, k);
+          sums.parts[k] += x * x;
+        }
+      },
+      dots, sums);
   dot = dots.total();
   squares = sums.total();
 }
@@ -31,10 +34,13 @@ ATTNRES_INLINE void score(Row v, const A* u, int64_t hidden, A& dot, A& squares)
 template <typename Access, typename A = typename Access::A>
 ATTNRES_INLINE A dot(Row v, const A* g, int64_t hidden) {
   Sum<A, kUnroll> dots;
-  for_tiles<Access, kUnroll>(hidden, [&](auto tile) __attribute__((always_inline)) {
+  sum_over_tiles<Access, kUnroll>(
+      hidden,
+      [&](auto tile) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-    for (int k = 0; k < tile.kCount; ++k) dots.parts[k] += tile.load(v, k) * tile.load(g, k);
-  });
+        for (int k = 0; k < tile.kCount; ++k) dots.parts[k] += tile.load(v, k) * tile.load(g, k);
+      },
+      dots);
   return dots.total();
 }
 
@@ -44,15 +50,18 @@ template <typename Access, typename A = typename Access::A>
 ATTNRES_INLINE void score_and_dot(Row v, const A* u, const A* g, int64_t hidden, A& dot_u,
                                   A& squares, A& dot_g) {
   Sum<A, kUnroll> us, sums, gs;
-  for_tiles<Access, kUnroll>(hidden, [&](auto tile) __attribute__((always_inline)) {
+  sum_over_tiles<Access, kUnroll>(
+      hidden,
+      [&](auto tile) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-    for (int k = 0; k < tile.kCount; ++k) {
-      const Vec<A> x = tile.load(v, k);
-      us.parts[k] += x * tile.load(u, k);
-      sums.parts[k] += x * x;
-      gs.parts[k] += x * tile.load(g, k);
-    }
-  });
+        for (int k = 0; k < tile.kCount; ++k) {
+          const Vec<A> x = tile.load(v, k);
+          us.parts[k] += x * tile.load(u, k);
+          sums.parts[k] += x * x;
+          gs.parts[k] += x * tile.load(g, k);
+        }
+      },
+      us, sums, gs);
   dot_u = us.total();
   squares = sums.total();
   dot_g = gs.total();
@@ -65,17 +74,20 @@ ATTNRES_INLINE void add_and_score(Row partial, Row delta, MutableRow result, con
                                   int64_t hidden, A& dot, A& squares) {
   const Row rounded{result.data, result.dtype};
   Sum<A, kUnroll> dots, sums;
-  for_tiles<Access, kUnroll>(hidden, [&](auto tile) __attribute__((always_inline)) {
+  sum_over_tiles<Access, kUnroll>(
+      hidden,
+      [&](auto tile) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-    for (int k = 0; k < tile.kCount; ++k) {
-      Vec<A> x = tile.load(delta, k);
-      if (partial.data != nullptr) x += tile.load(partial, k);
-      tile.store(result, k, x);
-      x = tile.load(rounded, k);
-      if (u != nullptr) dots.parts[k] += x * tile.load(u, k);
-      sums.parts[k] += x * x;
-    }
-  });
+        for (int k = 0; k < tile.kCount; ++k) {
+          Vec<A> x = tile.load(delta, k);
+          if (partial.data != nullptr) x += tile.load(partial, k);
+          tile.store(result, k, x);
+          x = tile.load(rounded, k);
+          if (u != nullptr) dots.parts[k] += x * tile.load(u, k);
+          sums.parts[k] += x * x;
+        }
+      },
+      dots, sums);
   dot = dots.total();
   squares = sums.total();
 }
@@ -223,14 +235,17 @@ template <typename Access, typename A = typename Access::A>
 ATTNRES_INLINE void output_norm_backward(Row grad_out, const A* mixed, const A* out_weight,
                                          int64_t hidden, double out_eps, A* g, A* grad_out_weight) {
   Sum<A, 2> squares, products;
-  for_tiles<Access, 2>(hidden, [&](auto tile) __attribute__((always_inline)) {
+  sum_over_tiles<Access, 2>(
+      hidden,
+      [&](auto tile) __attribute__((always_inline)) {
 #pragma GCC unroll 2
-    for (int k = 0; k < tile.kCount; ++k) {
-      const Vec<A> o = tile.load(mixed, k);
-      squares.parts[k] += o * o;
-      products.parts[k] += o * tile.load(grad_out, k) * tile.load(out_weight, k);
-    }
-  });
+        for (int k = 0; k < tile.kCount; ++k) {
+          const Vec<A> o = tile.load(mixed, k);
+          squares.parts[k] += o * o;
+          products.parts[k] += o * tile.load(grad_out, k) * tile.load(out_weight, k);
+        }
+      },
+      squares, products);
   const A rstd = inverse_rms<A>(squares.total(), hidden, out_eps);
   const A mean = products.total() * rstd / static_cast<A>(hidden);
   for_tiles<Access, 1>(hidden, [&](auto tile) __attribute__((always_inline)) {

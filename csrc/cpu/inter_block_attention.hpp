@@ -30,13 +30,16 @@ ATTNRES_INLINE void for_groups(int64_t count, F&& f) {
 template <typename Access, typename A = typename Access::A>
 ATTNRES_INLINE A sum_of_squares(Row v, int64_t hidden) {
   Sum<A, kUnroll> squares;
-  for_tiles<Access, kUnroll>(hidden, [&](auto tile) __attribute__((always_inline)) {
+  sum_over_tiles<Access, kUnroll>(
+      hidden,
+      [&](auto tile) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-    for (int k = 0; k < tile.kCount; ++k) {
-      const Vec<A> x = tile.load(v, k);
-      squares.parts[k] += x * x;
-    }
-  });
+        for (int k = 0; k < tile.kCount; ++k) {
+          const Vec<A> x = tile.load(v, k);
+          squares.parts[k] += x * x;
+        }
+      },
+      squares);
   return squares.total();
 }
 
@@ -47,18 +50,25 @@ ATTNRES_INLINE void all_products(const Row* rows, int n, const A* vectors, int64
                                  int64_t hidden, A* products) {
   for_groups<kQueries>(num_queries, [&](auto queries) __attribute__((always_inline)) {
     for_groups<kRows>(n, [&](auto sources) __attribute__((always_inline)) {
-      Vec<A> sums[queries.kCount][sources.kCount] = {};
+      Sum<A, 1> sums[queries.kCount][sources.kCount];
+      int64_t run = 0;
       for_tiles<Access, 1>(hidden, [&](auto tile) __attribute__((always_inline)) {
         Vec<A> values[sources.kCount];
         for (int i = 0; i < sources.kCount; ++i) values[i] = tile.load(rows[sources.first + i], 0);
         for (int q = 0; q < queries.kCount; ++q) {
           const Vec<A> vector = tile.load(vectors + (queries.first + q) * hidden, 0);
-          for (int i = 0; i < sources.kCount; ++i) sums[q][i] += vector * values[i];
+          for (int i = 0; i < sources.kCount; ++i) sums[q][i].parts[0] += vector * values[i];
+        }
+        if (++run == kUnroll * kLongestRun) {
+          for (int q = 0; q < queries.kCount; ++q) {
+            for (int i = 0; i < sources.kCount; ++i) sums[q][i].carry();
+          }
+          run = 0;
         }
       });
       for (int q = 0; q < queries.kCount; ++q) {
         for (int i = 0; i < sources.kCount; ++i) {
-          products[(queries.first + q) * n + sources.first + i] = sum_lanes<A>(sums[q][i]);
+          products[(queries.first + q) * n + sources.first + i] = sums[q][i].total();
         }
       }
     });

@@ -131,17 +131,41 @@ ATTNRES_INLINE void for_tiles(int64_t hidden, F&& f) {
   if (c < hidden) f(TailTile<Access>{c, hidden - c});
 }
 
-// A running dot product with several independent lanes of sums, so that additions do not wait for
-// one another.
+// A running sum with several independent lanes, so that additions do not wait for one another.
 template <typename A, int kVectors>
 struct Sum {
   Vec<A> parts[kVectors] = {};
+  Vec<A> carried[kVectors] = {};
+
+  void carry() {
+    for (int k = 0; k < kVectors; ++k) {
+      carried[k] += parts[k];
+      parts[k] = Vec<A>{};
+    }
+  }
   A total() const {
-    Vec<A> all = parts[0];
-    for (int k = 1; k < kVectors; ++k) all += parts[k];
+    Vec<A> all = carried[0] + parts[0];
+    for (int k = 1; k < kVectors; ++k) all += carried[k] + parts[k];
     return sum_lanes<A>(all);
   }
 };
+
+// So many additions to one running sum, then it is put aside: with narrow vectors the rounding
+// error of a long row would grow with its length.
+constexpr int64_t kLongestRun = kVectorBytes == 64 ? 64 : 16;
+
+// f(tile) over all of a row, as for_tiles, adding to `sums`.
+template <typename Access, int kVectors, typename F, typename... Sums>
+ATTNRES_INLINE void sum_over_tiles(int64_t hidden, F&& f, Sums&... sums) {
+  int64_t run = 0;
+  for_tiles<Access, kVectors>(hidden, [&](auto tile) __attribute__((always_inline)) {
+    f(tile);
+    if (++run == kLongestRun) {
+      (sums.carry(), ...);
+      run = 0;
+    }
+  });
+}
 
 constexpr int kUnroll = 4;
 

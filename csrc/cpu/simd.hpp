@@ -27,7 +27,7 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 
-// Storage types. bf16 is its bit pattern; fp16 is the compiler's own type where there is one.
+// Storage types of 16 bits are known by their bit patterns: not every compiler has types for them.
 struct BFloat16 {
   uint16_t bits;
 };
@@ -150,21 +150,42 @@ struct Convert<float, Float16> {
 #else
 template <>
 struct Convert<float, Float16> {
-  // One value at a time: the compiler calls its own conversion where the machine has none.
+  static constexpr int kCount = kLanes<float>;
+  using Packed = typename ArrayOf<uint16_t, kCount>::type;
+  typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
+
+  ATTNRES_INLINE Bits select(Bits mask, Bits yes, Bits no) { return (yes & mask) | (no & ~mask); }
+  ATTNRES_INLINE Vec<float> value(Bits bits) { return reinterpret_cast<Vec<float>>(bits); }
+  ATTNRES_INLINE Bits bits_of(Vec<float> v) { return reinterpret_cast<Bits>(v); }
+
+  // The exponent moves from a bias of 15 to one of 127. A half below its smallest normal number is
+  // a normal float: its bits are put below those of 2^-14, which is then subtracted.
   ATTNRES_INLINE Vec<float> load(const Float16* p) {
-    Vec<float> v;
-    for (int lane = 0; lane < kLanes<float>; ++lane) {
-      _Float16 value;
-      __builtin_memcpy(&value, p + lane, sizeof(value));
-      v[lane] = static_cast<float>(value);
-    }
-    return v;
+    const Bits half = __builtin_convertvector(*reinterpret_cast<const Packed*>(p), Bits);
+    const Bits magnitude = (half & 0x7fff) << 13;
+    const Bits exponent = magnitude & 0x0f800000;
+    const Bits normal = magnitude + (112u << 23);
+    const Bits tiny = bits_of(value(magnitude + (113u << 23)) - value(Bits{} + (113u << 23)));
+    const Bits special = magnitude + (224u << 23);  // infinity and NaN
+    const Bits is_tiny = reinterpret_cast<Bits>(exponent == 0);
+    const Bits is_special = reinterpret_cast<Bits>(exponent == 0x0f800000);
+    const Bits result = select(is_tiny, tiny, select(is_special, special, normal));
+    return value(result | (half & 0x8000) << 16);
   }
+  // Rounds to nearest, ties to even. A NaN becomes quiet.
   ATTNRES_INLINE void store(Float16* p, Vec<float> v) {
-    for (int lane = 0; lane < kLanes<float>; ++lane) {
-      const _Float16 value = static_cast<_Float16>(v[lane]);
-      __builtin_memcpy(p + lane, &value, sizeof(value));
-    }
+    const Bits sign = bits_of(v) & 0x80000000;
+    const Bits magnitude = bits_of(v) ^ sign;
+    const Bits normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+    // Adding 1/2 shifts a small number's last bit of a half to the last bit of a float, and rounds
+    // there.
+    const Bits tiny = bits_of(value(magnitude) + value(Bits{} + (126u << 23))) - (126u << 23);
+    const Bits is_nan = reinterpret_cast<Bits>(magnitude > 0x7f800000);
+    const Bits special = select(is_nan, Bits{} + 0x7e00, Bits{} + 0x7c00);
+    const Bits is_tiny = reinterpret_cast<Bits>(magnitude < (113u << 23));
+    const Bits is_special = reinterpret_cast<Bits>(magnitude >= (143u << 23));
+    const Bits result = select(is_tiny, tiny, select(is_special, special, normal)) | sign >> 16;
+    *reinterpret_cast<Packed*>(p) = __builtin_convertvector(result, Packed);
   }
 };
 #endif
