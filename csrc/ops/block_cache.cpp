@@ -76,6 +76,7 @@ void block_cache_write(const Tensor& slots, const Tensor& rstd, const Tensor& de
   check_eps(kName, eps, eps);
   Inputs inputs;
   BlockCacheWrite p;
+  p.op = kName;
   p.num_tokens = slots.size(1);
   p.hidden = slots.size(2);
   p.delta = inputs.rows(delta);
@@ -170,6 +171,7 @@ void block_cache_inter(const Tensor& slots, const Tensor& rstd, int64_t count,
   std::vector<ConstRows> rows;
   for (int64_t i = 0; i < count; ++i) rows.push_back(as_const(slot_rows(slots, i)));
   InterBlockForward p;
+  p.op = kName;
   p.num_tokens = slots.size(1);
   p.hidden = slots.size(2);
   p.num_sources = static_cast<int>(count);

@@ -13,6 +13,7 @@ DepthAttentionForward prepare_read(const char* op, Inputs& inputs, const Tensor&
   check_gain({op, "out_weight"}, out_weight, source);
   check_eps(op, eps, out_eps.value_or(eps));
   DepthAttentionForward p;
+  p.op = op;
   p.num_tokens = num_rows(source);
   p.hidden = source.size(source.dim() - 1);
   p.query = inputs.vector(query);
@@ -74,6 +75,7 @@ BackwardCall::BackwardCall(const char* op, const std::vector<Tensor>& sources, c
   add_sources(inputs_, rows_, sources);
   grad_rows_.resize(rows_.size());
   base_rows_.resize(rows_.size());
+  p_.op = op;
   p_.num_tokens = read.num_tokens;
   p_.hidden = read.hidden;
   p_.num_sources = static_cast<int>(rows_.size());

@@ -50,6 +50,7 @@ Result attend(const std::vector<Tensor>& blocks, const Tensor& queries,
   const Tensor& like = blocks[0];
 
   InterBlockForward p;
+  p.op = kName;
   p.num_tokens = num_rows(like);
   p.hidden = like.size(like.dim() - 1);
   p.num_sources = static_cast<int>(rows.size());
@@ -106,6 +107,7 @@ struct Backward {
     add_sources(inputs, rows, blocks);
     grad_rows.resize(rows.size());
     base_rows.resize(rows.size());
+    p.op = kName;
     p.num_tokens = num_rows(like);
     p.hidden = like.size(like.dim() - 1);
     p.num_sources = static_cast<int>(rows.size());

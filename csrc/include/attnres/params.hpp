@@ -45,14 +45,14 @@ using ConstVector = VectorOf<const void>;
 // out = softmax-weighted mix of N sources, optionally RMS-normalised.
 //
 // The same struct serves every operator that reads N sources once:
-//   block summation   `delta` is added to the last source first; the sum is rounded to
-//   `new_partial`'s dtype, stored there,
-//                     and that rounded value is scored and mixed. A last source without data counts
-//                     as zero.
-//   merging a state   `first_logit` is the log-sum-exp that belongs to source 0, an already mixed
-//   value that is not scored. block cache       `known_rstd` holds 1/rms of the first
-//   `num_known_rstd` sources.
+// - Block summation: `delta` is added to the last source first; the sum is rounded to
+//   `new_partial`'s dtype, stored there, and that rounded value is scored and mixed. A last source
+//   without data counts as zero.
+// - Merging a state: `first_logit` is the log-sum-exp that belongs to source 0, an already mixed
+//   value that is not scored.
+// - Block cache: `known_rstd` holds 1/rms of the first `num_known_rstd` sources.
 struct DepthAttentionForward {
+  const char* op = "";  // the operator that was called, for error messages
   int64_t num_tokens = 0;
   int64_t hidden = 0;
   int num_sources = 0;
@@ -82,6 +82,7 @@ struct DepthAttentionForward {
 };
 
 struct DepthAttentionBackward {
+  const char* op = "";  // the operator that was called, for error messages
   int64_t num_tokens = 0;
   int64_t hidden = 0;
   int num_sources = 0;
@@ -116,6 +117,7 @@ struct DepthAttentionBackward {
 
 // Phase 1: S queries against N finished blocks.
 struct InterBlockForward {
+  const char* op = "";  // the operator that was called, for error messages
   int64_t num_tokens = 0;
   int64_t hidden = 0;
   int num_sources = 0;
@@ -136,6 +138,7 @@ struct InterBlockForward {
 };
 
 struct InterBlockBackward {
+  const char* op = "";  // the operator that was called, for error messages
   int64_t num_tokens = 0;
   int64_t hidden = 0;
   int num_sources = 0;
@@ -163,6 +166,7 @@ struct InterBlockBackward {
 
 // slot = add ? round(slot + delta) : delta, and the 1/rms of the result.
 struct BlockCacheWrite {
+  const char* op = "";  // the operator that was called, for error messages
   int64_t num_tokens = 0;
   int64_t hidden = 0;
   ConstRows delta;
