@@ -25,5 +25,9 @@ ATTNRES_LAUNCHER launch_depth_attention_forward_sm80(const DepthAttentionForward
                                                      const LaunchContext& context);
 ATTNRES_LAUNCHER launch_depth_attention_forward_sm90(const DepthAttentionForward& p,
                                                      const LaunchContext& context);
+ATTNRES_LAUNCHER launch_depth_attention_backward_sm80(const DepthAttentionBackward& p,
+                                                      const LaunchContext& context);
+ATTNRES_LAUNCHER launch_depth_attention_backward_sm90(const DepthAttentionBackward& p,
+                                                      const LaunchContext& context);
 
 }  // namespace attnres::cuda

@@ -5,6 +5,7 @@
 #include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/shim_utils.h>
 
+#include <algorithm>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -90,32 +91,64 @@ std::string text(const Device& device, int index) {
          ")";
 }
 
-void depth_attention_forward(const DepthAttentionForward& p, int index) {
-  const bool plain = p.delta.data == nullptr && p.new_partial.data == nullptr &&
-                     p.first_logit == nullptr && p.known_rstd == nullptr && p.last_rstd == nullptr;
-  STD_TORCH_CHECK(plain,
-                  "attnres_ext has no CUDA kernel for block summation, for merging a state or for "
-                  "the block cache: on CUDA it computes depth_attention. Move the tensors to the "
-                  "CPU, or add `partial + delta` and call depth_attention");
-  STD_TORCH_CHECK(p.num_tokens <= kMaxTokens, "depth_attention: sources have ", p.num_tokens,
+void check_size(const char* op, int64_t num_tokens, int64_t hidden) {
+  STD_TORCH_CHECK(num_tokens <= kMaxTokens, op, ": sources have ", num_tokens,
                   " rows of values, expected at most ", kMaxTokens, " on CUDA");
-  STD_TORCH_CHECK(p.hidden <= kMaxHidden, "depth_attention: sources have rows of ", p.hidden,
+  STD_TORCH_CHECK(hidden <= kMaxHidden, op, ": sources have rows of ", hidden,
                   " values, expected at most ", kMaxHidden, " on CUDA");
+}
+
+// Starts the launcher of the device's architecture on the current stream.
+template <typename Params>
+void launch_on(int index, const Params& p, cudaError_t (*sm80)(const Params&, const LaunchContext&),
+               cudaError_t (*sm90)(const Params&, const LaunchContext&)) {
+  check_size(p.op, p.num_tokens, p.hidden);
   const Device& device = device_at(index);
   const DeviceGuard guard(index);
-
-  const auto launch = device.capability >= 90   ? launch_depth_attention_forward_sm90
-                      : device.capability >= 80 ? launch_depth_attention_forward_sm80
-                                                : nullptr;
-  STD_TORCH_CHECK(launch != nullptr, "depth_attention: ", text(device, index),
+  const auto launch = device.capability >= 90 ? sm90 : device.capability >= 80 ? sm80 : nullptr;
+  STD_TORCH_CHECK(launch != nullptr, p.op, ": ", text(device, index),
                   " has no kernel in this build of attnres_ext, which holds the sets "
                   "\"" ATTNRES_CUDA_ARCHITECTURES
                   "\" (80 serves 8.x, 90 serves 9.0 and later); build it with the right "
                   "ATTNRES_CUDA_ARCHS, or move the tensors to the CPU");
   const cudaError_t status = launch(p, {current_stream(index), index, device.limits});
-  STD_TORCH_CHECK(status == cudaSuccess, "depth_attention: the launch over ", p.num_sources,
-                  " sources of ", p.num_tokens, " x ", p.hidden, " values failed on ",
-                  text(device, index), ": ", describe(status));
+  STD_TORCH_CHECK(status == cudaSuccess, p.op, ": the launch over ", p.num_sources, " sources of ",
+                  p.num_tokens, " x ", p.hidden, " values failed on ", text(device, index), ": ",
+                  describe(status));
+}
+
+void depth_attention_forward(const DepthAttentionForward& p, int index) {
+  launch_on(index, p, launch_depth_attention_forward_sm80, launch_depth_attention_forward_sm90);
+}
+
+void depth_attention_backward(const DepthAttentionBackward& p, int index) {
+  launch_on(index, p, launch_depth_attention_backward_sm80, launch_depth_attention_backward_sm90);
+}
+
+int64_t num_weight_gradient_parts(int64_t num_tokens, int index) {
+  const int64_t most =
+      int64_t{kPartsPerMultiprocessor} * device_at(index).limits.num_multiprocessors;
+  return std::clamp<int64_t>(num_tokens, 1, most);
+}
+
+// Block summation of one source that is not attended to.
+void block_cache_write(const BlockCacheWrite& write, int index) {
+  ConstRows slot = {write.slot.data, write.slot.inner, write.slot.outer_stride,
+                    write.slot.inner_stride, write.slot.dtype};
+  if (!write.add) slot.data = nullptr;
+  DepthAttentionForward p;
+  p.op = write.op;
+  p.num_tokens = write.num_tokens;
+  p.hidden = write.hidden;
+  p.num_sources = 1;
+  p.sources = &slot;
+  p.eps = write.eps;
+  p.delta = write.delta;
+  p.new_partial = write.slot;
+  p.last_rstd = write.rstd;
+  const bool wide = write.slot.dtype == DType::kFloat64 || write.delta.dtype == DType::kFloat64;
+  p.compute = wide ? DType::kFloat64 : DType::kFloat32;
+  depth_attention_forward(p, index);
 }
 
 }  // namespace
@@ -125,6 +158,9 @@ const Backend& cuda_backend() {
   static constexpr Backend kBackend = [] {
     Backend backend{};
     backend.depth_attention_forward = cuda::depth_attention_forward;
+    backend.depth_attention_backward = cuda::depth_attention_backward;
+    backend.num_weight_gradient_parts = cuda::num_weight_gradient_parts;
+    backend.block_cache_write = cuda::block_cache_write;
     return backend;
   }();
   return kBackend;

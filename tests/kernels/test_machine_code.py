@@ -20,9 +20,11 @@ ROOT = Path(__file__).resolve().parents[2]
 MOST_PARAMETER_BYTES = 32764
 #: Chunks of a thread, by policy: DepthAttentionPolicy<Elements, Loader, chunks>, capacity.
 DEPTH_ATTENTION = re.compile(
-    r"depth_attention_fwd_kernel<DepthAttentionPolicy<(?P<elements>.+), (?P<loader>\w+), "
-    r"(?P<chunks>\d)>, (?P<capacity>\d+)>"
+    r"depth_attention_(?P<way>fwd|bwd)_kernel<DepthAttentionPolicy<(?P<elements>.+), "
+    r"(?P<loader>\w+), (?P<chunks>\d)>, (?P<capacity>\d+)>"
 )
+#: Adds up what the CTAs of the backward found: no rows, no policy.
+WEIGHT_GRADIENT = re.compile(r"depth_attention_weight_gradient_kernel<(float|double)>")
 
 
 def load_tool() -> ModuleType:
@@ -54,9 +56,15 @@ def kernels() -> list:
     return found
 
 
-def parts(kernel) -> re.Match[str]:
-    found = DEPTH_ATTENTION.fullmatch(kernel.name)
-    assert found is not None, f"{kernel.name}: give this kernel a budget"
+def with_policies(kernels: list) -> list[tuple]:
+    """The kernels that take rows, each with the parts of its name."""
+    found = []
+    for kernel in kernels:
+        if WEIGHT_GRADIENT.fullmatch(kernel.name):
+            continue
+        parts = DEPTH_ATTENTION.fullmatch(kernel.name)
+        assert parts is not None, f"{kernel.name}: give this kernel a budget"
+        found.append((kernel, parts))
     return found
 
 
@@ -75,7 +83,8 @@ def test_every_architecture_has_every_kernel(kernels) -> None:
     names = list(by_arch.values())
     assert all(found == names[0] for found in names), by_arch.keys()
     # Combinations multiply quietly: more than this many want a reason.
-    assert len(names[0]) <= 16
+    for stem, most in {"fwd": 13, "bwd": 7, "weight_gradient": 2}.items():
+        assert sum(f"_{stem}_kernel" in name for name in names[0]) <= most
 
 
 def test_nothing_lives_in_local_memory(kernels) -> None:
@@ -84,50 +93,54 @@ def test_nothing_lives_in_local_memory(kernels) -> None:
 
 
 def test_registers_are_what_the_plan_counts_on(kernels) -> None:
-    for kernel in kernels:
-        found = parts(kernel)
-        words = 2 if "double" in found["elements"] else 1
-        # depth_attention_registers() in csrc/cuda/kernels/depth_attention_tile.hpp
-        budget = 2 * int(found["chunks"]) * width(found["elements"]) * words + 64
+    for kernel, parts in with_policies(kernels):
+        is_double = "double" in parts["elements"]
+        share = int(parts["chunks"]) * width(parts["elements"]) * (2 if is_double else 1)
+        # depth_attention_registers() and depth_attention_backward_registers() in
+        # csrc/cuda/kernels/depth_attention_tile.hpp; kDispatchRegisters in
+        # csrc/cuda/common/elements.cuh
+        dispatch = 32 if is_double else 16 if "Mixed" in parts["elements"] else 0
+        budget = (2 if parts["way"] == "fwd" else 3) * share + 64 + dispatch
         assert kernel.registers <= budget, f"{kernel.arch} {kernel.name}"
 
 
 def test_parameters_fit(kernels) -> None:
-    for kernel in kernels:
+    for kernel, parts in with_policies(kernels):
         assert kernel.constant <= MOST_PARAMETER_BYTES
-        if parts(kernel)["capacity"] == "16":
+        if parts["capacity"] == "16":
             # A launch copies them: a short list of sources has a short table.
-            assert kernel.constant <= 2048
+            assert kernel.constant <= (2048 if parts["way"] == "fwd" else 3072), kernel.name
 
 
 def test_rows_arrive_by_the_policy_s_copies(kernels) -> None:
-    for kernel in kernels:
-        loader = parts(kernel)["loader"]
-        if loader == "BulkRing":
+    for kernel, parts in with_policies(kernels):
+        if parts["loader"] == "BulkRing":
             assert kernel.bulk_copies == 1, kernel.name
-        elif loader == "CpAsyncRing":
-            assert kernel.async_copies(wide=True) >= int(parts(kernel)["chunks"]), kernel.name
+        elif parts["loader"] == "CpAsyncRing":
+            assert kernel.async_copies(wide=True) >= int(parts["chunks"]), kernel.name
             assert kernel.async_copies(wide=False) == 0, kernel.name
 
 
 def test_inner_loops_read_sixteen_bytes_at_a_time(kernels) -> None:
-    for kernel in kernels:
-        found = parts(kernel)
-        if not found["elements"].startswith("Uniform"):
+    for kernel, parts in with_policies(kernels):
+        if not parts["elements"].startswith("Uniform"):
             continue
-        chunks = int(found["chunks"])
+        chunks = int(parts["chunks"])
         inner = [loop for loop in kernel.loops if loop.loads(wide=True)]
-        # One loop over the sources for the logits and one for the mix.
-        assert len(inner) == 2, f"{kernel.arch} {kernel.name}: {kernel.loops}"
+        # One loop over the sources for the logits and one for the mix; the backward has two more,
+        # for <g, v> and for dv.
+        assert len(inner) == (2 if parts["way"] == "fwd" else 4), (
+            f"{kernel.arch} {kernel.name}: {kernel.loops}"
+        )
         for loop in inner:
             wide = loop.loads(wide=True)
             # The compiler may handle several sources in an iteration; each is read once.
             assert wide % chunks == 0, f"{kernel.arch} {kernel.name}: {loop}"
-            values = wide * width(found["elements"])
+            values = wide * width(parts["elements"])
             assert values <= loop.multiply_adds <= 2 * values + 4
 
 
 def test_outputs_are_written_sixteen_bytes_at_a_time(kernels) -> None:
-    for kernel in kernels:
-        if parts(kernel)["elements"].startswith("Uniform"):
-            assert kernel.global_stores(wide=True) >= int(parts(kernel)["chunks"]), kernel.name
+    for kernel, parts in with_policies(kernels):
+        if parts["elements"].startswith("Uniform"):
+            assert kernel.global_stores(wide=True) >= int(parts["chunks"]), kernel.name

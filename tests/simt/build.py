@@ -69,7 +69,7 @@ def build_runner(flavour: str) -> Path:
         for old in folder.glob(f"runner-{flavour}-*"):
             old.unlink(missing_ok=True)
         unfinished = folder / f".{runner.name}.{os.getpid()}"
-        inputs = [str(HERE / "runner.cpp"), str(HERE / "executor.cpp")]
+        inputs = [str(path) for path in sorted(HERE.glob("*.cpp"))]
         done = subprocess.run(
             [*command, *inputs, "-o", str(unfinished)], capture_output=True, text=True, check=False
         )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import struct
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from torch import Tensor
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 RINGS = {"cp_async": 0, "bulk": 1}
 ORDERS = {"forward": 0, "backward": 1, "random": 2}
+OUTPUTS = ("out", "mix", "weights", "stats", "new_partial", "last_rstd")
 
 
 @dataclass
@@ -57,10 +60,14 @@ def rows(
 
 @dataclass
 class Case:
-    """One call of the kernel, ready to be written."""
+    """One call of the forward, ready to be written.
+
+    With ``delta`` the last source is a partial sum (``absent_partial``: there is none, its rows are
+    only what the sum looks like); ``in_place`` puts the sum where the partial was.
+    """
 
     sources: list[Rows]
-    query: Tensor
+    query: Tensor | None
     key_weight: Tensor | None = None
     out_weight: Tensor | None = None
     eps: float = 1e-6
@@ -70,6 +77,12 @@ class Case:
     order: str = "forward"
     limits: Limits = field(default_factory=Limits)
     keep_mix: bool = True
+    delta: Rows | None = None
+    absent_partial: bool = False
+    in_place: bool = False
+    first_logit: Tensor | None = None
+    known_rstd: Tensor | None = None
+    attend: bool = True
 
     @property
     def tokens(self) -> tuple[int, int]:
@@ -85,7 +98,15 @@ class Case:
 
     @property
     def values(self) -> list[Tensor]:
-        return [source.view for source in self.sources]
+        """The rows that are scored and mixed."""
+        values = [source.view for source in self.sources]
+        if self.delta is not None:
+            dtype = self.compute
+            total = self.delta.view.to(dtype)
+            if not self.absent_partial:
+                total = total + values[-1].to(dtype)
+            values[-1] = total.to(values[-1].dtype)
+        return values
 
     @property
     def out_dtype(self) -> torch.dtype:
@@ -96,64 +117,93 @@ class Case:
 
     @property
     def compute(self) -> torch.dtype:
-        return torch.float64 if self.out_dtype == torch.float64 else torch.float32
+        dtypes = [source.view.dtype for source in self.sources]
+        dtypes += [] if self.delta is None else [self.delta.view.dtype]
+        return torch.float64 if torch.float64 in dtypes else torch.float32
 
     def output_shapes(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of out, mix, weights and stats."""
+        """Shape and dtype of out, mix, weights, stats, new_partial and last_rstd."""
         count, tokens = len(self.sources), self.num_tokens
-        mix = [((tokens, self.hidden), self.compute)] if self.keep_mix else [((0,), self.compute)]
-        return [
-            ((tokens, self.hidden), self.out_dtype),
-            *mix,
+        rows = (tokens, self.hidden)
+        outputs = [
+            (rows if self.attend else (0,), self.out_dtype),
+            (rows if self.attend and self.keep_mix else (0,), self.compute),
             ((count, tokens), self.compute),
             ((2 * count + 1, tokens), self.compute),
+            ((0,), self.sources[-1].view.dtype),
+            ((0,), torch.float32),
         ]
+        if self.delta is not None:
+            outputs[4] = (rows, self.sources[-1].view.dtype)
+            outputs[5] = ((tokens,), torch.float32)
+        return outputs
+
+    def encode_head(self, seed: int, is_backward: int) -> bytes:
+        """How to run the case, and its sizes."""
+        limits = self.limits
+        return b"".join(
+            [
+                struct.pack("=4q", is_backward, RINGS[self.ring], ORDERS[self.order], seed),
+                struct.pack(
+                    "=3q",
+                    limits.multiprocessors,
+                    limits.shared_per_multiprocessor,
+                    limits.shared_per_cta,
+                ),
+                struct.pack(
+                    "=4q", self.num_tokens, self.hidden, len(self.sources), DTYPES[self.compute]
+                ),
+                struct.pack("=3d", self.eps, self.out_eps, self.scale),
+            ]
+        )
 
     def encode(self, seed: int) -> bytes:
         """The bytes of the case in the order in which the runner takes them."""
-        limits = self.limits
-        parts = [
-            struct.pack("=3q", RINGS[self.ring], ORDERS[self.order], seed),
-            struct.pack(
-                "=3q",
-                limits.multiprocessors,
-                limits.shared_per_multiprocessor,
-                limits.shared_per_cta,
-            ),
-            struct.pack(
-                "=4q", self.num_tokens, self.hidden, len(self.sources), DTYPES[self.compute]
-            ),
-            struct.pack("=3d", self.eps, self.out_eps, self.scale),
-        ]
-        for source in self.sources:
-            outer, inner, _ = source.view.stride()
-            parts.append(
-                _tensor(source.storage, self.tokens[1], outer, inner, offset=source.offset)
-            )
-        for gain in (self.query, self.key_weight, self.out_weight):
-            parts.append(_absent() if gain is None else _tensor(gain, 1, 0, 0))
-        for shape, dtype in self.output_shapes():
-            size = torch.Size(shape).numel() * dtype.itemsize
-            header = (DTYPES[dtype], max(self.num_tokens, 1), 0, self.hidden, 0, size or -1)
-            parts.append(struct.pack("=6q", *header))
+        known = 0 if self.known_rstd is None else len(self.known_rstd)
+        parts = [self.encode_head(seed, 0), struct.pack("=2q", known, self.in_place)]
+        parts += [encode_rows(source) for source in self.sources]
+        if self.absent_partial:
+            parts[-1] = encode_absent(self.sources[-1].view.dtype)
+        for vector in (self.query, self.key_weight, self.out_weight):
+            parts.append(encode_absent() if vector is None else encode_tensor(vector, 1, 0, 0))
+        parts.append(encode_absent() if self.delta is None else encode_rows(self.delta))
+        for vector in (self.first_logit, self.known_rstd):
+            parts.append(encode_absent() if vector is None else encode_tensor(vector, 1, 0, 0))
+        parts += [encode_output(shape, dtype, self.hidden) for shape, dtype in self.output_shapes()]
         return b"".join(parts)
 
 
-def _absent() -> bytes:
-    return struct.pack("=6q", 0, 1, 0, 0, 0, -1)
+def encode_absent(dtype: torch.dtype = torch.float32) -> bytes:
+    """A tensor that is not there."""
+    return struct.pack("=6q", DTYPES[dtype], 1, 0, 0, 0, -1)
 
 
-def _tensor(
+def encode_rows(rows: Rows) -> bytes:
+    """Rows with their strides, offset and storage."""
+    outer, inner, _ = rows.view.stride()
+    return encode_tensor(rows.storage, rows.view.shape[1], outer, inner, offset=rows.offset)
+
+
+def encode_tensor(
     data: Tensor, inner: int, outer_stride: int, inner_stride: int, offset: int = 0
 ) -> bytes:
+    """A tensor of any shape, contiguous in its storage."""
     raw = bytes(data.contiguous().view(torch.uint8).numpy())
     header = (DTYPES[data.dtype], inner, outer_stride, inner_stride, offset, len(raw))
     return struct.pack("=6q", *header) + raw
 
 
+def encode_output(
+    shape: tuple[int, ...], dtype: torch.dtype, hidden: int, offset: int = 0
+) -> bytes:
+    """An output of contiguous rows; one of no elements is absent."""
+    size = torch.Size(shape).numel() * dtype.itemsize
+    return struct.pack("=6q", DTYPES[dtype], 1 << 40, 0, hidden, offset, size or -1)
+
+
 @dataclass
-class Result:
-    """What a case's launch was, and its outputs."""
+class Launched:
+    """What a case's launch was."""
 
     uses_slots: bool
     resident: bool
@@ -162,13 +212,23 @@ class Result:
     num_threads: int
     num_ctas: int
     shared_bytes: int
+
+
+@dataclass
+class Result(Launched):
+    """What a forward's launch was, and its outputs."""
+
     out: Tensor
     mix: Tensor
     weights: Tensor
     stats: Tensor
+    new_partial: Tensor
+    last_rstd: Tensor
 
 
-def run(runner: Path, cases: list[Case], folder: Path) -> list[Result]:
+def run_cases(
+    runner: Path, cases: Sequence[Any], folder: Path
+) -> list[tuple[Launched, list[Tensor]]]:
     """Runs the cases in one process; fails with what the process said."""
     (folder / "cases").write_bytes(b"".join(case.encode(seed) for seed, case in enumerate(cases)))
     done = subprocess.run(
@@ -178,7 +238,7 @@ def run(runner: Path, cases: list[Case], folder: Path) -> list[Result]:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    data = (folder / "results").read_bytes()
+    data = bytearray((folder / "results").read_bytes())
     results = []
     position = 0
     for case in cases:
@@ -186,10 +246,24 @@ def run(runner: Path, cases: list[Case], folder: Path) -> list[Result]:
         position += 7 * 8
         outputs = []
         for shape, dtype in case.output_shapes():
-            size = torch.Size(shape).numel() * dtype.itemsize
-            raw = torch.tensor(list(data[position : position + size]), dtype=torch.uint8)
-            outputs.append(raw.view(dtype).reshape(shape))
-            position += size
-        results.append(Result(bool(report[0]), bool(report[1]), *report[2:], *outputs))
+            count = torch.Size(shape).numel()
+            if count == 0:
+                outputs.append(torch.empty(shape, dtype=dtype))
+                continue
+            outputs.append(
+                torch.frombuffer(data, dtype=dtype, count=count, offset=position)
+                .clone()
+                .reshape(shape)
+            )
+            position += count * dtype.itemsize
+        results.append((Launched(bool(report[0]), bool(report[1]), *report[2:]), outputs))
     assert position == len(data)
     return results
+
+
+def run(runner: Path, cases: Sequence[Case], folder: Path) -> list[Result]:
+    """Runs forwards."""
+    return [
+        Result(**vars(launched), **dict(zip(OUTPUTS, outputs, strict=True)))
+        for launched, outputs in run_cases(runner, cases, folder)
+    ]

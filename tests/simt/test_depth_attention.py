@@ -70,33 +70,54 @@ def definition(case: Case, dtype: torch.dtype | None = None) -> dict[str, Tensor
     key_weight = None if case.key_weight is None else case.key_weight.to(to)
     rstd = torch.rsqrt(values.square().mean(-1) + case.eps)
     logits = reference.logits(values, query, key_weight, case.eps, case.scale)
+    if case.known_rstd is not None:
+        known = slice(len(case.known_rstd))
+        logits[known] *= case.known_rstd.to(to) / rstd[known]
+        rstd[known] = case.known_rstd.to(to)
+    if case.first_logit is not None:
+        rstd[0] = 0
+        logits[0] = case.first_logit
+        values = values.clone()
+        values[0, case.first_logit == float("-inf")] = 0
     lse = torch.logsumexp(logits, 0, keepdim=True)
-    arguments = {"eps": case.eps, "out_eps": case.out_eps, "scale": case.scale}
-    mix, weights = reference.depth_attention(
-        list(values), query, key_weight, return_weights=True, **arguments
-    )
-    out = mix
+    weights = torch.softmax(logits, 0)
+    out = mix = (weights.unsqueeze(-1) * values).sum(0)
     if case.out_weight is not None:
         out = reference.rms_norm(mix, case.out_weight.to(to), case.out_eps)
-    return {"out": out, "mix": mix, "weights": weights, "stats": torch.cat([rstd, logits, lse])}
+    stats = torch.cat([rstd, logits, lse])
+    return {"out": out, "mix": mix, "weights": weights, "stats": stats, "last_rstd": rstd[-1]}
 
 
 def check(case: Case, result: Result) -> None:
     """Within twice the error of plain PyTorch in the compute dtype plus one rounding."""
     exact = definition(case)
     plain = definition(case, case.compute)
-    for name in ("out", "mix", "weights", "stats"):
+    if case.delta is not None:
+        new_partial = case.values[-1].reshape(-1, case.hidden)
+        assert torch.equal(result.new_partial, new_partial), "new_partial is not the rounded sum"
+    for name in ("out", "mix", "weights", "stats", "last_rstd"):
         got = getattr(result, name)
         if got.numel() == 0:
             continue
+        if name == "stats" and case.first_logit is not None:
+            # An empty state's logit: the only value that may not be finite.
+            assert torch.equal(got[len(case.sources)], case.first_logit.to(got.dtype))
+            got = got.clone()
+            got[len(case.sources)] = 0
+            for stats in (exact[name], plain[name]):
+                stats[len(case.sources)] = 0
         want, eager = exact[name], plain[name]
         assert got.isfinite().all(), f"{name} holds NaN or infinity"
         error = (got.double() - want).abs().max()
         # Sums in another order: a few roundings of the compute dtype more or less.
         rounding = torch.finfo(got.dtype).eps / 2 * want.abs().max()
-        order = 8 * torch.finfo(case.compute).eps * want.abs().max()
+        # A rounding of a logit is a relative error of its weight.
+        count = len(case.sources)
+        logits = exact["stats"][count : 2 * count]
+        roundings = 8 + logits[logits.isfinite()].abs().max()
+        order = roundings * torch.finfo(case.compute).eps * want.abs().max()
         if case.compute == torch.float64:
-            allowed = 64 * order
+            allowed = 64 * order + rounding
         else:
             allowed = 2 * (eager.double() - want).abs().max() + rounding + order
         assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"
@@ -298,3 +319,144 @@ def test_result_of_a_row_depends_on_that_row_alone(runner: Path, tmp_path: Path)
     large, small = run(runner, [whole, alone], tmp_path)
     assert torch.equal(large.out[4], small.out[0])
     assert torch.equal(large.stats[:, 4], small.stats[:, 0])
+
+
+def summed(
+    count: int,
+    hidden: int,
+    dtypes: torch.dtype | list[torch.dtype] = torch.bfloat16,
+    *,
+    delta_dtype: torch.dtype | None = None,
+    layout: str = "contiguous",
+    **options: object,
+) -> Case:
+    """Block summation: the last source is a partial, and there is a delta."""
+    case = make(count, hidden, dtypes, **options)  # type: ignore[arg-type]
+    dtype = delta_dtype or case.sources[-1].view.dtype
+    case.delta = rows(case.tokens, hidden, dtype, layout)
+    return case
+
+
+SUM_WAYS = [{}, {"in_place": True}, {"absent_partial": True}]
+
+
+@pytest.mark.parametrize("ring", ["cp_async", "bulk"])
+def test_block_summation(ring: str, runner: Path, tmp_path: Path) -> None:
+    cases = [
+        summed(count, hidden, dtype, ring=ring, order=order, norm=norm, **way)
+        for (count, hidden, dtype), way, order, norm in zip(
+            [
+                (1, 264, torch.bfloat16),
+                (2, 264, torch.float32),
+                (9, 136, torch.float16),
+                (16, 64, torch.bfloat16),  # a full short table, and the delta
+                (3, 8, torch.float32),
+                (1, 520, torch.float16),
+            ],
+            itertools.cycle(SUM_WAYS),
+            itertools.cycle(["forward", "backward", "random"]),
+            itertools.cycle([True, False]),
+            strict=False,
+        )
+    ]
+    assert all(result.resident for result in run_and_check(runner, cases, tmp_path))
+
+
+@pytest.mark.parametrize("ring", ["cp_async", "bulk"])
+def test_block_summation_of_rows_that_stream(ring: str, runner: Path, tmp_path: Path) -> None:
+    cases = [
+        summed(count, hidden, torch.bfloat16, ring=ring, order=order, limits=TINY, **way)
+        for (count, hidden), way, order in zip(
+            [(1, 2048), (6, 1024), (5, 1024), (9, 1024)],
+            [SUM_WAYS[1], *SUM_WAYS],
+            itertools.cycle(["forward", "random"]),
+            strict=False,
+        )
+    ]
+    # Two spans, a mix made twice: every sweep but the first reads the sum where it was put.
+    cases += [
+        summed(2, 7696, torch.float32, ring=ring, tokens=(1, 2), limits=limits, in_place=True)
+        for limits in (Limits(multiprocessors=1), Limits(1, 64 * 1024, 63 * 1024))
+    ]
+    results = run_and_check(runner, cases, tmp_path)
+    assert [result.resident for result in results] == [*[False] * 4, True, False]
+
+
+@pytest.mark.parametrize("ring", ["cp_async", "bulk"])
+def test_block_summation_in_awkward_rows(ring: str, runner: Path, tmp_path: Path) -> None:
+    mixed = [torch.bfloat16, torch.float32, torch.float16]
+    cases = [
+        summed(3, 264, mixed, ring=ring, delta_dtype=torch.float32, in_place=True),
+        summed(2, 64, torch.bfloat16, ring=ring, delta_dtype=torch.float32, absent_partial=True),
+        summed(2, 64, torch.bfloat16, ring=ring, layout="sliced", layouts="sliced"),
+        summed(3, 131, torch.bfloat16, layouts="odd", layout="odd", in_place=True),
+        summed(2, 64, torch.bfloat16, layout="misaligned"),
+        summed(2, 37, [torch.bfloat16, torch.float16], absent_partial=True, norm=False),
+        summed(2, 37, torch.bfloat16, delta_dtype=torch.float64, in_place=True),
+        summed(256, 40, torch.bfloat16, tokens=(1, 1), ring=ring, in_place=True),
+        summed(256, 33, torch.bfloat16, tokens=(1, 1)),
+        summed(2, 4001, torch.float32, tokens=(1, 2), in_place=True),
+    ]
+    run_and_check(runner, cases, tmp_path)
+
+
+@pytest.mark.parametrize("ring", ["cp_async", "bulk"])
+def test_summation_alone(ring: str, runner: Path, tmp_path: Path) -> None:
+    cases = [
+        summed(1, hidden, dtype, ring=ring, tokens=(3, 5), limits=limits, attend=False, **way)
+        for (hidden, dtype, limits), way in itertools.product(
+            [
+                (264, torch.bfloat16, Limits(multiprocessors=1)),
+                (1024, torch.float32, TINY),
+                (7, torch.float16, Limits()),
+            ],
+            SUM_WAYS,
+        )
+    ]
+    for case in cases:
+        case.query = torch.zeros(case.hidden)
+        case.key_weight = case.out_weight = None
+    for case in cases[:6]:
+        case.query = None
+    for case, result in zip(cases, run(runner, cases, tmp_path), strict=True):
+        value = case.values[0].reshape(-1, case.hidden)
+        assert torch.equal(result.new_partial, value)
+        rstd = torch.rsqrt(value.double().square().mean(-1) + case.eps).float()
+        torch.testing.assert_close(result.last_rstd, rstd, rtol=4e-6, atol=0)
+
+
+@pytest.mark.parametrize("ring", ["cp_async", "bulk"])
+def test_merging_a_state(ring: str, runner: Path, tmp_path: Path) -> None:
+    cases = [
+        make(2, 264, torch.bfloat16, ring=ring),
+        make(2, 64, [torch.float32, torch.bfloat16], ring=ring, norm=False, order="random"),
+        summed(2, 136, torch.float16, ring=ring, in_place=True),
+        summed(2, 1024, torch.bfloat16, ring=ring, limits=TINY),
+        summed(2, 129, torch.float32, layouts="odd"),
+        make(1, 64, torch.bfloat16, ring=ring),
+    ]
+    for number, case in enumerate(cases):
+        case.first_logit = 3 * torch.randn(case.num_tokens)
+        if len(case.sources) > 1:
+            # An empty state may hold anything.
+            case.first_logit[number % case.num_tokens] = float("-inf")
+            case.sources[0].view.reshape(-1, case.hidden)[number % case.num_tokens] = float("nan")
+            storage = case.sources[0].storage
+            start = (number % case.num_tokens) * case.sources[0].view.stride(1)
+            if case.sources[0].view.is_contiguous():
+                storage[start : start + case.hidden] = float("nan")
+    run_and_check(runner, cases, tmp_path)
+
+
+@pytest.mark.parametrize("ring", ["cp_async", "bulk"])
+def test_known_rstd(ring: str, runner: Path, tmp_path: Path) -> None:
+    cases = [
+        make(4, 264, torch.bfloat16, ring=ring),
+        summed(4, 264, torch.bfloat16, ring=ring, in_place=True),
+        summed(3, 33, torch.float32, absent_partial=True),
+    ]
+    for case in cases:
+        count = len(case.sources) - (case.delta is not None)
+        # Not the sources' own, to see that these are used.
+        case.known_rstd = 1 + torch.rand(count, case.num_tokens)
+    run_and_check(runner, cases, tmp_path)

@@ -157,6 +157,7 @@ struct Uniform {
   using Compute = float;
   static constexpr int kWidth = 16 / sizeof(T);
   static constexpr bool kAligned = true;
+  static constexpr int kDispatchRegisters = 0;
 
   __device__ static constexpr int bytes(DType) { return sizeof(T); }
 
@@ -169,6 +170,11 @@ struct Uniform {
                                                const Compute (&x)[kWidth]) {
     *reinterpret_cast<uint4*>(row + static_cast<int64_t>(chunk) * 16) = pack(T{}, x);
   }
+  // What a load after a store would give.
+  __device__ __forceinline__ static void round(DType, Compute (&x)[kWidth]) {
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) x[j] = widen<Compute>(narrow<T>(x[j]));
+  }
 };
 
 template <typename ComputeType, int kChunkWidth>
@@ -177,6 +183,8 @@ struct Mixed {
   static constexpr int kWidth = kChunkWidth;
   static constexpr bool kAligned = kWidth > 1;
   static_assert(kWidth == 1 || kWidth == 4 || kWidth == 8);
+  // What addresses of rows of any dtype take beside the values.
+  static constexpr int kDispatchRegisters = 4 * sizeof(Compute);
 
   __device__ static constexpr int bytes(DType dtype) { return bytes_of(dtype); }
 
@@ -221,6 +229,12 @@ struct Mixed {
           reinterpret_cast<T*>(row)[first + j] = narrow<T>(x[j]);
         }
       }
+    });
+  }
+  __device__ __forceinline__ static void round(DType dtype, Compute (&x)[kWidth]) {
+    with_storage(dtype, [&](auto type) {
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) x[j] = widen<Compute>(narrow<decltype(type)>(x[j]));
     });
   }
 };

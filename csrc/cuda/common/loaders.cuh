@@ -1,11 +1,13 @@
 // How the rows of the sources reach the threads. A loader serves the steps of a CTA in the order in
 // which the body takes them: for each row of the CTA, for each sweep, for each span of the row, for
-// each source.
+// each source. Later sweeps may have fewer sources than the first.
 //
-//   Direct          reads global memory in place; any alignment; every sweep reads again
-//   CpAsyncRing     each thread copies the chunks that it will read itself into a ring of slots
-//   (8.0 and later) BulkRing        a producer warp has the copy engine fill the slots, barriers
-//   hand them over (9.0 and later)
+// - Direct reads global memory in place; any alignment; every sweep reads again.
+// - CpAsyncRing (8.0 and later): each thread copies the chunks that it will read itself into a ring
+//   of slots.
+// - BulkRing (9.0 and later): a producer warp has the copy engine fill the slots, barriers hand
+// them
+//   over.
 //
 // A body calls acquire() for a step, reads its chunks through the view it gets, and calls release()
 // when no thread of its warp will read that slot again. Only the threads below tile.num_threads run
@@ -42,7 +44,7 @@ struct StepCursor {
 
   __device__ __forceinline__ bool done(const Args& args) const { return row >= args.num_tokens; }
   __device__ __forceinline__ void advance(const Args& args, int num_sweeps) {
-    if (++source < args.num_sources) return;
+    if (++source < (sweep == 0 ? args.num_steps : args.num_later_steps)) return;
     source = 0;
     if (++span < args.tile.num_spans) return;
     span = 0;

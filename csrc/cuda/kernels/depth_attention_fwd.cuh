@@ -4,23 +4,14 @@
 // A CTA takes one row at a time. Each thread owns the same chunks of every source's row, so between
 // reading a source for its logit and reading it again for the mix nothing moves between threads but
 // the two sums behind a logit.
+//
+// Block summation makes the last source from two rows as it reads them, stores it, and scores and
+// mixes what it stored. Merging a state takes source 0's logit as given. See attnres/params.hpp.
 #pragma once
 
-#include "common/elements.cuh"
-#include "common/loaders.cuh"
-#include "common/reduce.cuh"
-#include "kernels/depth_attention_args.cuh"
+#include "kernels/depth_attention_thread.cuh"
 
 namespace attnres::cuda {
-
-template <typename ElementsPolicy, template <typename, int, typename> class LoaderPolicy,
-          int kChunksPerThread>
-struct DepthAttentionPolicy {
-  using Elements = ElementsPolicy;
-  template <typename Args>
-  using Loader = LoaderPolicy<Elements, kChunksPerThread, Args>;
-  static constexpr int kChunks = kChunksPerThread;
-};
 
 template <typename Policy, int kCapacity>
 class DepthAttentionForwardBody {
@@ -28,10 +19,11 @@ class DepthAttentionForwardBody {
   using Compute = typename Elements::Compute;
   using Args = DepthAttentionForwardArgs<Compute, kCapacity>;
   using Loader = typename Policy::template Loader<Args>;
+  using Thread = DepthAttentionThread<Policy, Args>;
+  using Share = typename Thread::Share;
+  using Gains = typename Thread::Gains;
   static constexpr int kChunks = Policy::kChunks;
   static constexpr int kWidth = Elements::kWidth;
-  // A thread's share of a span: values of chunk k are x[k].
-  using Share = Compute[kChunks][kWidth];
 
  public:
   __device__ __forceinline__ static void run(const Args& args) {
@@ -45,24 +37,40 @@ class DepthAttentionForwardBody {
     Compute* norm_scratch = weights + args.num_sources;
 
     const bool has_norm = args.out_weight.data != nullptr;
+    const bool sums = args.new_partial.data != nullptr;
+    const int num_plain = sums ? args.num_sources - 1 : args.num_sources;
     // A mix in several spans leaves the registers before its norm is known, and is made again for
     // the output.
-    const int num_mixes = has_norm && tile.num_spans > 1 ? 2 : 1;
-    Loader loader(args, slots, barriers, tile.resident ? 1 : 1 + num_mixes);
+    const int num_mixes = args.out.data == nullptr ? 0 : has_norm && tile.num_spans > 1 ? 2 : 1;
+    Loader loader(args, slots, barriers,
+                  tile.resident || args.num_later_steps == 0 ? 1 : 1 + num_mixes);
     if (loader.produce()) return;
 
-    Share query;
-    if (tile.num_spans == 1) load_query(args, 0, query);
+    Share query = {};
+    if (tile.num_spans == 1) Thread::load_query(args, 0, query);
     RingPosition at;
     for (int64_t row = cta_rank(); row < args.num_tokens; row += num_ctas()) {
       RingPosition row_start = at;
       for (int span = 0; span < tile.num_spans; ++span) {
-        if (tile.num_spans > 1) load_query(args, span, query);
-        for (int source = 0; source < args.num_sources; ++source) {
+        if (tile.num_spans > 1) Thread::load_query(args, span, query);
+        for (int source = 0; source < num_plain; ++source) {
           const auto values = loader.acquire(at, true, row, span, source);
-          add_partial(args, values, span, source, query, partials);
+          Thread::add_partial(args, span, source, query, partials,
+                              [&](int, int chunk, Compute(&x)[kWidth]) {
+                                Elements::load(values, args.sources[source].dtype, chunk, x);
+                              });
           if (!tile.resident) loader.release(at);
           at.advance(tile.num_slots);
+        }
+        if (sums) {
+          const Summands summands = acquire_summands(loader, args, at, true, row, span);
+          std::byte* to = row_at(args.new_partial, row);
+          Thread::add_partial(args, span, num_plain, query, partials,
+                              [&](int row_chunk, int chunk, Compute(&x)[kWidth]) {
+                                add_summands(args, summands, chunk, x);
+                                Elements::store(to, args.new_partial.dtype, row_chunk, x);
+                              });
+          finish_summands(loader, args, at, !tile.resident);
         }
       }
       sync_first_threads(tile.num_threads);
@@ -77,11 +85,33 @@ class DepthAttentionForwardBody {
         const Compute out_scale = pass == 0 ? Compute(1) : inverse_rms(args, sum_of_squares);
         for (int span = 0; span < tile.num_spans; ++span) {
           Share mix = {};
-          for (int source = 0; source < args.num_sources; ++source) {
+          for (int source = 0; source < num_plain; ++source) {
             const auto values = loader.acquire(at, !tile.resident, row, span, source);
-            add_weighted(args, values, span, source, weights[source], mix);
+            // A merged state that is empty may hold anything, NaN too.
+            const bool empty = source == 0 && args.first_logit != nullptr && weights[0] == 0;
+            if (!empty) {
+              Thread::add_weighted(args, span, weights[source], mix,
+                                   [&](int, int chunk, Compute(&x)[kWidth]) {
+                                     Elements::load(values, args.sources[source].dtype, chunk, x);
+                                   });
+            }
             if (last_pass || !tile.resident) loader.release(at);
             at.advance(tile.num_slots);
+          }
+          if (sums && kKeepsSummands && tile.resident) {
+            const Summands summands = acquire_summands(loader, args, at, false, row, span);
+            Thread::add_weighted(args, span, weights[num_plain], mix,
+                                 [&](int, int chunk, Compute(&x)[kWidth]) {
+                                   add_summands(args, summands, chunk, x);
+                                 });
+            finish_summands(loader, args, at, last_pass);
+          } else if (sums) {
+            // Each thread reads back what it wrote itself.
+            const SharedView values{row_at(args.new_partial, row)};
+            Thread::add_weighted(args, span, weights[num_plain], mix,
+                                 [&](int row_chunk, int, Compute(&x)[kWidth]) {
+                                   Elements::load(values, args.new_partial.dtype, row_chunk, x);
+                                 });
           }
           if (pass == 0 && args.mix.data != nullptr) store_mix(args, row, span, mix);
           if (!has_norm) {
@@ -103,61 +133,53 @@ class DepthAttentionForwardBody {
   }
 
  private:
-  // f(k, chunk of the row, chunk of the span) for the chunks of a span that this thread owns.
-  template <typename F>
-  __device__ __forceinline__ static void for_chunks(const Args& args, int span, F&& f) {
-    const int first = first_chunk<kChunks>(args, span);
-    const int count = chunks_in_span<kChunks>(args, span);
+  // Slots keep the summands until the row is done; a row read in place may be overwritten by their
+  // sum.
+  static constexpr bool kKeepsSummands = Loader::kUsesSlots;
+
+  // The rows whose sum is the last source. Plain reads: the sum may go where a summand is.
+  struct Summands {
+    SharedView rows[2];
+  };
+  __device__ __forceinline__ static int num_summands(const Args& args) {
+    return args.num_steps - args.num_sources + 1;
+  }
+  __device__ __forceinline__ static Summands acquire_summands(Loader& loader, const Args& args,
+                                                              RingPosition at, bool first,
+                                                              int64_t row, int span) {
+    Summands summands = {};
 #pragma unroll
-    for (int k = 0; k < kChunks; ++k) {
-      const int chunk = thread_rank() + k * args.tile.num_threads;
-      if (chunk < count) f(k, first + chunk, chunk);
+    for (int i = 0; i < 2; ++i) {
+      if (i == num_summands(args)) break;
+      const int source = args.num_sources - 1 + i;
+      if constexpr (Loader::kUsesSlots) {
+        summands.rows[i] = loader.acquire(at, first, row, span, source);
+        at.advance(args.tile.num_slots);
+      } else {
+        summands.rows[i].base = step_data<Elements, kChunks>(args, row, span, source);
+      }
+    }
+    return summands;
+  }
+  __device__ __forceinline__ static void finish_summands(Loader& loader, const Args& args,
+                                                         RingPosition& at, bool release) {
+    for (int i = 0; i < num_summands(args); ++i) {
+      if (release) loader.release(at);
+      at.advance(args.tile.num_slots);
     }
   }
-
-  using Gains = Mixed<Compute, kWidth>;
-
-  __device__ __forceinline__ static void load_query(const Args& args, int span, Share& query) {
-    for_chunks(args, span, [&](int k, int chunk, int) {
-      Gains::load(GlobalView{args.query.data}, args.query.dtype, chunk, query[k]);
-      if (args.key_weight.data != nullptr) {
-        Compute gain[kWidth];
-        Gains::load(GlobalView{args.key_weight.data}, args.key_weight.dtype, chunk, gain);
+  // x = the sum, rounded as it is stored.
+  __device__ __forceinline__ static void add_summands(const Args& args, const Summands& summands,
+                                                      int chunk, Compute (&x)[kWidth]) {
+    const ConstByteRows* rows = args.sources + args.num_sources - 1;
+    Elements::load(summands.rows[0], rows[0].dtype, chunk, x);
+    if (num_summands(args) == 2) {
+      Compute more[kWidth];
+      Elements::load(summands.rows[1], rows[1].dtype, chunk, more);
 #pragma unroll
-        for (int j = 0; j < kWidth; ++j) query[k][j] *= gain[j];
-      }
-    });
-  }
-
-  // partials[warp, source] += this warp's share of (sum v^2, <query, v>).
-  template <typename View>
-  __device__ __forceinline__ static void add_partial(const Args& args, View values, int span,
-                                                     int source, const Share& query,
-                                                     Pair<Compute>* partials) {
-    Compute squares[kChunks] = {};
-    Compute dots[kChunks] = {};
-    for_chunks(args, span, [&](int k, int, int chunk) {
-      Compute x[kWidth];
-      Elements::load(values, args.sources[source].dtype, chunk, x);
-#pragma unroll
-      for (int j = 0; j < kWidth; ++j) {
-        squares[k] += x[j] * x[j];
-        dots[k] += x[j] * query[k][j];
-      }
-    });
-    Pair<Compute> sums = {squares[0], dots[0]};
-#pragma unroll
-    for (int k = 1; k < kChunks; ++k) {
-      sums.first += squares[k];
-      sums.second += dots[k];
+      for (int j = 0; j < kWidth; ++j) x[j] += more[j];
     }
-    const int lane = thread_rank() % kWarpSize;
-    const Compute sum = warp_sum_pair(sums, lane);
-    if (lane % (kWarpSize / 2) == 0) {
-      Pair<Compute>& partial = partials[thread_rank() / kWarpSize * args.num_sources + source];
-      Compute& total = lane == 0 ? partial.first : partial.second;
-      total = span == 0 ? sum : total + sum;
-    }
+    Elements::round(args.new_partial.dtype, x);
   }
 
   // One warp: logits of all sources, their softmax into `weights`, and what the caller wants to
@@ -175,19 +197,28 @@ class DepthAttentionForwardBody {
         sums.first += more.first;
         sums.second += more.second;
       }
-      const Compute rstd = inverse_square_root(sums.first * args.inverse_hidden + args.eps);
-      const Compute logit = args.scale * rstd * sums.second;
+      Compute rstd = inverse_square_root(sums.first * args.inverse_hidden + args.eps);
+      if (source < args.num_known_rstd) rstd = args.known_rstd[source * args.num_tokens + row];
+      Compute logit = args.scale * rstd * sums.second;
+      if (source == 0 && args.first_logit != nullptr) {
+        rstd = 0;
+        logit = args.first_logit[row];
+      }
       weights[source] = logit;
       largest = logit > largest ? logit : largest;
       if (stats != nullptr) {
         stats[source * args.num_tokens + row] = rstd;
         stats[(args.num_sources + source) * args.num_tokens + row] = logit;
       }
+      if (args.last_rstd != nullptr && source == args.num_sources - 1) {
+        args.last_rstd[row] = static_cast<float>(rstd);
+      }
     }
     largest = warp_max(largest);
     Compute sum = 0;
     for (int source = lane; source < args.num_sources; source += kWarpSize) {
-      const Compute e = exponential(weights[source] - largest);
+      // A single source has weight 1 whatever its logit, minus infinity too.
+      const Compute e = args.num_sources == 1 ? Compute(1) : exponential(weights[source] - largest);
       weights[source] = e;
       sum += e;
     }
@@ -201,18 +232,6 @@ class DepthAttentionForwardBody {
     if (stats != nullptr && lane == 0) {
       stats[2 * args.num_sources * args.num_tokens + row] = largest + logarithm(sum);
     }
-  }
-
-  // mix += weight * v.
-  template <typename View>
-  __device__ __forceinline__ static void add_weighted(const Args& args, View values, int span,
-                                                      int source, Compute weight, Share& mix) {
-    for_chunks(args, span, [&](int k, int, int chunk) {
-      Compute x[kWidth];
-      Elements::load(values, args.sources[source].dtype, chunk, x);
-#pragma unroll
-      for (int j = 0; j < kWidth; ++j) mix[k][j] += weight * x[j];
-    });
   }
 
   __device__ __forceinline__ static Compute squares(const Share& mix) {
@@ -232,15 +251,16 @@ class DepthAttentionForwardBody {
   __device__ __forceinline__ static void store_mix(const Args& args, int64_t row, int span,
                                                    const Share& mix) {
     std::byte* to = row_at(args.mix, row);
-    for_chunks(args, span,
-               [&](int k, int chunk, int) { Gains::store(to, kDTypeOf<Compute>, chunk, mix[k]); });
+    Thread::for_chunks(args, span, [&](int k, int chunk, int) {
+      Gains::store(to, kDTypeOf<Compute>, chunk, mix[k]);
+    });
   }
 
   // out = mix * factor * out_weight.
   __device__ __forceinline__ static void store_out(const Args& args, int64_t row, int span,
                                                    const Share& mix, Compute factor) {
     std::byte* to = row_at(args.out, row);
-    for_chunks(args, span, [&](int k, int chunk, int) {
+    Thread::for_chunks(args, span, [&](int k, int chunk, int) {
       Compute x[kWidth];
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) x[j] = mix[k][j] * factor;

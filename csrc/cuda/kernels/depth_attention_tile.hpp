@@ -37,56 +37,82 @@ constexpr int kMaxComputeThreads = kMaxThreads - kProducerThreads;
 constexpr int kRegistersPerMultiprocessor = 65536;
 
 // What the plan counts on; tests/kernels compares it with the machine code. `share_bytes` is what a
-// thread holds of the pseudo-query, and again of the mix.
-constexpr int depth_attention_registers(int share_bytes) { return 2 * share_bytes / 4 + 64; }
-static_assert(kMaxThreads * depth_attention_registers(32 * 4) <= kRegistersPerMultiprocessor);
+// thread holds of the pseudo-query, and again of the mix; `dispatch` is the elements policy's
+// kDispatchRegisters.
+constexpr int depth_attention_registers(int share_bytes, int dispatch) {
+  return 2 * share_bytes / 4 + 64 + dispatch;
+}
+static_assert(kMaxThreads * depth_attention_registers(32 * 4, 0) <= kRegistersPerMultiprocessor);
+// The backward holds u, the mix or its gradient, and the gradient of u.
+constexpr int depth_attention_backward_registers(int share_bytes, int dispatch) {
+  return 3 * share_bytes / 4 + 64 + dispatch;
+}
+static_assert(kMaxThreads * depth_attention_backward_registers(16 * 4, 16) <=
+              kRegistersPerMultiprocessor);
+// Block summation holds two slots at a time.
+constexpr int kLeastSlots = 2;
+// Parts of a weight gradient that a multiprocessor makes at most: each CTA of the backward makes
+// one.
+constexpr int kPartsPerMultiprocessor = 2;
 // What the driver takes from a CTA's shared memory.
 constexpr int kReservedSharedBytes = 1024;
 
-// Shared memory beside the slots: barriers, partial sums of every warp, softmax weights.
-constexpr int depth_attention_scratch_bytes(int num_sources, int num_warps, int num_slots,
-                                            int compute_bytes) {
-  const int barriers = num_slots * 2 * 8;
-  const int partials = num_warps * num_sources * 2 * compute_bytes;
-  const int weights = num_sources * compute_bytes;
-  const int norm = num_warps * compute_bytes;
-  return barriers + partials + weights + norm;
+// Shared memory beside the slots and their barriers. Forward: partial sums of every warp, softmax
+// weights, sums of the output norm.
+constexpr int depth_attention_scratch_bytes(int num_sources, int num_warps, int compute_bytes) {
+  return (num_warps * num_sources * 2 + num_sources + num_warps) * compute_bytes;
+}
+// Backward: partial sums, three factors of every source, sums of the output norm.
+constexpr int depth_attention_backward_scratch_bytes(int num_sources, int num_warps,
+                                                     int compute_bytes) {
+  return (num_warps * num_sources * 2 + 3 * num_sources + 2 * num_warps) * compute_bytes;
 }
 
-// `row_chunks` chunks of `chunk_bytes` make a row; a thread holds at most `chunks_per_thread` of
-// them. `uses_slots`: whether the loader stages its steps in shared memory at all.
-inline DepthAttentionTile choose_depth_attention_tile(int64_t row_chunks, int chunk_bytes,
-                                                      int chunks_per_thread, int registers,
-                                                      int num_sources, int compute_bytes,
-                                                      bool uses_slots, const DeviceLimits& limits) {
-  DepthAttentionTile tile = {};
+// Threads that compute, for rows of `row_chunks` chunks of which a thread holds at most
+// `chunks_per_thread`.
+constexpr int depth_attention_threads(int64_t row_chunks, int chunks_per_thread) {
   const int64_t threads = (row_chunks + chunks_per_thread - 1) / chunks_per_thread;
-  tile.num_threads =
-      static_cast<int>(std::clamp<int64_t>((threads + 31) / 32 * 32, 32, kMaxComputeThreads));
-  const int64_t span_chunks = static_cast<int64_t>(tile.num_threads) * chunks_per_thread;
-  tile.num_spans = static_cast<int>((row_chunks + span_chunks - 1) / span_chunks);
-  const int num_warps = tile.num_threads / 32;
+  return static_cast<int>(std::clamp<int64_t>((threads + 31) / 32 * 32, 32, kMaxComputeThreads));
+}
+
+struct DepthAttentionShape {
+  int64_t row_chunks;  // in a row
+  int chunk_bytes;
+  int chunks_per_thread;
+  int registers;
+  int num_steps;      // source rows that a token loads
+  int scratch_bytes;  // of shared memory beside slots and barriers
+  bool uses_slots;    // whether the loader stages its steps in shared memory at all
+};
+
+inline DepthAttentionTile choose_depth_attention_tile(const DepthAttentionShape& shape,
+                                                      const DeviceLimits& limits) {
+  DepthAttentionTile tile = {};
+  constexpr int kBarrierBytes = 2 * 8;  // of a slot
+  tile.num_threads = depth_attention_threads(shape.row_chunks, shape.chunks_per_thread);
+  const int64_t span_chunks = static_cast<int64_t>(tile.num_threads) * shape.chunks_per_thread;
+  tile.num_spans = static_cast<int>((shape.row_chunks + span_chunks - 1) / span_chunks);
 
   const int threads_per_cta = tile.num_threads + kProducerThreads;
   const int most_ctas =
-      std::clamp(kRegistersPerMultiprocessor / (registers * threads_per_cta), 1, 8);
-  if (!uses_slots) {
+      std::clamp(kRegistersPerMultiprocessor / (shape.registers * threads_per_cta), 1, 8);
+  if (!shape.uses_slots) {
     tile.resident = true;
     tile.num_slots = 1;
     tile.ctas_per_multiprocessor = most_ctas;
-    tile.shared_bytes = depth_attention_scratch_bytes(num_sources, num_warps, 1, compute_bytes);
+    tile.shared_bytes = kBarrierBytes + shape.scratch_bytes;
     return tile;
   }
 
-  tile.slot_bytes =
-      static_cast<int>((std::min(row_chunks, span_chunks) * chunk_bytes + 127) / 128 * 128);
-  const int64_t steps = static_cast<int64_t>(num_sources) * tile.num_spans;
+  tile.slot_bytes = static_cast<int>(
+      (std::min(shape.row_chunks, span_chunks) * shape.chunk_bytes + 127) / 128 * 128);
+  const int64_t steps = static_cast<int64_t>(shape.num_steps) * tile.num_spans;
   const auto slots_that_fit = [&](int ctas) {
     const int budget =
         std::min(limits.shared_bytes_per_cta,
                  limits.shared_bytes_per_multiprocessor / ctas - kReservedSharedBytes);
-    const int scratch = depth_attention_scratch_bytes(num_sources, num_warps, 0, compute_bytes);
-    return static_cast<int64_t>(std::max(0, budget - scratch) / (tile.slot_bytes + 2 * 8));
+    return static_cast<int64_t>(std::max(0, budget - shape.scratch_bytes) /
+                                (tile.slot_bytes + kBarrierBytes));
   };
   // As many CTAs as possible while each keeps half a row in flight beyond the row it works on: with
   // fewer slots the copies of the next row wait for the mix of this one. (Arithmetic, not a
@@ -95,15 +121,15 @@ inline DepthAttentionTile choose_depth_attention_tile(int64_t row_chunks, int ch
   int ctas = most_ctas;
   while (ctas > 1 && 2 * slots_that_fit(ctas) < 3 * steps) --ctas;
   // A row that does not fit even alone streams; two CTAs then cover each other's reductions.
-  if (slots_that_fit(ctas) < steps) ctas = std::min(2, most_ctas);
+  if (slots_that_fit(ctas) < steps) {
+    ctas = slots_that_fit(2) >= kLeastSlots ? std::min(2, most_ctas) : 1;
+  }
   tile.resident = slots_that_fit(ctas) >= steps;
   // Two rows of slots never run dry; more would only take memory from the first-level cache.
   tile.num_slots = static_cast<int>(
-      std::max<int64_t>(1, std::min(slots_that_fit(ctas), tile.resident ? 2 * steps : 64)));
+      std::clamp<int64_t>(slots_that_fit(ctas), kLeastSlots, tile.resident ? 2 * steps : 64));
   tile.ctas_per_multiprocessor = ctas;
-  tile.shared_bytes =
-      tile.num_slots * tile.slot_bytes +
-      depth_attention_scratch_bytes(num_sources, num_warps, tile.num_slots, compute_bytes);
+  tile.shared_bytes = tile.num_slots * (tile.slot_bytes + kBarrierBytes) + shape.scratch_bytes;
   return tile;
 }
 

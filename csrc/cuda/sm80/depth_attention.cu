@@ -1,5 +1,6 @@
 // Depth attention for 8.x: every thread copies what it will read itself, asynchronously, into a
 // ring in shared memory.
+#include "kernels/depth_attention_bwd_launch.cuh"
 #include "kernels/depth_attention_launch.cuh"
 #include "launch.cuh"
 
@@ -8,6 +9,11 @@ namespace attnres::cuda {
 cudaError_t launch_depth_attention_forward_sm80(const DepthAttentionForward& p,
                                                 const LaunchContext& context) {
   return launch_depth_attention_forward<CpAsyncRing>(p, context.limits, Launcher{context});
+}
+
+cudaError_t launch_depth_attention_backward_sm80(const DepthAttentionBackward& p,
+                                                 const LaunchContext& context) {
+  return launch_depth_attention_backward<CpAsyncRing>(p, context.limits, Launcher{context});
 }
 
 }  // namespace attnres::cuda

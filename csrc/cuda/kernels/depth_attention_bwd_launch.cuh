@@ -1,0 +1,161 @@
+// The backward's counterpart of depth_attention_launch.cuh: two kernels, the second for the weight
+// gradients. A ring serves rows of one span; longer ones, too, are read in place.
+#pragma once
+
+#include "attnres/dispatch.hpp"
+#include "kernels/depth_attention_bwd.cuh"
+#include "kernels/depth_attention_launch.cuh"
+#include "kernels/launch_shape.hpp"
+
+namespace attnres::cuda {
+
+static_assert(sizeof(DepthAttentionBackwardArgs<double, kMaxSources>) < 32764,
+              "limit of kernel parameters");
+
+inline bool rows_are_aligned(const DepthAttentionBackward& p) {
+  bool aligned = p.hidden % 8 == 0 && is_aligned(p.grad_out, 16) && is_aligned(p.mix, 16) &&
+                 is_aligned(p.query.data, 16) && is_aligned(p.key_weight.data, 16) &&
+                 is_aligned(p.out_weight.data, 16) && is_aligned(p.parts, 16);
+  for (int i = 0; i < p.num_sources; ++i) {
+    aligned = aligned && is_aligned(p.sources[i], 16) && is_aligned(p.grad_sources[i], 16) &&
+              is_aligned(p.grad_base[i], 16);
+  }
+  return aligned;
+}
+
+inline bool one_dtype(const DepthAttentionBackward& p) {
+  const DType dtype = p.grad_out.dtype;
+  const auto fits = [dtype](const auto& rows) {
+    return rows.data == nullptr || rows.dtype == dtype;
+  };
+  bool same = true;
+  for (int i = 0; i < p.num_sources; ++i) {
+    same = same && fits(p.sources[i]) && fits(p.grad_sources[i]) && fits(p.grad_base[i]);
+  }
+  return same;
+}
+
+template <typename Compute, int kCapacity>
+auto make_backward_args(const DepthAttentionBackward& p, int width, const DepthAttentionTile& tile,
+                        bool sums_are_shared) {
+  DepthAttentionBackwardArgs<Compute, kCapacity> args;
+  args.num_tokens = p.num_tokens;
+  args.row_chunks = static_cast<int>(p.hidden / width);
+  args.num_sources = args.num_steps = args.num_later_steps = p.num_sources;
+  args.inverse_hidden = static_cast<Compute>(1.0 / static_cast<double>(p.hidden));
+  args.eps = static_cast<Compute>(p.eps);
+  args.out_eps = static_cast<Compute>(p.out_eps);
+  args.scale = static_cast<Compute>(p.scale);
+  args.query = gain_vector(p.query);
+  args.key_weight = gain_vector(p.key_weight);
+  args.out_weight = gain_vector(p.out_weight);
+  args.grad_out = byte_rows<const std::byte>(p.grad_out, p.num_tokens);
+  args.mix = byte_rows<const std::byte>(p.mix, p.num_tokens);
+  args.grad_weights = static_cast<const Compute*>(p.grad_weights);
+  args.stats = static_cast<const Compute*>(p.stats);
+  args.first_logit = static_cast<const Compute*>(p.first_logit);
+  args.grad_first_logit = static_cast<Compute*>(p.grad_first_logit);
+  args.parts = p.num_parts > 0 ? static_cast<Compute*>(p.parts) : nullptr;
+  args.sums_are_shared = sums_are_shared;
+  args.tile = tile;
+  for (int i = 0; i < p.num_sources; ++i) {
+    args.sources[i] = byte_rows<const std::byte>(p.sources[i], p.num_tokens);
+    args.grads[i] = byte_rows<std::byte>(p.grad_sources[i], p.num_tokens);
+    args.bases[i] = byte_rows<const std::byte>(p.grad_base[i], p.num_tokens);
+  }
+  return args;
+}
+
+template <typename Compute, typename Launch>
+auto launch_weight_gradients(const DepthAttentionBackward& p, int num_parts, Launch&& launch) {
+  const auto gradient = [](const Vector& v) {
+    return GainGradient{static_cast<std::byte*>(v.data), v.dtype};
+  };
+  const WeightGradientArgs<Compute> args = {static_cast<const Compute*>(p.parts),
+                                            num_parts,
+                                            static_cast<int>(p.hidden),
+                                            static_cast<Compute>(p.scale),
+                                            gain_vector(p.query),
+                                            gain_vector(p.key_weight),
+                                            gradient(p.grad_query),
+                                            gradient(p.grad_key_weight),
+                                            gradient(p.grad_out_weight)};
+  const int column_blocks = static_cast<int>((p.hidden + kWarpSize - 1) / kWarpSize);
+  constexpr int kThreads = kWeightGradientWarps * kWarpSize;
+  const LaunchShape shape = {2 * column_blocks, kThreads,
+                             kThreads * static_cast<int>(sizeof(Compute)), false};
+  return launch.template operator()<depth_attention_weight_gradient_kernel<Compute>>(args, shape);
+}
+
+template <typename Policy, int kCapacity, typename Launch>
+auto launch_backward_with(const DepthAttentionBackward& p, const DeviceLimits& limits,
+                          Launch&& launch) {
+  using Elements = typename Policy::Elements;
+  using Compute = typename Elements::Compute;
+  using Loader = typename Policy::template Loader<DepthAttentionBackwardArgs<Compute, kCapacity>>;
+  int64_t largest = 0;
+  for (int i = 0; i < p.num_sources; ++i) largest = std::max(largest, size_of(p.sources[i].dtype));
+  const int64_t row_chunks = p.hidden / Elements::kWidth;
+  const int num_warps = depth_attention_threads(row_chunks, Policy::kChunks) / kWarpSize;
+  const int scratch_bytes =
+      depth_attention_backward_scratch_bytes(p.num_sources, num_warps, sizeof(Compute));
+  // Sums over rows are read and written once a row: in shared memory where that leaves half of it
+  // to the slots, else in the part itself, which stays in the second-level cache.
+  const int64_t sum_bytes = 2 * p.hidden * static_cast<int64_t>(sizeof(Compute));
+  const bool sums_are_shared = Loader::kUsesSlots && p.num_parts > 0 &&
+                               2 * (scratch_bytes + sum_bytes) <= limits.shared_bytes_per_cta;
+  const DepthAttentionTile tile = choose_depth_attention_tile(
+      {row_chunks, Elements::kWidth * static_cast<int>(largest), Policy::kChunks,
+       depth_attention_backward_registers(Policy::kChunks * Elements::kWidth * sizeof(Compute),
+                                          Elements::kDispatchRegisters),
+       p.num_sources, scratch_bytes + (sums_are_shared ? static_cast<int>(sum_bytes) : 0),
+       Loader::kUsesSlots},
+      limits);
+  int64_t num_ctas =
+      static_cast<int64_t>(std::min(tile.ctas_per_multiprocessor, kPartsPerMultiprocessor)) *
+      limits.num_multiprocessors;
+  num_ctas = std::min(num_ctas, p.num_tokens);
+  if (p.num_parts > 0) num_ctas = std::min(num_ctas, p.num_parts);
+  const LaunchShape shape = {static_cast<int>(num_ctas), tile.num_threads + Loader::kExtraThreads,
+                             tile.shared_bytes, Loader::kUsesSlots};
+  const auto status = launch.template operator()<depth_attention_bwd_kernel<Policy, kCapacity>>(
+      make_backward_args<Compute, kCapacity>(p, Elements::kWidth, tile, sums_are_shared), shape);
+  if (p.num_parts == 0 || status != decltype(status){}) return status;
+  return launch_weight_gradients<Compute>(p, static_cast<int>(num_ctas), launch);
+}
+
+template <template <typename, int, typename> class Ring, typename Launch>
+auto launch_depth_attention_backward(const DepthAttentionBackward& p, const DeviceLimits& limits,
+                                     Launch&& launch) {
+  // 16 values of a row a thread: see depth_attention_backward_registers().
+  constexpr int kMostInOneSpan = 16 * kMaxComputeThreads;
+  if (p.compute == DType::kFloat64) {
+    using Policy = DepthAttentionPolicy<Mixed<double, 1>, Direct, 4>;
+    return launch_backward_with<Policy, kMaxSources>(p, limits, launch);
+  }
+  if (!rows_are_aligned(p)) {
+    using Policy = DepthAttentionPolicy<Mixed<float, 1>, Direct, 8>;
+    return launch_backward_with<Policy, kMaxSources>(p, limits, launch);
+  }
+  if (p.hidden > kMostInOneSpan) {
+    using Policy = DepthAttentionPolicy<Mixed<float, 8>, Direct, 2>;
+    return launch_backward_with<Policy, kMaxSources>(p, limits, launch);
+  }
+  if (!one_dtype(p) || p.num_sources > kShortTable) {
+    using Policy = DepthAttentionPolicy<Mixed<float, 8>, Ring, 2>;
+    return launch_backward_with<Policy, kMaxSources>(p, limits, launch);
+  }
+  switch (p.grad_out.dtype) {
+    case DType::kBFloat16:
+      return launch_backward_with<DepthAttentionPolicy<Uniform<__nv_bfloat16>, Ring, 2>,
+                                  kShortTable>(p, limits, launch);
+    case DType::kFloat16:
+      return launch_backward_with<DepthAttentionPolicy<Uniform<__half>, Ring, 2>, kShortTable>(
+          p, limits, launch);
+    default:
+      return launch_backward_with<DepthAttentionPolicy<Uniform<float>, Ring, 4>, kShortTable>(
+          p, limits, launch);
+  }
+}
+
+}  // namespace attnres::cuda

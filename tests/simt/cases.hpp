@@ -1,0 +1,162 @@
+// The files of cases and results, and what every case begins with.
+#pragma once
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "attnres/params.hpp"
+#include "executor.hpp"
+#include "kernels/depth_attention_tile.hpp"
+#include "kernels/launch_shape.hpp"
+
+namespace simt {
+
+using namespace attnres;
+
+struct File {
+  std::FILE* handle;
+  File(const char* path, const char* mode) : handle(std::fopen(path, mode)) {
+    if (handle == nullptr) {
+      std::perror(path);
+      std::exit(1);
+    }
+  }
+  ~File() { std::fclose(handle); }
+
+  template <typename T>
+  bool get(T& value) {
+    return std::fread(&value, sizeof(T), 1, handle) == 1;
+  }
+  template <typename T>
+  T take() {
+    T value;
+    if (!get(value)) {
+      std::fprintf(stderr, "runner: the file of cases ends early\n");
+      std::exit(1);
+    }
+    return value;
+  }
+  void put(const void* data, size_t bytes) { std::fwrite(data, 1, bytes, handle); }
+};
+
+// A tensor in memory of its own, so that the address sanitizer sees its ends; `offset` bytes in, so
+// that it can be misaligned.
+struct Buffer {
+  std::unique_ptr<char[]> storage;
+  int64_t bytes = 0;
+  int64_t offset = 0;
+
+  void* data() const { return storage == nullptr ? nullptr : storage.get() + offset; }
+};
+
+template <typename RowsType>
+Buffer take_rows(File& file, RowsType& rows, bool is_output) {
+  rows.dtype = static_cast<DType>(file.take<int64_t>());
+  rows.inner = file.take<int64_t>();
+  rows.outer_stride = file.take<int64_t>();
+  rows.inner_stride = file.take<int64_t>();
+  Buffer buffer;
+  buffer.offset = file.take<int64_t>();
+  buffer.bytes = file.take<int64_t>();
+  if (buffer.bytes < 0) return buffer;  // absent
+  buffer.storage.reset(new char[static_cast<size_t>(buffer.offset + buffer.bytes)]);
+  rows.data = buffer.data();
+  if (is_output) {
+    std::memset(buffer.storage.get(), 0xff, static_cast<size_t>(buffer.offset + buffer.bytes));
+  } else if (std::fread(buffer.data(), 1, static_cast<size_t>(buffer.bytes), file.handle) !=
+             static_cast<size_t>(buffer.bytes)) {
+    std::fprintf(stderr, "runner: the file of cases ends early\n");
+    std::exit(1);
+  }
+  return buffer;
+}
+
+// What a launch was, for tests that want to know which way a case went.
+struct Report {
+  int64_t uses_slots = 0;
+  int64_t resident = 0;
+  int64_t num_spans = 0;
+  int64_t num_slots = 0;
+  int64_t num_threads = 0;
+  int64_t num_ctas = 0;
+  int64_t shared_bytes = 0;
+};
+
+struct Launch {
+  Order order;
+  uint64_t seed;
+  Report& report;
+
+  template <auto kKernel, typename Args>
+  int operator()(const Args& args, const cuda::LaunchShape& shape) const {
+    // Of a kernel that has no tile of rows there is nothing to tell.
+    if constexpr (requires { args.tile; }) {
+      report = {args.tile.slot_bytes > 0, args.tile.resident, args.tile.num_spans,
+                args.tile.num_slots,      shape.num_threads,  shape.num_ctas,
+                shape.shared_bytes};
+    }
+    run({shape.num_ctas, shape.num_threads, shape.shared_bytes, order, seed},
+        [&] { kKernel(args); });
+    return 0;
+  }
+};
+
+// How to run a case.
+struct Run {
+  bool bulk_ring;
+  Order order;
+  uint64_t seed;
+  cuda::DeviceLimits limits;
+
+  static Run take(File& cases) {
+    Run run;
+    run.bulk_ring = cases.take<int64_t>() != 0;
+    run.order = static_cast<Order>(cases.take<int64_t>());
+    run.seed = static_cast<uint64_t>(cases.take<int64_t>());
+    run.limits.num_multiprocessors = static_cast<int>(cases.take<int64_t>());
+    run.limits.shared_bytes_per_multiprocessor = static_cast<int>(cases.take<int64_t>());
+    run.limits.shared_bytes_per_cta = static_cast<int>(cases.take<int64_t>());
+    return run;
+  }
+};
+
+// Sizes and scalars that forward and backward share.
+template <typename Params>
+void take_sizes(File& cases, Params& p) {
+  p.num_tokens = cases.take<int64_t>();
+  p.hidden = cases.take<int64_t>();
+  p.num_sources = static_cast<int>(cases.take<int64_t>());
+  p.compute = static_cast<DType>(cases.take<int64_t>());
+  p.eps = cases.take<double>();
+  p.out_eps = cases.take<double>();
+  p.scale = cases.take<double>();
+}
+
+inline ConstRows as_const(const Rows& rows) {
+  return {rows.data, rows.inner, rows.outer_stride, rows.inner_stride, rows.dtype};
+}
+
+// Of rows of the same dtype.
+inline void copy_rows(const ConstRows& from, const Rows& to, int64_t num_tokens, int64_t hidden) {
+  const int64_t size = size_of(from.dtype);
+  for (int64_t m = 0; m < num_tokens; ++m) {
+    std::memcpy(static_cast<char*>(to.data) + to.offset(m) * size,
+                static_cast<const char*>(from.data) + from.offset(m) * size,
+                static_cast<size_t>(hidden * size));
+  }
+}
+
+inline void put_results(File& results, const Report& report, const std::vector<Buffer>& outputs) {
+  results.put(&report, sizeof(report));
+  for (const Buffer& buffer : outputs) {
+    if (buffer.bytes > 0) results.put(buffer.data(), static_cast<size_t>(buffer.bytes));
+  }
+}
+
+void run_forward(File& cases, File& results);
+void run_backward(File& cases, File& results);
+
+}  // namespace simt

@@ -1,0 +1,408 @@
+"""The backward's kernel bodies, compiled for the CPU, against autograd of the definition."""
+
+from __future__ import annotations
+
+import itertools
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from attnres_ext import reference
+
+from .build import build_runner, compiler, cuda_include_dir
+from .cases import (
+    Case,
+    Launched,
+    Limits,
+    encode_absent,
+    encode_output,
+    encode_rows,
+    encode_tensor,
+    rows,
+    run_cases,
+)
+from .test_depth_attention import FLAVOURS, HALF, TINY, make
+
+pytestmark = [
+    pytest.mark.skipif(cuda_include_dir() is None, reason="no CUDA headers on this machine"),
+    pytest.mark.skipif(compiler() is None, reason="no C++ compiler on this machine"),
+]
+
+SAVES = ("nothing", "stats", "output")
+#: What the gradient of a source is added to: nothing, other rows, what its own rows hold, or what
+#: the source before has left in the rows that both share.
+NO_BASE, OTHER_BASE, OWN_BASE, SHARED_BASE = range(4)
+
+
+@dataclass
+class Backward:
+    """One call of the backward of a forward case, ready to be written."""
+
+    case: Case
+    save: str = "stats"
+    weights_too: bool = False
+    base_kinds: list[int] = field(default_factory=list)
+    wanted: list[bool] = field(default_factory=list)
+    gains: bool = True
+    grad_layout: str = "contiguous"
+
+    def __post_init__(self) -> None:
+        case, count = self.case, len(self.case.sources)
+        # Weights of one and zero would only test what is left after cancellation.
+        case.scale = min(case.scale, 4 / case.hidden**0.5)
+        self.base_kinds = self.base_kinds or [NO_BASE] * count
+        self.wanted = self.wanted or [True] * count
+        self.grad_out = rows(case.tokens, case.hidden, case.out_dtype, self.grad_layout)
+        self.bases = [
+            rows(case.tokens, case.hidden, source.view.dtype) if kind in (1, 2) else None
+            for kind, source in zip(self.base_kinds, case.sources, strict=True)
+        ]
+        self.grad_weights = None
+        if self.weights_too:
+            self.grad_weights = torch.randn(count, case.num_tokens, dtype=case.compute)
+
+    @property
+    def num_parts(self) -> int:
+        return min(self.case.num_tokens, 2 * self.case.limits.multiprocessors) if self.gains else 0
+
+    def output_shapes(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of the gradients of sources, lse, query and gains, and of the parts."""
+        case = self.case
+        grads = [
+            (
+                (case.num_tokens, case.hidden) if wanted and kind != SHARED_BASE else (0,),
+                source.view.dtype,
+            )
+            for wanted, kind, source in zip(self.wanted, self.base_kinds, case.sources, strict=True)
+        ]
+        lse = ((case.num_tokens,) if case.first_logit is not None else (0,), case.compute)
+        vectors = [
+            ((0,) if vector is None or not self.gains else (case.hidden,), torch.float32)
+            if vector is None
+            else ((case.hidden,) if self.gains else (0,), vector.dtype)
+            for vector in (case.query, case.key_weight, case.out_weight)
+        ]
+        return [*grads, lse, *vectors, ((self.num_parts, 2, case.hidden), case.compute)]
+
+    def encode(self, seed: int) -> bytes:
+        """The bytes of the case in the order in which the runner takes them."""
+        case = self.case
+        saved = attend(case, torch.float64)
+        stats = saved["stats"].to(case.compute) if self.save != "nothing" else None
+        has_mix = self.save == "output" and case.out_weight is not None
+        mix = saved["mix"].to(case.compute) if has_mix else None
+        parts = [case.encode_head(seed, 1), struct.pack("=q", self.num_parts)]
+        parts += [encode_rows(source) for source in case.sources]
+        for kind, base in zip(self.base_kinds, self.bases, strict=True):
+            parts.append(struct.pack("=q", kind))
+            parts.append(encode_absent() if base is None else encode_rows(base))
+        for vector in (case.query, case.key_weight, case.out_weight):
+            parts.append(encode_absent() if vector is None else encode_tensor(vector, 1, 0, 0))
+        parts.append(encode_rows(self.grad_out))
+        parts.append(
+            encode_absent() if mix is None else encode_tensor(mix, case.num_tokens, 0, case.hidden)
+        )
+        for values in (case.first_logit, self.grad_weights, stats):
+            parts.append(encode_absent() if values is None else encode_tensor(values, 1, 0, 0))
+        for shape, dtype in self.output_shapes():
+            offset = dtype.itemsize if self.grad_layout == "misaligned" and len(shape) == 2 else 0
+            parts.append(encode_output(shape, dtype, case.hidden, offset))
+        return b"".join(parts)
+
+
+def attend(case: Case, dtype: torch.dtype, values: list[Tensor] | None = None) -> dict[str, Tensor]:
+    """What a forward of plain sources saves: mix [M, D] and stats [2N + 1, M]."""
+    values = values or clean_values(case, dtype)
+    stacked = torch.stack(values)
+    rstd = torch.rsqrt(stacked.square().mean(-1) + case.eps)
+    key_weight = None if case.key_weight is None else case.key_weight.to(dtype)
+    logits = reference.logits(stacked, case.query.to(dtype), key_weight, case.eps, case.scale)
+    if case.first_logit is not None:
+        logits[0] = case.first_logit
+    mix = (torch.softmax(logits, 0).unsqueeze(-1) * stacked).sum(0)
+    return {
+        "mix": mix,
+        "logits": logits,
+        "stats": torch.cat([rstd, logits, torch.logsumexp(logits, 0, keepdim=True)]),
+    }
+
+
+def clean_values(case: Case, dtype: torch.dtype) -> list[Tensor]:
+    """The sources [M, D] with zeros for what an empty state holds."""
+    values = [value.to(dtype).reshape(-1, case.hidden) for value in case.values]
+    if case.first_logit is not None:
+        values[0] = values[0].clone()
+        values[0][case.first_logit == float("-inf")] = 0
+    return values
+
+
+def gradients(
+    backward: Backward, dtype: torch.dtype, columns: Tensor | None = None
+) -> list[Tensor | None]:
+    """By autograd of the definition: of sources (bases added), lse, query and gains.
+
+    ``columns`` is an order of the columns: the same gradients, rounded differently.
+    """
+    case = backward.case
+    values = [value.requires_grad_() for value in clean_values(case, dtype)]
+    vectors = [
+        None if vector is None else vector.to(dtype).requires_grad_()
+        for vector in (case.query, case.key_weight, case.out_weight)
+    ]
+    if columns is None:
+        columns = torch.arange(case.hidden)
+    ordered = [value[:, columns] for value in values]
+    query, key_weight, out_weight = (None if x is None else x[columns] for x in vectors)
+    options = {"eps": case.eps, "out_eps": case.out_eps, "scale": case.scale}
+    lse = None
+    if case.first_logit is not None:
+        lse = case.first_logit.to(dtype).requires_grad_()
+        out, _ = reference.merge_partial(
+            ordered[0], lse, ordered[1], None, query, key_weight, out_weight=out_weight, **options
+        )
+    else:
+        out, weights = reference.depth_attention(
+            ordered, query, key_weight, out_weight=out_weight, return_weights=True, **options
+        )
+    grad_out = backward.grad_out.view.to(dtype).reshape(-1, case.hidden)
+    loss = (out * grad_out[:, columns]).sum()
+    if backward.grad_weights is not None:
+        loss = loss + (weights * backward.grad_weights.to(dtype)).sum()
+    inputs = [*values, lse, *vectors]
+    present = [x for x in inputs if x is not None]
+    found = iter(torch.autograd.grad(loss, present, allow_unused=True))
+    grads = [None if x is None else next(found) for x in inputs]
+    grads = [
+        torch.zeros_like(x) if x is not None and grad is None else grad
+        for x, grad in zip(inputs, grads, strict=True)
+    ]
+    for i, (kind, base) in enumerate(zip(backward.base_kinds, backward.bases, strict=True)):
+        if base is not None:
+            grads[i] = grads[i] + base.view.to(dtype).reshape(-1, case.hidden)
+        elif kind == SHARED_BASE:
+            grads[i - 1] = grads[i - 1] + grads[i]
+    return grads
+
+
+def check(backward: Backward, outputs: list[Tensor]) -> None:
+    """Within twice the error of autograd in the compute dtype plus roundings."""
+    case = backward.case
+    exact = gradients(backward, torch.float64)
+    samples = [gradients(backward, case.compute, torch.randperm(case.hidden)) for _ in range(4)]
+    logits = attend(case, torch.float64)["logits"]
+    largest_logit = logits[logits.isfinite()].abs().max()
+    count = len(case.sources)
+    names = [*(f"sources[{i}]" for i in range(count)), "lse", "query", "key_weight", "out_weight"]
+    for i, name in enumerate(names):
+        got, want = outputs[i], exact[i]
+        if got.numel() == 0:
+            continue
+        assert got.isfinite().all(), f"{name}: its gradient holds NaN or infinity"
+        error = (got.double() - want).abs().max()
+        eager = max((sample[i].double() - want).abs().max() for sample in samples)
+        # A second rounding where two sources leave their gradients in the same rows; float16's
+        # smallest values are coarse.
+        dtype = torch.finfo(got.dtype)
+        rounding = dtype.eps * max(want.abs().max(), dtype.tiny)
+        # A rounding of a logit is a relative error of its weight.
+        order = (32 + 4 * largest_logit) * torch.finfo(case.compute).eps * want.abs().max()
+        allowed = 2 * eager + rounding + order
+        if case.compute == torch.float64:
+            allowed = 64 * order + rounding
+        assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"
+
+
+@pytest.fixture(scope="module", params=FLAVOURS)
+def runner(request: pytest.FixtureRequest) -> Path:
+    return build_runner(request.param)
+
+
+def run_and_check(runner: Path, cases: list[Backward], folder: Path) -> list[Launched]:
+    results = run_cases(runner, cases, folder)
+    for number, (case, (_, outputs)) in enumerate(zip(cases, results, strict=True)):
+        try:
+            check(case, outputs)
+        except AssertionError as error:
+            raise AssertionError(f"case {number}: {error}") from None
+    return [launched for launched, _ in results]
+
+
+@pytest.mark.parametrize("ring", ["cp_async", "bulk"])
+def test_aligned_rows_stay_on_chip(ring: str, runner: Path, tmp_path: Path) -> None:
+    cases = [
+        Backward(
+            make(count, hidden, dtype, ring=ring, order=order, norm=norm, gains=gains),
+            save=save,
+            weights_too=weights_too,
+        )
+        for (count, hidden, dtype), order, (norm, gains), save, weights_too in zip(
+            itertools.product((1, 2, 9), (8, 264, 1032), (*HALF, torch.float32)),
+            itertools.cycle(["forward", "backward", "random"]),
+            itertools.cycle([(True, True), (False, True), (True, False), (False, False)]),
+            itertools.cycle(["stats", "nothing", "output", "stats", "output"]),
+            itertools.cycle([False, True]),
+            strict=False,
+        )
+    ]
+    for launched in run_and_check(runner, cases, tmp_path):
+        assert launched.uses_slots
+        assert launched.resident
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("save", SAVES)
+def test_every_save_level_in_every_way(save: str, norm: bool, runner: Path, tmp_path: Path) -> None:
+    cases = [
+        Backward(make(count, hidden, dtype, norm=norm, **options), save=save, weights_too=True)
+        for count, hidden, dtype, options in [
+            (5, 136, torch.bfloat16, {"ring": "bulk"}),
+            (5, 136, torch.float32, {"ring": "cp_async"}),
+            (6, 1024, torch.bfloat16, {"ring": "bulk", "limits": TINY, "order": "random"}),
+            (6, 1024, torch.float32, {"ring": "cp_async", "limits": TINY}),
+            (3, 77, torch.float32, {}),
+            (2, 4001, torch.bfloat16, {"tokens": (1, 2)}),  # two spans in place
+            (2, 33, torch.float64, {}),
+        ]
+    ]
+    # Two spans of aligned rows.
+    cases.append(Backward(make(2, 7688, torch.bfloat16, norm=norm, tokens=(1, 2)), save=save))
+    launched = run_and_check(runner, cases, tmp_path)
+    assert [one.uses_slots for one in launched] == [True] * 4 + [False] * 4
+    assert [one.resident for one in launched[:4]] == [True, True, False, False]
+    assert launched[5].num_spans == launched[7].num_spans == 2
+
+
+@pytest.mark.parametrize("ring", ["cp_async", "bulk"])
+def test_gradients_are_added_to_what_is_there(ring: str, runner: Path, tmp_path: Path) -> None:
+    kinds = [NO_BASE, OTHER_BASE, OWN_BASE, SHARED_BASE]
+    mixed = [torch.bfloat16, torch.float32, torch.float16, torch.float16]
+    cases = [
+        Backward(make(4, hidden, dtypes, ring=ring, limits=limits, norm=norm), base_kinds=kinds)
+        for (hidden, dtypes), limits, norm in zip(
+            [
+                (264, torch.bfloat16),
+                (264, torch.float32),
+                (264, mixed),
+                (37, torch.bfloat16),
+                (1024, torch.float16),
+                (9, torch.float64),
+            ],
+            [Limits(), Limits(), Limits(), Limits(), TINY, Limits()],
+            itertools.cycle([True, False]),
+            strict=False,
+        )
+    ]
+    run_and_check(runner, cases, tmp_path)
+
+
+@pytest.mark.parametrize("ring", ["cp_async", "bulk"])
+def test_only_what_is_wanted(ring: str, runner: Path, tmp_path: Path) -> None:
+    wanted = [True, False, True]
+    cases = [
+        Backward(make(3, 72, torch.bfloat16, ring=ring), wanted=wanted, gains=gains, save=save)
+        for gains, save in itertools.product((True, False), SAVES)
+    ]
+    cases.append(Backward(make(2, 35, torch.float32), wanted=[False, False]))
+    cases.append(Backward(make(2, 40, torch.float32, ring=ring), wanted=[False, False]))
+    run_and_check(runner, cases, tmp_path)
+
+
+@pytest.mark.parametrize("ring", ["cp_async", "bulk"])
+def test_awkward_rows(ring: str, runner: Path, tmp_path: Path) -> None:
+    mixed = [torch.bfloat16, torch.float32, torch.float16]
+    cases = [
+        Backward(make(4, 264, mixed, ring=ring, order="random", gain_dtype=torch.bfloat16)),
+        Backward(make(3, 264, torch.bfloat16, ring=ring, layouts=["sliced", "contiguous"])),
+        Backward(make(1, 1, torch.bfloat16), save="nothing"),
+        Backward(make(3, 5, torch.float16), save="output"),
+        Backward(make(9, 127, torch.bfloat16, layouts="odd"), grad_layout="odd"),
+        Backward(make(2, 300, torch.float32, layouts="misaligned"), grad_layout="misaligned"),
+        Backward(make(2, 256, torch.bfloat16), grad_layout="misaligned", base_kinds=[1, 2]),
+        Backward(make(2, 37, [torch.float64, torch.bfloat16], layouts="odd")),
+        Backward(make(2, 64, torch.float64, gain_dtype=torch.float64), base_kinds=[0, 2]),
+    ]
+    run_and_check(runner, cases, tmp_path)
+
+
+@pytest.mark.parametrize("ring", ["cp_async", "bulk"])
+def test_many_sources(ring: str, runner: Path, tmp_path: Path) -> None:
+    cases = [
+        Backward(make(256, 64, torch.bfloat16, ring=ring, tokens=(1, 2)), save="nothing"),
+        Backward(make(17, 64, torch.float32, ring=ring, tokens=(1, 3), limits=TINY)),
+        Backward(make(256, 33, torch.bfloat16, tokens=(1, 1), norm=False)),
+    ]
+    run_and_check(runner, cases, tmp_path)
+
+
+@pytest.mark.parametrize("ring", ["cp_async", "bulk"])
+def test_more_rows_than_ctas(ring: str, runner: Path, tmp_path: Path) -> None:
+    few = Limits(1, 12 * 1024, 11 * 1024)
+    cases = [
+        Backward(make(3, hidden, dtype, ring=ring, tokens=(5, 5), order="random", limits=few))
+        for hidden, dtype in [(128, torch.bfloat16), (128, torch.float32), (13, torch.float32)]
+    ]
+    for launched in run_and_check(runner, cases, tmp_path):
+        assert launched.num_ctas <= 2
+
+
+@pytest.mark.parametrize("ring", ["cp_async", "bulk"])
+def test_merging_a_state(ring: str, runner: Path, tmp_path: Path) -> None:
+    cases = [
+        Backward(make(2, 264, torch.bfloat16, ring=ring), save="nothing"),
+        Backward(make(2, 64, [torch.float32, torch.bfloat16], ring=ring, norm=False)),
+        Backward(make(2, 136, torch.float16, ring=ring), base_kinds=[NO_BASE, OTHER_BASE]),
+        Backward(make(2, 129, torch.float32), save="nothing"),
+        Backward(make(2, 21, torch.float64), save="nothing"),
+    ]
+    for number, backward in enumerate(cases):
+        case = backward.case
+        row = number % case.num_tokens
+        case.first_logit = 2 * torch.randn(case.num_tokens, dtype=case.compute)
+        case.first_logit[row] = float("-inf")
+        # An empty state may hold anything.
+        case.sources[0].storage[row * case.hidden : (row + 1) * case.hidden] = float("nan")
+    run_and_check(runner, cases, tmp_path)
+
+
+def test_one_source_has_no_query_gradient(runner: Path, tmp_path: Path) -> None:
+    cases = [
+        Backward(make(1, hidden, dtype, ring=ring, norm=norm), save=save)
+        for (hidden, dtype), ring, norm, save in [
+            ((136, torch.bfloat16), "bulk", True, "nothing"),
+            ((136, torch.float32), "cp_async", False, "stats"),
+            ((31, torch.float32), "bulk", True, "output"),
+        ]
+    ]
+    for _, outputs in run_cases(runner, cases, tmp_path):
+        query, key_weight = outputs[2:4]
+        assert torch.equal(query, torch.zeros_like(query))
+        assert torch.equal(key_weight, torch.zeros_like(key_weight))
+
+
+def test_results_do_not_depend_on_the_order_of_threads(runner: Path, tmp_path: Path) -> None:
+    cases = [
+        Backward(make(4, 136, torch.bfloat16, tokens=(3, 3), limits=Limits(1)), save="nothing")
+        for _ in range(3)
+    ]
+    for case, order in zip(cases, ("forward", "backward", "random"), strict=True):
+        case.case = Case(**{**vars(cases[0].case), "order": order})
+        case.grad_out = cases[0].grad_out
+    first, *others = (outputs for _, outputs in run_cases(runner, cases, tmp_path))
+    for outputs in others:
+        for a, b in zip(first[:-1], outputs[:-1], strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_row_of_nan_stays_in_its_row(runner: Path, tmp_path: Path) -> None:
+    cases = []
+    for ring in ("cp_async", "bulk"):
+        case = make(3, 64, torch.float32, ring=ring, limits=Limits(1))
+        case.sources[1].storage[case.hidden + 3] = float("nan")
+        cases.append(Backward(case, save="nothing"))
+    for _, outputs in run_cases(runner, cases, tmp_path):
+        for grad in outputs[:3]:
+            assert grad.isfinite().all(-1).tolist() == [True, False, True, True, True, True]
