@@ -92,15 +92,28 @@ ATTNRES_INLINE void add_and_score(Row partial, Row delta, MutableRow result, con
   squares = sums.total();
 }
 
-// f(tile, k, sum_i weights[i] * rows[i]) for every vector of the mix.
+// The rows of the token after m, or null if this range has none. An absent source has no row.
+ATTNRES_INLINE const Row* next_rows(const ConstRows* sources, int count, int64_t m,
+                                    const TokenRange& range, Row* rows) {
+  if (m + 1 >= range.end) return nullptr;
+  for (int i = 0; i < count; ++i) {
+    rows[i] = sources[i].data == nullptr ? Row{} : row(sources[i], m + 1);
+  }
+  return rows;
+}
+
+// f(tile, k, sum_i weights[i] * rows[i]) for every vector of the mix. The rows come from cache, so
+// that memory is free to bring `next`, the rows of the next token, if there are any.
 template <typename Access, typename A = typename Access::A, typename F>
-ATTNRES_INLINE void mix(const Row* rows, const A* weights, int count, int64_t hidden, F&& f) {
+ATTNRES_INLINE void mix(const Row* rows, const Row* next, const A* weights, int count,
+                        int64_t hidden, F&& f) {
   for_tiles<Access, kUnroll>(hidden, [&](auto tile) __attribute__((always_inline)) {
     Vec<A> sums[kUnroll] = {};
     for (int i = 0; i < count; ++i) {
       const Vec<A> weight = broadcast<A>(weights[i]);
 #pragma GCC unroll 4
       for (int k = 0; k < tile.kCount; ++k) sums[k] += weight * tile.load(rows[i], k);
+      if (next != nullptr) tile.prefetch(next[i]);
     }
 #pragma GCC unroll 4
     for (int k = 0; k < tile.kCount; ++k) f(tile, k, sums[k]);
@@ -110,6 +123,7 @@ ATTNRES_INLINE void mix(const Row* rows, const A* weights, int count, int64_t hi
 template <typename A>
 struct ForwardScratch {
   Row* rows;
+  Row* next;
   A* logits;
   A* weights;
   A* rstd;
@@ -117,6 +131,7 @@ struct ForwardScratch {
 
   ForwardScratch(Arena& arena, const DepthAttentionForward& p)
       : rows(arena.take<Row>(p.num_sources)),
+        next(arena.take<Row>(p.num_sources)),
         logits(arena.take<A>(p.num_sources)),
         weights(arena.take<A>(p.num_sources)),
         rstd(arena.take<A>(p.num_sources)),
@@ -169,15 +184,16 @@ void depth_attention_forward(const DepthAttentionForward& p, const SharedVectors
     if (p.first_logit != nullptr) skip_empty_state<A>(s.logits[0], s.rows, n);
     const A lse = softmax<A>(s.logits, s.weights, n);
 
+    const Row* next = next_rows(p.sources, n, m, range, s.next);
     const MutableRow out = row(p.out, m);
     if (out_weight == nullptr) {
-      mix<Access>(s.rows, s.weights, n, hidden,
+      mix<Access>(s.rows, next, s.weights, n, hidden,
                   [&](auto tile, int k, Vec<A> v)
                       __attribute__((always_inline)) { tile.store(out, k, v); });
     } else {
       A* mixed = p.mix.data == nullptr ? s.mixed : static_cast<A*>(row(p.mix, m).data);
       Sum<A, kUnroll> squares;
-      mix<Access>(s.rows, s.weights, n, hidden,
+      mix<Access>(s.rows, next, s.weights, n, hidden,
                   [&](auto tile, int k, Vec<A> v) __attribute__((always_inline)) {
                     tile.store(mixed, k, v);
                     squares.parts[k] += v * v;
@@ -204,6 +220,7 @@ void depth_attention_forward(const DepthAttentionForward& p, const SharedVectors
 template <typename A>
 struct BackwardScratch {
   Row* rows;
+  Row* next;
   Row* bases;
   MutableRow* grads;
   A* logits;
@@ -217,6 +234,7 @@ struct BackwardScratch {
 
   BackwardScratch(Arena& arena, const DepthAttentionBackward& p)
       : rows(arena.take<Row>(p.num_sources)),
+        next(arena.take<Row>(p.num_sources)),
         bases(arena.take<Row>(p.num_sources)),
         grads(arena.take<MutableRow>(p.num_sources)),
         logits(arena.take<A>(p.num_sources)),
@@ -322,7 +340,7 @@ void depth_attention_backward(const DepthAttentionBackward& p, const SharedVecto
       if (p.mix.data != nullptr) {
         mixed = static_cast<const A*>(row(p.mix, m).data);
       } else {
-        mix<Access>(s.rows, s.weights, n, hidden,
+        mix<Access>(s.rows, nullptr, s.weights, n, hidden,
                     [&](auto tile, int k, Vec<A> v)
                         __attribute__((always_inline)) { tile.store(s.mixed, k, v); });
       }
@@ -353,6 +371,7 @@ void depth_attention_backward(const DepthAttentionBackward& p, const SharedVecto
     }
     if (!needs_columns) continue;
 
+    const Row* next = next_rows(p.sources, n, m, range, s.next);
     // dv_i = p_i g + a_i u - b_i v_i and du += a_i v_i, with every row read once more.
     for_tiles<Access, 2>(hidden, [&](auto tile) __attribute__((always_inline)) {
       Vec<A> g[2], score_vector[2], du[2] = {};
@@ -365,6 +384,7 @@ void depth_attention_backward(const DepthAttentionBackward& p, const SharedVecto
         const Vec<A> weight = broadcast<A>(s.weights[i]);
         const Vec<A> a = broadcast<A>(s.score_factor[i]);
         const Vec<A> b = broadcast<A>(s.value_factor[i]);
+        if (next != nullptr) tile.prefetch(next[i]);
 #pragma GCC unroll 2
         for (int k = 0; k < tile.kCount; ++k) {
           const Vec<A> v = tile.load(s.rows[i], k);

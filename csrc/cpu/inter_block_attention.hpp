@@ -94,6 +94,7 @@ ATTNRES_INLINE void score_all(const Row* rows, int n, const A* u, int64_t num_qu
 template <typename A>
 struct InterForwardScratch {
   Row* rows;
+  Row* next;
   MutableRow* outs;
   A* rstd;
   A* logits;
@@ -101,6 +102,7 @@ struct InterForwardScratch {
 
   InterForwardScratch(Arena& arena, const InterBlockForward& p)
       : rows(arena.take<Row>(p.num_sources)),
+        next(arena.take<Row>(p.num_sources)),
         outs(arena.take<MutableRow>(p.num_queries)),
         rstd(arena.take<A>(p.num_sources)),
         logits(arena.take<A>(p.num_sources * p.num_queries)),
@@ -130,7 +132,11 @@ void inter_block_forward(const InterBlockForward& p, const SharedVectors& shared
     // Columns outside, queries inside: a tile of the N rows stays in the first-level cache for all
     // S of them.
     for (int64_t s = 0; s < num_queries; ++s) t.outs[s] = row(p.out, s * m_total + m);
+    const Row* next = next_rows(p.sources, n, m, range, t.next);
     for_tiles<Access, 2>(hidden, [&](auto tile) __attribute__((always_inline)) {
+      if (next != nullptr) {
+        for (int i = 0; i < n; ++i) tile.prefetch(next[i]);
+      }
       for_groups<kQueries>(num_queries, [&](auto queries) __attribute__((always_inline)) {
         Vec<A> sums[queries.kCount][2] = {};
         for (int i = 0; i < n; ++i) {

@@ -47,6 +47,8 @@ struct Uniform {
   }
 };
 
+constexpr int64_t kCacheLine = 64;
+
 template <typename A, typename F>
 ATTNRES_INLINE auto with_storage(DType dtype, F&& f) {
   switch (dtype) {
@@ -100,6 +102,13 @@ struct WholeTile {
   ATTNRES_INLINE int64_t step(int k) { return k * kLanes<A>; }
   Vec<A> load(Row row, int k) const { return Access::load(row, c + step(k)); }
   void store(MutableRow row, int k, Vec<A> v) const { Access::store(row, c + step(k), v); }
+  // Asks for the tile's cache lines of a row that will be read later.
+  void prefetch(Row row) const {
+    const char* first = static_cast<const char*>(row_at(row.data, row.dtype, c));
+    for (int64_t byte = 0; byte < step(kVectors) * size_of(row.dtype); byte += kCacheLine) {
+      __builtin_prefetch(first + byte, 0, 2);
+    }
+  }
   Vec<A> load(const A* p, int k) const { return cpu::load<A>(p + c + step(k)); }
   void store(A* p, int k, Vec<A> v) const { cpu::store<A>(p + c + step(k), v); }
 };
@@ -113,6 +122,7 @@ struct TailTile {
 
   Vec<A> load(Row row, int) const { return Access::load_tail(row, c, count); }
   void store(MutableRow row, int, Vec<A> v) const { Access::store_tail(row, c, v, count); }
+  void prefetch(Row row) const { __builtin_prefetch(row_at(row.data, row.dtype, c), 0, 2); }
   Vec<A> load(const A* p, int) const { return cpu::load_tail<A>(p + c, count); }
   void store(A* p, int, Vec<A> v) const { cpu::store_tail<A>(p + c, v, count); }
 };
@@ -188,6 +198,11 @@ ATTNRES_INLINE A inverse_rms(A sum_of_squares, int64_t hidden, double eps) {
 // weight when logits reach 1e4.
 template <typename A>
 ATTNRES_INLINE A softmax(const A* logits, A* weights, int count) {
+  // The only source has weight 1, be it a state whose log-sum-exp is -inf; NaN stays NaN.
+  if (count == 1 && logits[0] == logits[0]) {
+    weights[0] = 1;
+    return logits[0];
+  }
   A largest = logits[0];
   for (int i = 1; i < count; ++i) {
     if (!(logits[i] <= largest)) largest = logits[i];

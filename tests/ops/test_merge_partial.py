@@ -187,6 +187,15 @@ def test_empty_state_is_exact(device: str, norm: bool, garbage: float) -> None:
     assert_same_bits("hidden", hidden, expected)
 
 
+def test_empty_state_alone_is_returned(device: str) -> None:
+    """Without anything to merge the state is all there is, whatever its log-sum-exp."""
+    out = torch.randn(4, 24, device=device)
+    lse = torch.full((4,), -torch.inf, device=device)
+    hidden, partial = ops.merge_partial(out, lse, None, None, torch.zeros(24, device=device))
+    assert partial is None
+    assert_same_bits("hidden", hidden, out)
+
+
 def test_empty_state_has_finite_gradients(device: str) -> None:
     out, lse, partial, delta = make_state((3, 24), device=device)
     lse[1] = -torch.inf
