@@ -3,6 +3,7 @@ waits to be added."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["CachedState", "ResidualState", "TrainingState"]
 
 
-class ResidualState:
+class ResidualState(ABC):
     """Sites read in order, each followed by one write.
 
     What is written stays pending: the next read adds it to the open block in the kernel that also
@@ -123,10 +124,11 @@ class ResidualState:
         norm = {"out_weight": norm_weight, "eps": residual.eps, "out_eps": norm_eps}
         return self._read(site, delta, query, key_weight, norm)
 
+    @abstractmethod
     def _read(
         self, site: int, delta: Tensor, query: Tensor, key_weight: Tensor | None, norm: dict
     ) -> Tensor:
-        raise NotImplementedError
+        """The mix at ``site``, with ``delta`` added to the open block before."""
 
     def _record(
         self, site: int, sources: list[Tensor], query: Tensor, key_weight: Tensor | None
