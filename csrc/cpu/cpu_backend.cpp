@@ -13,6 +13,7 @@
 
 #include "attnres/backend.hpp"
 #include "attnres/build_info.hpp"
+#include "attnres/check.hpp"
 #include "attnres/dispatch.hpp"
 #include "kernels.hpp"
 
@@ -44,9 +45,9 @@ const Kernels* choose_kernels() {
 #if defined(ATTNRES_X86_KERNELS)
   if (widest == &kAvx512Kernels && std::strcmp(asked, kAvx2Kernels.name) == 0) return &kAvx2Kernels;
 #endif
-  STD_TORCH_CHECK(false, "attnres: the environment variable ATTNRES_CPU is '", asked,
-                  "', expected an instruction set that this machine and this build have, at most '",
-                  widest->name, "'");
+  ATTNRES_CHECK(false, "attnres: the environment variable ATTNRES_CPU is '", asked,
+                "', expected an instruction set that this machine and this build have, at most '",
+                widest->name, "'");
 }
 
 const Kernels& kernels() {
@@ -58,8 +59,8 @@ const Kernels& kernels() {
 class Buffer {
  public:
   explicit Buffer(int64_t bytes) : data_(std::aligned_alloc(64, (bytes + 63) / 64 * 64 + 64)) {
-    STD_TORCH_CHECK(data_ != nullptr, "attnres: could not allocate ", bytes,
-                    " bytes of scratch memory");
+    ATTNRES_CHECK(data_ != nullptr, "attnres: could not allocate ", bytes,
+                  " bytes of scratch memory");
   }
   void* data() const { return data_.get(); }
   template <typename A>

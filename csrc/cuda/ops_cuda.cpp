@@ -2,7 +2,6 @@
 // device's architecture called, failures turned into sentences.
 #include <cuda_runtime_api.h>
 #include <torch/csrc/stable/c/shim.h>
-#include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/shim_utils.h>
 
 #include <algorithm>
@@ -11,6 +10,7 @@
 #include <string>
 
 #include "attnres/backend.hpp"
+#include "attnres/check.hpp"
 #include "launchers.hpp"
 
 // Lives in libtorch_cuda, which a CPU-only torch does not have: weak, so that one library loads
@@ -35,8 +35,8 @@ struct Device {
 Device query_device(int index) {
   cudaDeviceProp properties;
   const cudaError_t status = cudaGetDeviceProperties(&properties, index);
-  STD_TORCH_CHECK(status == cudaSuccess, "attnres_ext cannot read the properties of cuda:", index,
-                  ": ", describe(status));
+  ATTNRES_CHECK(status == cudaSuccess, "attnres_ext cannot read the properties of cuda:", index,
+                ": ", describe(status));
   return {properties.name, 10 * properties.major + properties.minor,
           DeviceLimits{properties.multiProcessorCount,
                        static_cast<int>(properties.sharedMemPerMultiprocessor),
@@ -46,8 +46,8 @@ Device query_device(int index) {
 // Properties take microseconds to milliseconds to read: once for each device.
 const Device& device_at(int index) {
   constexpr int kMaxDevices = 128;
-  STD_TORCH_CHECK(index >= 0 && index < kMaxDevices,
-                  "attnres_ext serves cuda:0 to cuda:", kMaxDevices - 1, ", got cuda:", index);
+  ATTNRES_CHECK(index >= 0 && index < kMaxDevices,
+                "attnres_ext serves cuda:0 to cuda:", kMaxDevices - 1, ", got cuda:", index);
   static std::once_flag once[kMaxDevices];
   static Device devices[kMaxDevices];
   std::call_once(once[index], [index] { devices[index] = query_device(index); });
@@ -61,8 +61,8 @@ class DeviceGuard {
     cudaError_t status = cudaGetDevice(&before_);
     changed_ = status == cudaSuccess && before_ != device;
     if (changed_) status = cudaSetDevice(device);
-    STD_TORCH_CHECK(status == cudaSuccess, "attnres_ext cannot switch to cuda:", device, ": ",
-                    describe(status));
+    ATTNRES_CHECK(status == cudaSuccess, "attnres_ext cannot switch to cuda:", device, ": ",
+                  describe(status));
   }
   ~DeviceGuard() {
     if (changed_) cudaSetDevice(before_);
@@ -76,10 +76,10 @@ class DeviceGuard {
 };
 
 cudaStream_t current_stream(int device) {
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
-                  "attnres_ext got tensors on cuda:", device,
-                  ", but the PyTorch in this process has no CUDA (its "
-                  "aoti_torch_get_current_cuda_stream is missing); install a CUDA build of torch");
+  ATTNRES_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
+                "attnres_ext got tensors on cuda:", device,
+                ", but the PyTorch in this process has no CUDA (its "
+                "aoti_torch_get_current_cuda_stream is missing); install a CUDA build of torch");
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   return static_cast<cudaStream_t>(stream);
@@ -92,10 +92,10 @@ std::string text(const Device& device, int index) {
 }
 
 void check_size(const char* op, int64_t num_tokens, int64_t hidden) {
-  STD_TORCH_CHECK(num_tokens <= kMaxTokens, op, ": sources have ", num_tokens,
-                  " rows of values, expected at most ", kMaxTokens, " on CUDA");
-  STD_TORCH_CHECK(hidden <= kMaxHidden, op, ": sources have rows of ", hidden,
-                  " values, expected at most ", kMaxHidden, " on CUDA");
+  ATTNRES_CHECK(num_tokens <= kMaxTokens, op, ": sources have ", num_tokens,
+                " rows of values, expected at most ", kMaxTokens, " on CUDA");
+  ATTNRES_CHECK(hidden <= kMaxHidden, op, ": sources have rows of ", hidden,
+                " values, expected at most ", kMaxHidden, " on CUDA");
 }
 
 // Starts the launcher of the device's architecture on the current stream.
@@ -106,15 +106,15 @@ void launch_on(int index, const Params& p, cudaError_t (*sm80)(const Params&, co
   const Device& device = device_at(index);
   const DeviceGuard guard(index);
   const auto launch = device.capability >= 90 ? sm90 : device.capability >= 80 ? sm80 : nullptr;
-  STD_TORCH_CHECK(launch != nullptr, p.op, ": ", text(device, index),
-                  " has no kernel in this build of attnres_ext, which holds the sets "
-                  "\"" ATTNRES_CUDA_ARCHITECTURES
-                  "\" (80 serves 8.x, 90 serves 9.0 and later); build it with the right "
-                  "ATTNRES_CUDA_ARCHS, or move the tensors to the CPU");
+  ATTNRES_CHECK(launch != nullptr, p.op, ": ", text(device, index),
+                " has no kernel in this build of attnres_ext, which holds the sets "
+                "\"" ATTNRES_CUDA_ARCHITECTURES
+                "\" (80 serves 8.x, 90 serves 9.0 and later); build it with the right "
+                "ATTNRES_CUDA_ARCHS, or move the tensors to the CPU");
   const cudaError_t status = launch(p, {current_stream(index), index, device.limits});
-  STD_TORCH_CHECK(status == cudaSuccess, p.op, ": the launch over ", p.num_sources, " sources of ",
-                  p.num_tokens, " x ", p.hidden, " values failed on ", text(device, index), ": ",
-                  describe(status));
+  ATTNRES_CHECK(status == cudaSuccess, p.op, ": the launch over ", p.num_sources, " sources of ",
+                p.num_tokens, " x ", p.hidden, " values failed on ", text(device, index), ": ",
+                describe(status));
 }
 
 void depth_attention_forward(const DepthAttentionForward& p, int index) {

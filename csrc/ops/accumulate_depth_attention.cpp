@@ -24,9 +24,9 @@ Forward prepare(const Tensor& partial, const Tensor& delta, const std::vector<Te
   check_floating({kName, "partial"}, partial);
   check_hidden({kName, "partial"}, partial);
   check_like({kName, "delta"}, delta, partial, "partial");
-  STD_TORCH_CHECK(blocks.size() < static_cast<size_t>(kMaxSources), kName, ": blocks has ",
-                  blocks.size(), " tensors, expected at most ", kMaxSources - 1,
-                  " beside the partial");
+  ATTNRES_CHECK(blocks.size() < static_cast<size_t>(kMaxSources), kName, ": blocks has ",
+                blocks.size(), " tensors, expected at most ", kMaxSources - 1,
+                " beside the partial");
   for (size_t i = 0; i < blocks.size(); ++i) {
     check_like({kName, "blocks", static_cast<int64_t>(i)}, blocks[i], partial, "partial");
   }

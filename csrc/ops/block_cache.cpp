@@ -25,29 +25,29 @@ ConstRows as_const(const Rows& rows) {
 void check_cache(const char* op, const Tensor& slots, const Tensor& rstd) {
   const Argument argument{op, "slots"};
   check_floating(argument, slots);
-  STD_TORCH_CHECK(slots.dim() == 3, argument.text(), " has shape ", to_string(shape_of(slots)),
-                  ", expected [capacity, M, D]");
+  ATTNRES_CHECK(slots.dim() == 3, argument.text(), " has shape ", to_string(shape_of(slots)),
+                ", expected [capacity, M, D]");
   check_hidden(argument, slots);
-  STD_TORCH_CHECK(slots.stride(2) == 1 || slots.size(2) == 1, argument.text(),
-                  " has a column stride of ", slots.stride(2), ", expected 1");
+  ATTNRES_CHECK(slots.stride(2) == 1 || slots.size(2) == 1, argument.text(),
+                " has a column stride of ", slots.stride(2), ", expected 1");
   const bool apart = (slots.size(1) <= 1 || slots.stride(1) >= slots.size(2)) &&
                      (slots.size(0) <= 1 ||
                       slots.stride(0) >= (slots.size(1) - 1) * slots.stride(1) + slots.size(2));
-  STD_TORCH_CHECK(apart, argument.text(),
-                  " has rows that share memory with one another, expected slots that follow one "
-                  "another in memory");
-  STD_TORCH_CHECK(slots.size(0) <= kMaxSources, argument.text(), " has a capacity of ",
-                  slots.size(0), ", expected at most ", kMaxSources);
+  ATTNRES_CHECK(apart, argument.text(),
+                " has rows that share memory with one another, expected slots that follow one "
+                "another in memory");
+  ATTNRES_CHECK(slots.size(0) <= kMaxSources, argument.text(), " has a capacity of ", slots.size(0),
+                ", expected at most ", kMaxSources);
   const Argument rms{op, "rstd"};
-  STD_TORCH_CHECK(rstd.scalar_type() == ScalarType::Float && rstd.is_contiguous(), rms.text(),
-                  " must be a contiguous float32 tensor");
+  ATTNRES_CHECK(rstd.scalar_type() == ScalarType::Float && rstd.is_contiguous(), rms.text(),
+                " must be a contiguous float32 tensor");
   check_shape(rms, rstd, {slots.size(0), slots.size(1)}, "for these slots");
   check_device(rms, rstd, slots, "slots");
 }
 
 void check_slot(const char* op, const Tensor& slots, int64_t slot) {
-  STD_TORCH_CHECK(slot >= 0 && slot < slots.size(0), op, ": slot is ", slot, ", expected 0 to ",
-                  slots.size(0) - 1, " for a capacity of ", slots.size(0));
+  ATTNRES_CHECK(slot >= 0 && slot < slots.size(0), op, ": slot is ", slot, ", expected 0 to ",
+                slots.size(0) - 1, " for a capacity of ", slots.size(0));
 }
 
 // Tokens may come with any leading dimensions: M rows in all.
@@ -56,9 +56,9 @@ void check_tokens(const Argument& argument, const Tensor& tensor, const Tensor& 
   check_hidden(argument, tensor);
   const bool fits =
       tensor.size(tensor.dim() - 1) == slots.size(2) && num_rows(tensor) == slots.size(1);
-  STD_TORCH_CHECK(fits, argument.text(), " has shape ", to_string(shape_of(tensor)),
-                  ", expected [..., ", slots.size(2), "] with ", slots.size(1),
-                  " tokens in all, like the slots");
+  ATTNRES_CHECK(fits, argument.text(), " has shape ", to_string(shape_of(tensor)),
+                ", expected [..., ", slots.size(2), "] with ", slots.size(1),
+                " tokens in all, like the slots");
   check_device(argument, tensor, slots, "slots");
 }
 
@@ -141,30 +141,29 @@ void block_cache_inter(const Tensor& slots, const Tensor& rstd, int64_t count,
                        const Tensor& out, const Tensor& lse) {
   constexpr const char* kName = "block_cache_inter";
   check_cache(kName, slots, rstd);
-  STD_TORCH_CHECK(count >= 1 && count <= slots.size(0), kName, ": count is ", count,
-                  ", expected 1 to ", slots.size(0), " finished blocks");
+  ATTNRES_CHECK(count >= 1 && count <= slots.size(0), kName, ": count is ", count,
+                ", expected 1 to ", slots.size(0), " finished blocks");
   const Argument argument{kName, "queries"};
   check_floating(argument, queries);
-  STD_TORCH_CHECK(queries.dim() == 2 && queries.size(0) >= 1 && queries.size(1) == slots.size(2),
-                  argument.text(), " has shape ", to_string(shape_of(queries)), ", expected [S, ",
-                  slots.size(2), "]");
+  ATTNRES_CHECK(queries.dim() == 2 && queries.size(0) >= 1 && queries.size(1) == slots.size(2),
+                argument.text(), " has shape ", to_string(shape_of(queries)), ", expected [S, ",
+                slots.size(2), "]");
   check_device(argument, queries, slots, "slots");
   if (key_weights.has_value()) check_like({kName, "key_weights"}, *key_weights, queries, "queries");
   const int64_t num_queries = queries.size(0);
   check_floating({kName, "out"}, out);
-  STD_TORCH_CHECK(out.is_contiguous() &&
-                      out.numel() == num_queries * slots.size(1) * slots.size(2) &&
-                      out.dim() >= 1 && out.size(out.dim() - 1) == slots.size(2),
-                  kName, ": out has shape ", to_string(shape_of(out)), ", expected contiguous [",
-                  num_queries, ", ", slots.size(1), ", ", slots.size(2), "]");
+  ATTNRES_CHECK(out.is_contiguous() && out.numel() == num_queries * slots.size(1) * slots.size(2) &&
+                    out.dim() >= 1 && out.size(out.dim() - 1) == slots.size(2),
+                kName, ": out has shape ", to_string(shape_of(out)), ", expected contiguous [",
+                num_queries, ", ", slots.size(1), ", ", slots.size(2), "]");
   check_device({kName, "out"}, out, slots, "slots");
   check_no_overlap({kName, "out"}, out, slots, "slots");
   const DType compute = compute_dtype(dtype_of(slots));
-  STD_TORCH_CHECK(lse.is_contiguous() && lse.scalar_type() == scalar_type_of(compute) &&
-                      lse.numel() == num_queries * slots.size(1),
-                  kName, ": lse has shape ", to_string(shape_of(lse)), ", expected contiguous [",
-                  num_queries, ", ", slots.size(1), "] of ",
-                  torch::headeronly::toString(scalar_type_of(compute)));
+  ATTNRES_CHECK(lse.is_contiguous() && lse.scalar_type() == scalar_type_of(compute) &&
+                    lse.numel() == num_queries * slots.size(1),
+                kName, ": lse has shape ", to_string(shape_of(lse)), ", expected contiguous [",
+                num_queries, ", ", slots.size(1), "] of ",
+                torch::headeronly::toString(scalar_type_of(compute)));
   check_device({kName, "lse"}, lse, slots, "slots");
 
   Inputs inputs;
@@ -206,8 +205,8 @@ void block_cache_merge(const Tensor& slots, const Tensor& rstd, const Tensor& ou
   check_no_overlap({kName, "hidden"}, hidden, delta, "delta");
   check_floating({kName, "lse"}, lse);
   check_device({kName, "lse"}, lse, slots, "slots");
-  STD_TORCH_CHECK(lse.numel() == slots.size(1), kName, ": lse has shape ", to_string(shape_of(lse)),
-                  ", expected ", slots.size(1), " values, one a token");
+  ATTNRES_CHECK(lse.numel() == slots.size(1), kName, ": lse has shape ", to_string(shape_of(lse)),
+                ", expected ", slots.size(1), " values, one a token");
   Inputs inputs;
   DepthAttentionForward p =
       prepare_read(kName, inputs, slots, query, key_weight, out_weight, eps, out_eps, scale);

@@ -60,8 +60,8 @@ std::string Argument::text() const {
 }
 
 void check_floating(const Argument& argument, const Tensor& tensor) {
-  STD_TORCH_CHECK(is_supported(tensor.scalar_type()), argument.text(), " has dtype ",
-                  dtype_name(tensor), ", expected float32, float64, bfloat16 or float16");
+  ATTNRES_CHECK(is_supported(tensor.scalar_type()), argument.text(), " has dtype ",
+                dtype_name(tensor), ", expected float32, float64, bfloat16 or float16");
 }
 
 void check_device(const Argument& argument, const Tensor& tensor, const Tensor& like,
@@ -69,28 +69,28 @@ void check_device(const Argument& argument, const Tensor& tensor, const Tensor& 
   const bool same = tensor.is_cpu() ? like.is_cpu()
                                     : tensor.is_cuda() == like.is_cuda() &&
                                           tensor.get_device() == like.get_device();
-  STD_TORCH_CHECK(same, argument.text(), " is on ", device_name(tensor), ", expected ",
-                  device_name(like), " like ", like_name, "; move all tensors to one device");
+  ATTNRES_CHECK(same, argument.text(), " is on ", device_name(tensor), ", expected ",
+                device_name(like), " like ", like_name, "; move all tensors to one device");
 }
 
 void check_shape(const Argument& argument, const Tensor& tensor, const Shape& wanted,
                  const char* why) {
-  STD_TORCH_CHECK(shape_of(tensor) == wanted, argument.text(), " has shape ",
-                  to_string(shape_of(tensor)), ", expected ", to_string(wanted), " ", why);
+  ATTNRES_CHECK(shape_of(tensor) == wanted, argument.text(), " has shape ",
+                to_string(shape_of(tensor)), ", expected ", to_string(wanted), " ", why);
 }
 
 void check_hidden(const Argument& argument, const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.dim() >= 1 && tensor.size(tensor.dim() - 1) >= 1, argument.text(),
-                  " has shape ", to_string(shape_of(tensor)),
-                  ", expected [..., D] with a hidden size D of at least 1");
+  ATTNRES_CHECK(tensor.dim() >= 1 && tensor.size(tensor.dim() - 1) >= 1, argument.text(),
+                " has shape ", to_string(shape_of(tensor)),
+                ", expected [..., D] with a hidden size D of at least 1");
 }
 
 void check_sources(const char* op, const char* name, const std::vector<Tensor>& sources,
                    size_t at_least) {
-  STD_TORCH_CHECK(sources.size() >= at_least, op, ": ", name,
-                  " is an empty list, expected at least ", at_least, " tensor");
-  STD_TORCH_CHECK(sources.size() <= static_cast<size_t>(kMaxSources), op, ": ", name, " has ",
-                  sources.size(), " tensors, expected at most ", kMaxSources);
+  ATTNRES_CHECK(sources.size() >= at_least, op, ": ", name, " is an empty list, expected at least ",
+                at_least, " tensor");
+  ATTNRES_CHECK(sources.size() <= static_cast<size_t>(kMaxSources), op, ": ", name, " has ",
+                sources.size(), " tensors, expected at most ", kMaxSources);
   for (size_t i = 0; i < sources.size(); ++i) {
     const Argument argument{op, name, static_cast<int64_t>(i)};
     check_floating(argument, sources[i]);
@@ -122,9 +122,9 @@ void check_query(const char* op, const Tensor& query, const Tensor& source) {
   const int64_t dims = query.dim();
   const bool fits = query.numel() == hidden &&
                     (dims == 1 || (dims == 2 && (query.size(0) == 1 || query.size(1) == 1)));
-  STD_TORCH_CHECK(fits, argument.text(), " has shape ", to_string(shape_of(query)), ", expected [",
-                  hidden, "], [1, ", hidden, "] or [", hidden, ", 1] for sources of hidden size ",
-                  hidden);
+  ATTNRES_CHECK(fits, argument.text(), " has shape ", to_string(shape_of(query)), ", expected [",
+                hidden, "], [1, ", hidden, "] or [", hidden, ", 1] for sources of hidden size ",
+                hidden);
   check_device(argument, query, source, "the sources");
 }
 
@@ -136,21 +136,21 @@ void check_gain(const Argument& argument, const OptionalTensor& gain, const Tens
 }
 
 void check_eps(const char* op, double eps, double out_eps) {
-  STD_TORCH_CHECK(eps >= 0, op, ": eps is ", eps, ", expected a number of at least 0");
-  STD_TORCH_CHECK(out_eps >= 0, op, ": out_eps is ", out_eps, ", expected a number of at least 0");
+  ATTNRES_CHECK(eps >= 0, op, ": eps is ", eps, ", expected a number of at least 0");
+  ATTNRES_CHECK(out_eps >= 0, op, ": out_eps is ", out_eps, ", expected a number of at least 0");
 }
 
 void check_needs(const char* op, const std::vector<bool>& needs, size_t wanted) {
-  STD_TORCH_CHECK(needs.size() == wanted, op, ": needs has ", needs.size(), " flags, expected ",
-                  wanted);
+  ATTNRES_CHECK(needs.size() == wanted, op, ": needs has ", needs.size(), " flags, expected ",
+                wanted);
 }
 
 Rows check_output(const Argument& argument, const Tensor& output) {
   check_floating(argument, output);
   const auto rows = addressable_rows(output);
-  STD_TORCH_CHECK(rows.has_value(), argument.text(),
-                  " is written in place and must have contiguous columns and at most two "
-                  "strides over its leading dimensions; call .contiguous() on it first");
+  ATTNRES_CHECK(rows.has_value(), argument.text(),
+                " is written in place and must have contiguous columns and at most two "
+                "strides over its leading dimensions; call .contiguous() on it first");
   // The two strides must not make rows overlap one another, as those of an expanded tensor do.
   const int64_t hidden = output.size(output.dim() - 1), count = num_rows(output);
   int64_t sizes[2] = {rows->inner, count / rows->inner},
@@ -162,9 +162,9 @@ Rows check_output(const Argument& argument, const Tensor& output) {
   const int64_t span = sizes[0] > 1 ? (sizes[0] - 1) * strides[0] + hidden : hidden;
   const bool apart =
       (sizes[0] <= 1 || strides[0] >= hidden) && (sizes[1] <= 1 || strides[1] >= span);
-  STD_TORCH_CHECK(apart, argument.text(),
-                  " has rows that share memory with one another, expected a tensor that is not "
-                  "expanded: it is written in place");
+  ATTNRES_CHECK(apart, argument.text(),
+                " has rows that share memory with one another, expected a tensor that is not "
+                "expanded: it is written in place");
   return *rows;
 }
 
@@ -182,8 +182,8 @@ void check_no_overlap(const Argument& argument, const Tensor& output, const Tens
                       const std::string& input_name) {
   const Extent written(output), read(input);
   const bool overlap = written.begin < read.end && read.begin < written.end;
-  STD_TORCH_CHECK(!overlap, argument.text(), " shares memory with ", input_name,
-                  ", expected a tensor of its own: it is written while ", input_name, " is read");
+  ATTNRES_CHECK(!overlap, argument.text(), " shares memory with ", input_name,
+                ", expected a tensor of its own: it is written while ", input_name, " is read");
 }
 
 }  // namespace attnres::ops

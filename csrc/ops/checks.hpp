@@ -54,12 +54,12 @@ template <typename Function>
 Function kernel_of(const char* op, const Tensor& like, Function Backend::* member) {
   const Function function = backend_of(like).*member;
   constexpr bool kBuiltWithCuda = sizeof(ATTNRES_CUDA_ARCHITECTURES) > 1;
-  STD_TORCH_CHECK(function != nullptr, op, ": this build of attnres_ext",
-                  kBuiltWithCuda ? ", though it holds CUDA kernels of other operators,"
-                                 : ", made without a CUDA compiler,",
-                  " has no CUDA kernel for it; move the tensors to the CPU",
-                  kBuiltWithCuda ? "" : ", or install a build with CUDA kernels",
-                  " (`attnres info` lists what is inside)");
+  ATTNRES_CHECK(function != nullptr, op, ": this build of attnres_ext",
+                kBuiltWithCuda ? ", though it holds CUDA kernels of other operators,"
+                               : ", made without a CUDA compiler,",
+                " has no CUDA kernel for it; move the tensors to the CPU",
+                kBuiltWithCuda ? "" : ", or install a build with CUDA kernels",
+                " (`attnres info` lists what is inside)");
   return function;
 }
 

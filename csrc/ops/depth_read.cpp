@@ -154,10 +154,10 @@ void use_gradients(const char* op, const char* name, const std::vector<Tensor>& 
                    std::vector<ConstRows>& base_rows) {
   size_t wanted = 0;
   for (size_t i = 0; i < count; ++i) wanted += needs[i] ? 1 : 0;
-  STD_TORCH_CHECK(gradients.size() == wanted, op, ": ", name, " has ", gradients.size(),
-                  " tensors, expected ", wanted, ", one for each source that needs a gradient");
-  STD_TORCH_CHECK(accumulate.size() == wanted, op, ": accumulate has ", accumulate.size(),
-                  " flags, expected ", wanted, ", one for each of ", name);
+  ATTNRES_CHECK(gradients.size() == wanted, op, ": ", name, " has ", gradients.size(),
+                " tensors, expected ", wanted, ", one for each source that needs a gradient");
+  ATTNRES_CHECK(accumulate.size() == wanted, op, ": accumulate has ", accumulate.size(),
+                " flags, expected ", wanted, ", one for each of ", name);
   size_t next = 0;
   for (size_t i = 0; i < count; ++i) {
     if (!needs[i]) continue;

@@ -11,9 +11,9 @@ constexpr const char* kName = "inter_block_attention";
 void check_matrix(const Argument& argument, const Tensor& matrix, const Tensor& source) {
   const int64_t hidden = source.size(source.dim() - 1);
   check_floating(argument, matrix);
-  STD_TORCH_CHECK(matrix.dim() == 2 && matrix.size(0) >= 1 && matrix.size(1) == hidden,
-                  argument.text(), " has shape ", to_string(shape_of(matrix)), ", expected [S, ",
-                  hidden, "] with S of at least 1");
+  ATTNRES_CHECK(matrix.dim() == 2 && matrix.size(0) >= 1 && matrix.size(1) == hidden,
+                argument.text(), " has shape ", to_string(shape_of(matrix)), ", expected [S, ",
+                hidden, "] with S of at least 1");
   check_device(argument, matrix, source, "the blocks");
 }
 

@@ -109,8 +109,8 @@ int64_t num_rows(const Tensor& tensor) {
 Tensor empty(const Shape& shape, DType dtype, const Tensor& like) {
   constexpr size_t kMaxDims = 64;
   int64_t strides[kMaxDims];
-  STD_TORCH_CHECK(shape.size() <= kMaxDims, "attnres: tensors have at most ", kMaxDims,
-                  " dimensions, got ", shape.size());
+  ATTNRES_CHECK(shape.size() <= kMaxDims, "attnres: tensors have at most ", kMaxDims,
+                " dimensions, got ", shape.size());
   int64_t stride = 1;
   for (size_t d = shape.size(); d-- > 0;) {
     strides[d] = stride;

@@ -5,13 +5,13 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "attnres/backend.hpp"
+#include "attnres/check.hpp"
 #include "attnres/params.hpp"
 
 namespace attnres::ops {

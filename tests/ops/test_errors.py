@@ -318,3 +318,13 @@ def test_in_place_backward_overlap(shared: str) -> None:
         "shares memory",
     )
     assert torch.equal(memory, before)
+
+
+def test_a_message_is_a_sentence_and_nothing_else() -> None:
+    """No file, function or line of the library in front of it."""
+    with pytest.raises(RuntimeError) as caught:
+        ops.depth_attention([t(3, D), t(3, D + 1)], t(D))
+    wanted = (
+        f"depth_attention: sources[1] has shape [3, {D + 1}], expected [3, {D}] like sources[0]"
+    )
+    assert str(caught.value) == wanted
