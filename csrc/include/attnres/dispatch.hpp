@@ -7,13 +7,7 @@
 
 namespace attnres {
 
-// f(std::integral_constant<int, V>) for the V in Values that equals `value`; false if there is
-// none.
-template <int... Values, typename F>
-bool dispatch_int(int value, F&& f) {
-  return ((value == Values && (f(std::integral_constant<int, Values>{}), true)) || ...);
-}
-
+// f(std::true_type{}) or f(std::false_type{}).
 template <typename F>
 decltype(auto) dispatch_bool(bool value, F&& f) {
   return value ? f(std::true_type{}) : f(std::false_type{});
