@@ -1,6 +1,7 @@
 """Results as JSON lines.
 
-The first line says where and how, every other line is one contestant in one case.
+The first line says where and how, every other line is one contestant in one case: of an operator
+(``"kind": "result"``) or of a whole model (``"kind": "model"``).
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ class Result:
         samples: all of them.
         preemptions: how often the system took a core away while this was timed.
         bytes: what the call must move.
+        operations: multiplications and additions on matrices, where the operator has any.
         error: largest error as a share of what the gate allows.
+        timer: "clock" for the host's clock, "graph" for replays of a CUDA graph between two events,
+            "events" for plain CUDA launches between two events.
     """
 
     case: str
@@ -54,15 +58,90 @@ class Result:
     samples: tuple[float, ...] = ()
     preemptions: int | None = None
     bytes: int | None = None
+    operations: int | None = None
     error: float | None = None
+    timer: str = "clock"
 
     @property
     def bandwidth(self) -> float | None:
         """Bytes per second."""
         return self.bytes / self.seconds if self.bytes and self.seconds else None
 
+    @property
+    def calls_per_second(self) -> float | None:
+        """What the host gets through; of interest where tensors are tiny."""
+        return 1 / self.seconds if self.seconds else None
 
-def write(path: Path, run: dict[str, Any], results: Iterable[Result]) -> None:
+
+@dataclass(frozen=True)
+class ModelResult:
+    """One residual, by one implementation, in one stack of layers. Times are seconds per call.
+
+    Attributes:
+        case: the case's name: the work and the stack. All arms of a case take turns.
+        work: "train" (forward, backward, optimizer step), "prefill" or "decode" (one token).
+        residual: "standard", "block" or "full".
+        contestant: whose residual: "ours", "eager", "fla"; "standard" for the standard residual.
+        shape: the stack, for people.
+        layers: token mixer and MLP each, so two sublayers.
+        hidden: D.
+        sublayers_per_block: what "block" sums up; the number of blocks follows.
+        blocks: sources at the end of the stack with "block", the embedding among them.
+        batch: sequences.
+        tokens: of each sequence in one call; for "decode" 1.
+        context: tokens of each sequence that came before the call.
+        dtype: of activations.
+        scaling: axes ("layers", "blocks", "tokens", "hidden") that this case is a point of.
+        origin: where the shape comes from.
+        status: as in :class:`Result`.
+        reason: why it was not timed.
+        seconds: median.
+        best_seconds: fastest sample.
+        spread: distance between the quartiles, as a share of the median.
+        samples: all of them; the n-th samples of a case's arms were taken in the same turn.
+        preemptions: how often the system took a core away while this was timed.
+        tokens_per_second: ``batch * tokens / seconds``.
+        peak_bytes: most memory that one call held beyond what was there before it.
+        overhead: median over the turns of the time over the standard residual's, less one.
+        overhead_quartiles: lower and upper quartile of the same.
+        error: largest error of the outputs as a share of what the gate allows.
+        timer: as in :class:`Result`.
+    """
+
+    case: str
+    work: str
+    residual: str
+    contestant: str
+    shape: str
+    layers: int
+    hidden: int
+    sublayers_per_block: int
+    blocks: int
+    batch: int
+    tokens: int
+    context: int
+    dtype: str
+    scaling: tuple[str, ...]
+    origin: str
+    status: str
+    reason: str = ""
+    seconds: float | None = None
+    best_seconds: float | None = None
+    spread: float | None = None
+    samples: tuple[float, ...] = ()
+    preemptions: int | None = None
+    tokens_per_second: float | None = None
+    peak_bytes: int | None = None
+    overhead: float | None = None
+    overhead_quartiles: tuple[float, float] | None = None
+    error: float | None = None
+    timer: str = "clock"
+
+
+_KINDS: dict[str, type[Result] | type[ModelResult]] = {"result": Result, "model": ModelResult}
+
+
+def write(path: Path, run: dict[str, Any], results: Iterable[Result | ModelResult]) -> None:
     """Writes a run to ``path``, all of it or nothing.
 
     Args:
@@ -72,7 +151,8 @@ def write(path: Path, run: dict[str, Any], results: Iterable[Result]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     records = [{"kind": "run", "format": FORMAT, **run}]
-    records += [{"kind": "result", **asdict(result)} for result in results]
+    names = {kind: name for name, kind in _KINDS.items()}
+    records += [{"kind": names[type(result)], **asdict(result)} for result in results]
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w") as file:
@@ -86,26 +166,44 @@ def write(path: Path, run: dict[str, Any], results: Iterable[Result]) -> None:
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[Result]]:
-    """Reads what :func:`write` wrote.
+    """The run and its results for operators, as :func:`write` wrote them.
 
     Raises:
         ValueError: the file is none of ours, or its format is newer than this reader.
     """
+    run, rows = _read(path)
+    return run, [row for row in rows if isinstance(row, Result)]
+
+
+def read_models(path: Path) -> tuple[dict[str, Any], list[ModelResult]]:
+    """The run and its results for whole models, as :func:`write` wrote them.
+
+    Raises:
+        ValueError: the file is none of ours, or its format is newer than this reader.
+    """
+    run, rows = _read(path)
+    return run, [row for row in rows if isinstance(row, ModelResult)]
+
+
+def _read(path: Path) -> tuple[dict[str, Any], list[Result | ModelResult]]:
     run: dict[str, Any] | None = None
-    results = []
+    results: list[Result | ModelResult] = []
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         try:
             record = json.loads(line)
             kind = record.pop("kind")
+            made = None if kind == "run" else _KINDS[kind]
         except (ValueError, KeyError, AttributeError, TypeError):
             raise ValueError(f"{path}, line {number}: not a line of benchmark results") from None
-        if kind == "run":
+        if made is None:
             run = record
             if run.pop("format", None) != FORMAT:
                 raise ValueError(f"{path}: written in another format than {FORMAT}")
         else:
-            record["samples"] = tuple(record["samples"])
-            results.append(Result(**record))
+            # JSON knows no tuples.
+            results.append(
+                made(**{n: tuple(v) if isinstance(v, list) else v for n, v in record.items()})
+            )
     if run is None:
         raise ValueError(f"{path}: has no line that says where it was measured")
     return run, results

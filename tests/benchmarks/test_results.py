@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from attnres_ext.benchmarks import machine, results, runner
-from attnres_ext.benchmarks.results import Result
+from attnres_ext.benchmarks.results import ModelResult, Result
 
 RUN = {"date": "2026-01-01T00:00:00+00:00", "machine": {"cores": 2}, "commit": None}
 TIMED = Result(
@@ -29,6 +29,28 @@ TIMED = Result(
     error=0.2,
 )
 ABSENT = Result("op/N2/none", "op", "N2", "forward", "host", "eager", "absent", reason="not here")
+MODEL = ModelResult(
+    case="train/L2-D8-T4-fp32",
+    work="train",
+    residual="block",
+    contestant="ours",
+    shape="2 layers",
+    layers=2,
+    hidden=8,
+    sublayers_per_block=2,
+    blocks=3,
+    batch=1,
+    tokens=4,
+    context=0,
+    dtype="float32",
+    scaling=("layers", "tokens"),
+    origin="demo",
+    status="timed",
+    seconds=0.5,
+    samples=(0.4, 0.6),
+    overhead=0.02,
+    overhead_quartiles=(0.01, 0.03),
+)
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -39,9 +61,28 @@ def test_round_trip(tmp_path: Path) -> None:
     assert all(isinstance(json.loads(line), dict) for line in path.read_text().splitlines())
 
 
-def test_bandwidth() -> None:
+def test_operators_and_models_share_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    results.write(path, RUN, [TIMED, MODEL, ABSENT])
+    assert results.read(path) == (RUN, [TIMED, ABSENT])
+    assert results.read_models(path) == (RUN, [MODEL])
+
+
+def test_reads_results_from_before_a_field_was_added(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    results.write(path, RUN, [TIMED])
+    run, row = map(json.loads, path.read_text().splitlines())
+    for added in ("operations", "timer"):
+        row.pop(added)
+    path.write_text(f"{json.dumps(run)}\n{json.dumps(row)}\n")
+    assert results.read(path) == (RUN, [TIMED])
+
+
+def test_rates() -> None:
     assert TIMED.bandwidth == 20.0
+    assert TIMED.calls_per_second == 2.0
     assert ABSENT.bandwidth is None
+    assert ABSENT.calls_per_second is None
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
@@ -54,7 +95,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["run.jsonl"]
 
 
-@pytest.mark.parametrize("text", ["not json", "[1]", "{}", '{"format": 1}'])
+@pytest.mark.parametrize("text", ["not json", "[1]", "{}", '{"format": 1}', '{"kind": "x"}'])
 def test_reads_only_its_own(tmp_path: Path, text: str) -> None:
     path = tmp_path / "other.jsonl"
     path.write_text(text + "\n")
