@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 from concurrent.futures import Future
+from types import SimpleNamespace
 
 import pytest
 
@@ -68,7 +69,7 @@ def test_designs_are_models_with_three_paired_seeds_and_a_sweep(name: str) -> No
 
 def test_cells_are_trained_once_and_collected(tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(evidence.DESIGNS, "small", SMALL)
-    monkeypatch.setattr("subprocess.run", in_this_process)
+    monkeypatch.setattr(evidence, "subprocess", SimpleNamespace(run=in_this_process, DEVNULL=None))
     argv = ["evidence", "--design", "small", "--out", str(tmp_path), "--workers", "1"]
     monkeypatch.setattr("sys.argv", [*argv, "--keep", str(tmp_path)])
     monkeypatch.setattr(evidence, "ThreadPoolExecutor", lambda _: contextlib.nullcontext(AtOnce()))
@@ -86,5 +87,5 @@ def test_cells_are_trained_once_and_collected(tmp_path, monkeypatch) -> None:
     assert cells == [(arm, rate, 4) for rate in (1e-3, 1e-2) for arm in ("standard", "block")]
     assert all(3 < one["val_loss"] < 7 for one in record["losses"])
     # Nothing is trained a second time.
-    monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(evidence, "subprocess", None)
     evidence.train_cell(SMALL, config, tmp_path, 1e-3, 4)
