@@ -1,4 +1,4 @@
-"""What depth attention attended to, averaged over tokens."""
+"""What depth attention attended to, summed up over tokens."""
 
 from __future__ import annotations
 
@@ -9,26 +9,50 @@ __all__ = ["Record"]
 
 
 class Record:
-    """Mean depth-attention weights per site, over all tokens of all forwards recorded."""
+    """Depth-attention weights per site, summed up over all tokens of all forwards recorded."""
 
     def __init__(self) -> None:
-        self._sums: dict[int, Tensor] = {}
+        self._weights: dict[int, Tensor] = {}
+        self._entropies: dict[int, Tensor] = {}
+        self._tops: dict[int, Tensor] = {}
         self._tokens: dict[int, int] = {}
 
     def add(self, site: int, weights: Tensor) -> None:
         """Adds the weights ``[N, ...]`` of one read."""
         tokens = weights[0].numel()
-        total = weights.detach().reshape(weights.shape[0], tokens).sum(1, dtype=torch.float64)
-        if site in self._sums:
-            total = self._sums[site] + total
-            tokens += self._tokens[site]
-        self._sums[site], self._tokens[site] = total, tokens
+        weights = weights.detach().reshape(weights.shape[0], tokens)
+        top = torch.bincount(weights.argmax(0), minlength=weights.shape[0])
+        # 0 log 0 is 0.
+        entropy = torch.special.entr(weights).sum(dtype=torch.float64)
+        for sums, value in (
+            (self._weights, weights.sum(1, dtype=torch.float64)),
+            (self._entropies, entropy),
+            (self._tops, top),
+        ):
+            sums[site] = sums[site] + value if site in sums else value
+        self._tokens[site] = self._tokens.get(site, 0) + tokens
 
     @property
     def weights(self) -> dict[int, Tensor]:
-        """Site -> ``[N]``, float32 on the CPU, summing to 1; ``AttentionResiduals.sources_at``
-        names the entries."""
+        """Site -> ``[N]``, the mean weights: float32 on the CPU, summing to 1;
+        ``AttentionResiduals.sources_at`` names the entries."""
+        return self._means(self._weights)
+
+    @property
+    def top_shares(self) -> dict[int, Tensor]:
+        """Site -> ``[N]``: which share of tokens gives each source the largest weight."""
+        return self._means(self._tops)
+
+    @property
+    def entropies(self) -> dict[int, float]:
+        """Site -> mean entropy of a token's weights in nats, between 0 and ln N.
+
+        At most the entropy of the mean weights, which is larger where tokens differ.
+        """
+        return {site: mean.item() for site, mean in self._means(self._entropies).items()}
+
+    def _means(self, sums: dict[int, Tensor]) -> dict[int, Tensor]:
         return {
-            site: (total / max(self._tokens[site], 1)).float().cpu()
-            for site, total in sorted(self._sums.items())
+            site: (total.double() / max(self._tokens[site], 1)).float().cpu()
+            for site, total in sorted(sums.items())
         }

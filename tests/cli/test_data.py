@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attnres_ext.training.data import check_utf8, read_text, tokenize
+from attnres_ext.training.data import check_utf8, read_documents, read_text, tokenize
 from attnres_ext.training.errors import UserError
 from attnres_ext.training.tokenizer import ByteTokenizer
 
@@ -122,4 +122,4 @@ def test_errors_name_what_is_wrong(tmp_path):
     latin = tmp_path / "latin.txt"
     latin.write_bytes("naïve ".encode("latin-1") * 40)
     with pytest.raises(UserError, match=r"latin\.txt .* is not: byte 0xef at position 2"):
-        check_utf8(read_text(latin))
+        check_utf8(*read_documents(latin))

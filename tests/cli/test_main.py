@@ -7,7 +7,7 @@ import pytest
 from attnres_ext.cli.main import main, make_parser
 from attnres_ext.training.loop import Settings
 
-SUBCOMMANDS = ["train", "generate", "info", "bench"]
+SUBCOMMANDS = ["train", "generate", "inspect", "info", "bench"]
 
 
 def test_help_names_every_subcommand(capsys):

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from attnres_ext.training.errors import UserError
 
-_SUBCOMMANDS = ("train", "generate", "info", "bench")
+_SUBCOMMANDS = ("train", "generate", "inspect", "info", "bench")
 
 _DESCRIPTION = """\
 Attention Residuals: train a Kimi Linear language model whose layers attend over depth, generate
@@ -22,6 +22,7 @@ _EXAMPLES = """\
 examples:
   attnres train --out runs/first                      train on Python's own sources, 2 arms
   attnres generate --checkpoint runs/first --prompt "def "
+  attnres inspect runs/first --out runs/first/depth   where each layer looks, how large things are
   attnres info                                        what is installed, what this machine can run
   attnres bench --device cpu                          operators against eager and torch.compile
 

@@ -38,7 +38,7 @@ def start_run(args: argparse.Namespace) -> int:
     settings = _settings(args)
     text = read_text(args.text, args.validation_fraction)
     if args.tokenizer == "bpe":
-        check_utf8(text)
+        check_utf8(text.source, [*text.training, *text.validation])
         documents = (document.content for document in text.training)
         tokenizer: Tokenizer = BpeTokenizer.learn(documents, args.vocab_size)
     else:

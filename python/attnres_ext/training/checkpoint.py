@@ -218,36 +218,50 @@ def verify(checkpoint: Path) -> dict[str, Any]:
     return manifest
 
 
+def find_arms(path: Path) -> list[Path]:
+    """The folders of all arms of a checkpoint, verified; block first, then full and standard.
+
+    Args:
+        path: A run (``--out`` of training), one of its checkpoints, or an arm's folder.
+
+    Raises:
+        UserError: Nothing there, or a damaged checkpoint.
+    """
+    if not path.exists():
+        raise UserError(f"checkpoint {path} does not exist")
+    if (path / WEIGHTS_FILE).is_file():
+        if (path.parent / _MANIFEST).is_file():
+            verify(path.parent)
+        return [path]
+    if not (path / _MANIFEST).is_file():
+        found = list(checkpoints(path / "checkpoints")) or list(checkpoints(path))
+        if not found:
+            raise UserError(f"{path} holds no checkpoint: no folder step-N is in it")
+        path = found[-1][1]
+    order = ["block", "full", "standard"]
+    names = sorted(verify(path)["arms"], key=lambda name: order.index(name.split("-")[0]))
+    return [path / name for name in names]
+
+
 def find_arm(path: Path, arm: str | None) -> Path:
     """The folder of one arm for inference, verified.
 
     Args:
-        path: A run (``--out`` of training), one of its checkpoints, or an arm's folder.
+        path: See :func:`find_arms`.
         arm: Which arm when there are several: ``block``, or ``block-seed1``. None takes the only
             one, or else the first of block, full and standard.
 
     Raises:
         UserError: Nothing there, no such arm, or a damaged checkpoint.
     """
-    if not path.exists():
-        raise UserError(f"--checkpoint {path} does not exist")
-    if (path / WEIGHTS_FILE).is_file():
-        if (path.parent / _MANIFEST).is_file():
-            verify(path.parent)
-        return path
-    if not (path / _MANIFEST).is_file():
-        found = list(checkpoints(path / "checkpoints")) or list(checkpoints(path))
-        if not found:
-            raise UserError(f"--checkpoint {path} holds no checkpoint: no folder step-N is in it")
-        path = found[-1][1]
-    names = verify(path)["arms"]
-    if arm is None:
-        order = ["block", "full", "standard"]
-        return path / min(names, key=lambda name: (order.index(name.split("-")[0]), name))
-    for name in names:
-        if arm in (name, name.split("-")[0]):
-            return path / name
-    raise UserError(f"--arm {arm} is not in {path}: it has {', '.join(names)}")
+    folders = find_arms(path)
+    if arm is None or folders == [path]:
+        return folders[0]
+    for folder in folders:
+        if arm in (folder.name, folder.name.split("-")[0]):
+            return folder
+    names = ", ".join(folder.name for folder in folders)
+    raise UserError(f"--arm {arm} is not in {path}: it has {names}")
 
 
 def _load(path: Path) -> dict[str, torch.Tensor]:

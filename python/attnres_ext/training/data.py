@@ -62,20 +62,21 @@ class Text:
         return digest.hexdigest()
 
 
-def read_text(path: Path | None, validation_fraction: float = 0.05) -> Text:
-    """Reads a corpus and holds out its tail for validation.
+def read_documents(path: Path | None) -> tuple[str, list[Document]]:
+    """Reads a corpus.
 
     Documents are ordered by a hash of their names, which mixes topics and does not depend on the
-    machine. The cut falls between two files where that leaves a sensible share, otherwise inside
-    one.
+    machine.
 
     Args:
         path: A file, a folder (its text files, hidden ones skipped), or None for the sources of
             Python's own standard library.
-        validation_fraction: Share of the bytes to hold out, in (0, 0.5].
+
+    Returns:
+        What to call the corpus, and its documents, none of them empty.
 
     Raises:
-        UserError: Nothing there, nothing readable, or too little to split.
+        UserError: Nothing there, or nothing readable.
     """
     if path is None:
         root = Path(sysconfig.get_paths()["stdlib"])
@@ -96,6 +97,22 @@ def read_text(path: Path | None, validation_fraction: float = 0.05) -> Text:
     if not documents:
         raise UserError(wanted)
     documents.sort(key=lambda document: hashlib.sha256(document.name.encode()).digest())
+    return source, documents
+
+
+def read_text(path: Path | None, validation_fraction: float = 0.05) -> Text:
+    """Reads a corpus and holds out its tail for validation.
+
+    The cut falls between two files where that leaves a sensible share, otherwise inside one.
+
+    Args:
+        path: See :func:`read_documents`.
+        validation_fraction: Share of the bytes to hold out, in (0, 0.5].
+
+    Raises:
+        UserError: Nothing there, nothing readable, or too little to split.
+    """
+    source, documents = read_documents(path)
     training, validation = _split(documents, validation_fraction)
     return Text(source, training, validation)
 
@@ -143,20 +160,20 @@ def _split(
     return [*documents[:index], head], [tail, *documents[index + 1 :]]
 
 
-def check_utf8(text: Text) -> None:
+def check_utf8(source: str, documents: Sequence[Document]) -> None:
     """Refuses text that is not UTF-8, which BPE needs, naming the file.
 
     Raises:
         UserError: A document is not UTF-8.
     """
-    for document in [*text.training, *text.validation]:
+    for document in documents:
         try:
             document.content.decode()
         except UnicodeDecodeError as error:
             raise UserError(
-                f"--tokenizer bpe needs UTF-8, but {document.name} of {text.source} is not: byte "
+                f"a bpe tokenizer needs UTF-8, but {document.name} of {source} is not: byte "
                 f"0x{document.content[error.start]:02x} at position {error.start} "
-                "(--tokenizer byte takes any file)"
+                "(--tokenizer byte of attnres train takes any file)"
             ) from error
 
 
@@ -190,15 +207,22 @@ class Corpus:
     def validation_batches(
         self, num_batches: int, batch_size: int, sequence_length: int
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Windows spread evenly over the held-out text, the same on every call.
+        """Windows spread evenly over the held-out text; see :func:`spread_windows`."""
+        return spread_windows(self.validation, num_batches, batch_size, sequence_length)
 
-        Yields:
-            Inputs and next-token targets, int64 ``[batch_size, sequence_length]`` each.
-        """
-        last = self.validation.numel() - sequence_length - 1
-        starts = torch.linspace(0, last, num_batches * batch_size, dtype=torch.float64).long()
-        for part in starts.split(batch_size):
-            yield _windows(self.validation, part, sequence_length)
+
+def spread_windows(
+    tokens: torch.Tensor, num_batches: int, batch_size: int, sequence_length: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Windows spread evenly over ``tokens``, the same on every call.
+
+    Yields:
+        Inputs and next-token targets, int64 ``[batch_size, sequence_length]`` each.
+    """
+    last = tokens.numel() - sequence_length - 1
+    starts = torch.linspace(0, last, num_batches * batch_size, dtype=torch.float64).long()
+    for part in starts.split(batch_size):
+        yield _windows(tokens, part, sequence_length)
 
 
 def step_seed(seed: int, step: int) -> int:
@@ -221,7 +245,7 @@ def tokenize(text: Text, tokenizer: Tokenizer, sequence_length: int) -> Corpus:
     """
     parts = {}
     for part, documents in (("training", text.training), ("validation", text.validation)):
-        parts[part] = _tokenize(documents, tokenizer)
+        parts[part] = tokenize_documents(documents, tokenizer)
         if parts[part].numel() < sequence_length + 1:
             raise UserError(
                 f"the {part} part of {text.source} has {parts[part].numel()} tokens, but one "
@@ -231,7 +255,8 @@ def tokenize(text: Text, tokenizer: Tokenizer, sequence_length: int) -> Corpus:
     return Corpus(**parts, bytes_per_token=num_bytes / parts["validation"].numel())
 
 
-def _tokenize(documents: Sequence[Document], tokenizer: Tokenizer) -> torch.Tensor:
+def tokenize_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> torch.Tensor:
+    """Token ids of all documents, each followed by the end id; int32 ``[tokens]``."""
     end = np.array([tokenizer.end], np.int32)
     pieces = [part for document in documents for part in (tokenizer.encode(document.content), end)]
     return torch.from_numpy(np.concatenate(pieces))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,19 +15,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from attnres_ext.training.files import write_bytes
 from attnres_ext.training.loop import Record
+from attnres_ext.training.plot_style import COLOURS, GRID, STYLE, head, save
 
-# Okabe and Ito's colours: told apart by colour-blind readers and in grey print.
-_COLOURS = {"standard": "#555555", "block": "#0072B2", "full": "#D55E00"}
-_STYLE = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-}
+# Wider tables have no room for figures in their cells, nor for a name under each column.
+_MOST_NAMED = 40
 
 
 @dataclass(frozen=True)
@@ -63,21 +53,21 @@ def plot_loss(path: Path, records: Sequence[Record], title: str) -> None:
     arms = list(dict.fromkeys(record.arm for record in records))
     others = [arm for arm in arms if arm != "standard"]
     compare = "standard" in arms and bool(others)
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11 if compare else 7, 4.4), dpi=150, layout="constrained")
-        _head(figure, title)
+        head(figure, title)
         axes = figure.subplots(1, 1 + compare, width_ratios=[3, 2] if compare else None)
         left = axes[0] if compare else axes
         _draw_losses(left, records, arms)
         if compare:
             _draw_differences(axes[1], records, others)
-        _save(figure, path)
+        save(figure, path)
 
 
 def _draw_losses(axes: Axes, records: Sequence[Record], arms: Sequence[str]) -> None:
     finals = []
     for arm in arms:
-        colour = _COLOURS[arm]
+        colour = COLOURS[arm]
         steps, losses = _mean_by_step(records, arm, "loss")
         axes.plot(steps, losses, color=colour, alpha=0.22, linewidth=0.8)
         axes.plot(steps, _smooth(losses), color=colour, linewidth=1.6, label=f"{arm}, train")
@@ -93,7 +83,7 @@ def _draw_losses(axes: Axes, records: Sequence[Record], arms: Sequence[str]) -> 
     axes.set_ylabel("cross entropy, nats per token")
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(axis="y", color="#DDDDDD", linewidth=0.7)
+    axes.grid(axis="y", **GRID)
     axes.legend(frameon=False, fontsize=9)
     # The first steps fall from ln(vocabulary); most of the picture belongs to what follows.
     shown = [record.loss for record in records if record.loss is not None]
@@ -110,18 +100,18 @@ def _draw_differences(axes: Axes, records: Sequence[Record], arms: Sequence[str]
         steps, losses = _mean_by_step(records, arm, "val_loss")
         differences = [mine - theirs for mine, theirs in zip(losses, standard, strict=True)]
         axes.plot(
-            steps, differences, color=_COLOURS[arm], linewidth=1.6,
+            steps, differences, color=COLOURS[arm], linewidth=1.6,
             marker="o", markersize=4.5, markerfacecolor="white", markeredgewidth=1.4,
             label=f"{arm}: {differences[-1]:+.4f}" if differences else arm,
         )  # fmt: skip
-    axes.axhline(0, color=_COLOURS["standard"], linewidth=1.2, label="standard")
+    axes.axhline(0, color=COLOURS["standard"], linewidth=1.2, label="standard")
     axes.set_title("Validation loss minus standard")
     axes.set_xlabel("step")
     axes.set_ylabel("nats per token, below 0 is better")
     axes.set_xlim(left=0)
     axes.margins(y=0.15)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(axis="y", color="#DDDDDD", linewidth=0.7)
+    axes.grid(axis="y", **GRID)
     axes.legend(frameon=False, fontsize=9)
 
 
@@ -145,7 +135,9 @@ def _smooth(values: Sequence[float]) -> list[float]:
     return smoothed
 
 
-def plot_depth_attention(path: Path, maps: Sequence[DepthMap], title: str) -> None:
+def plot_depth_attention(
+    path: Path, maps: Sequence[DepthMap], title: str, over: str = "held-out tokens"
+) -> None:
     """Draws the mean depth-attention weights, sites down and sources across, a panel per arm.
 
     A block that is still open at a site stands in its own column, in a dashed frame.
@@ -155,23 +147,24 @@ def plot_depth_attention(path: Path, maps: Sequence[DepthMap], title: str) -> No
         path: PNG to write.
         maps: The arms' weights; standard arms have none and are left out by the caller.
         title: What was trained, for the figure's heading.
+        over: What weights are averaged over.
     """
     tables = [_table(depth_map) for depth_map in maps]
-    widths = [1.9 + 0.42 * len(columns) for columns, _, _ in tables]
-    rows = max(len(depth_map.sites) for depth_map in maps)
-    with matplotlib.rc_context(_STYLE):
+    widths = [1.9 + 0.42 * min(len(columns), _MOST_NAMED) for columns, _, _ in tables]
+    rows = min(max(len(depth_map.sites) for depth_map in maps), 2 * _MOST_NAMED)
+    with matplotlib.rc_context(STYLE):
         figure = Figure(
             figsize=(max(6.5, sum(widths) + 0.9), 1.9 + 0.27 * rows), dpi=150, layout="constrained"
         )
-        _head(figure, title)
+        head(figure, title)
         panels = figure.subplots(1, len(maps), squeeze=False, width_ratios=widths)[0]
         for axes, depth_map, table in zip(panels, maps, tables, strict=True):
             image = _draw_map(axes, depth_map, *table)
         bar = figure.colorbar(image, ax=list(panels), fraction=0.04, pad=0.02)
         bar.ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        bar.set_label("mean weight over held-out tokens")
+        bar.set_label(f"mean weight over {over}")
         bar.outline.set_visible(False)
-        _save(figure, path)
+        save(figure, path)
 
 
 def _table(depth_map: DepthMap) -> tuple[list[str], np.ndarray, list[tuple[int, int]]]:
@@ -205,7 +198,7 @@ def _draw_map(
 ):
     image = axes.imshow(table, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for (row, column), weight in np.ndenumerate(table):
-        if not math.isnan(weight):
+        if len(columns) <= _MOST_NAMED and not math.isnan(weight):
             # White on dark, dark on light.
             colour = "white" if weight > 0.6 else "#333333"
             axes.text(
@@ -219,8 +212,12 @@ def _draw_map(
         )  # fmt: skip
         axes.add_patch(frame)
     axes.set_facecolor("#F4F4F4")
-    axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(depth_map.sites)), depth_map.sites)
+    for set_ticks, names, look in (
+        (axes.set_xticks, columns, {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}),
+        (axes.set_yticks, depth_map.sites, {}),
+    ):
+        every = -(-len(names) // _MOST_NAMED)
+        set_ticks(range(0, len(names), every), names[::every], **look)
     axes.tick_params(length=0, labelsize=8)
     axes.spines[:].set_visible(False)
     note = "\ndashed: the block is still open" if open_cells else ""
@@ -228,18 +225,6 @@ def _draw_map(
     axes.set_ylabel("site: who reads, from first to last")
     axes.set_title(f"{depth_map.arm}, weight in %", fontsize=10)
     return image
-
-
-def _head(figure: Figure, title: str) -> None:
-    # Some 13 characters of this size fit an inch.
-    text = textwrap.fill(title, int(13 * figure.get_figwidth()))
-    figure.suptitle(text, x=0.01, ha="left", fontsize=10, color="#333333")
-
-
-def _save(figure: Figure, path: Path) -> None:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    write_bytes(path, buffer.getvalue())
 
 
 def average_maps(maps: Sequence[DepthMap]) -> DepthMap:
