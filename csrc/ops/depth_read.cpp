@@ -107,6 +107,7 @@ void BackwardCall::set_grad_out(const char* name, const Tensor& grad_out,
 
 void BackwardCall::set_saved(const OptionalTensor& stats, const OptionalTensor& mix) {
   if (stats.has_value() && stats->numel() > 0) {
+    check_floating({op_, "stats"}, *stats);
     check_shape({op_, "stats"}, *stats, stacked_shape(2 * p_.num_sources + 1, sources_[0]),
                 "as the forward saved it");
     check_device({op_, "stats"}, *stats, sources_[0], "the sources");

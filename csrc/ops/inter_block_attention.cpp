@@ -135,6 +135,7 @@ struct Backward {
       p.grad_lse = inputs.values(grad_lse, p.compute);
     }
     if (stats.has_value() && stats->numel() > 0) {
+      check_floating({kName, "stats"}, *stats);
       check_shape({kName, "stats"}, *stats,
                   stacked_shape(p.num_sources * (1 + p.num_queries), like),
                   "as the forward saved it");

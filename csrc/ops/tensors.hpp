@@ -24,7 +24,9 @@ using Shape = std::vector<int64_t>;
 // The functions that compute on the tensors' device.
 const Backend& backend_of(const Tensor& tensor);
 
-DType dtype_of(const Tensor& tensor);  // a supported dtype: see checks.hpp
+// The tensor's dtype if the operators take it.
+std::optional<DType> supported_dtype(const Tensor& tensor);
+DType dtype_of(const Tensor& tensor);  // of a tensor that passed check_floating
 ScalarType scalar_type_of(DType dtype);
 // What PyTorch promotes two floating dtypes to.
 DType promote(DType a, DType b);

@@ -254,6 +254,7 @@ def backward_arguments() -> dict[str, Any]:
         ({"grad_out": integers(3, D)}, ("grad_out", "dtype")),
         ({"grad_weights": t(3, 2)}, ("grad_weights", "[3, 2]", "[2, 3]")),
         ({"stats": t(4, 3)}, ("stats", "[4, 3]", "[5, 3]")),
+        ({"stats": integers(5, 3)}, ("stats", "Long", "float32")),
         ({"mix": t(2, D)}, ("mix", f"[2, {D}]", f"[3, {D}]")),
         ({"needs": [True] * 4}, ("needs", "4", "5")),
         ({"query": t(D + 1)}, ("query", f"[{D + 1}]")),
