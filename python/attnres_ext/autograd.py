@@ -74,6 +74,8 @@ def _deposit(
                 gradients.append(own)
             else:
                 slot, add = buffer.slot(source)
+                # Below autograd nobody else tells who saved the slot that it changes.
+                torch.autograd.graph.increment_version(slot)
                 gradients.append(slot)
             accumulate.append(add)
         returned.append(own)
@@ -164,9 +166,10 @@ class DepthAttention(torch.autograd.Function):
             if grad_weights is None:
                 return (None,) * len(needs)
             grad_out = _zero_gradient(saved[5:])
-        sources, weights = _depth_attention_gradients(
-            saved, ctx.options, [*needs[4:], *needs[1:4]], grad_out, grad_weights
-        )
+        with below_autograd(False):
+            sources, weights = _depth_attention_gradients(
+                saved, ctx.options, [*needs[4:], *needs[1:4]], grad_out, grad_weights
+            )
         return None, *weights, *sources
 
 
@@ -266,13 +269,15 @@ class AccumulateDepthAttention(torch.autograd.Function):
     @first_order_only
     def backward(ctx, grad_hidden, grad_new_partial):
         needs = ctx.needs_input_grad
-        blocks, partial, weights = _accumulate_gradients(
-            ctx.saved_tensors,
-            ctx.options,
-            [*needs[6:], needs[4] or needs[5], *needs[1:4]],
-            grad_hidden,
-            grad_new_partial,
-        )
+        saved = ctx.saved_tensors  # unpacking may recompute them, which wants autograd
+        with below_autograd(False):
+            blocks, partial, weights = _accumulate_gradients(
+                saved,
+                ctx.options,
+                [*needs[6:], needs[4] or needs[5], *needs[1:4]],
+                grad_hidden,
+                grad_new_partial,
+            )
         # The sum's gradient is that of both its terms: one tensor, handed out twice.
         partial_dtype, delta_dtype = ctx.dtypes
         return (
@@ -359,9 +364,11 @@ class InterBlockAttention(torch.autograd.Function):
     @first_order_only
     def backward(ctx, grad_out, grad_lse):
         needs = ctx.needs_input_grad
-        blocks, weights = _inter_block_gradients(
-            ctx.saved_tensors, ctx.options, [*needs[3:], *needs[1:3]], grad_out, grad_lse
-        )
+        saved = ctx.saved_tensors
+        with below_autograd(False):
+            blocks, weights = _inter_block_gradients(
+                saved, ctx.options, [*needs[3:], *needs[1:3]], grad_out, grad_lse
+            )
         return None, *weights, *blocks
 
 
@@ -388,10 +395,10 @@ def _inter_block_backward(ctx, needs, grad_out, grad_lse, *_):
 
 
 def _merge_gradients(
-    ctx, needs: Sequence[bool], grad_hidden, grad_new_partial
+    ctx, saved: Sequence[Tensor | None], needs: Sequence[bool], grad_hidden, grad_new_partial
 ) -> tuple[Tensor | None, ...]:
     """Gradients of out, lse, partial, delta, query, key_weight and out_weight."""
-    out, lse, value, query, key_weight, out_weight = ctx.saved_tensors
+    out, lse, value, query, key_weight, out_weight = saved
     options = ctx.options
     needs_value = needs[2] or needs[3]
     if grad_hidden is None:
@@ -441,7 +448,11 @@ class MergePartial(torch.autograd.Function):
     @staticmethod
     @first_order_only
     def backward(ctx, grad_hidden, grad_new_partial):
-        return None, *_merge_gradients(ctx, ctx.needs_input_grad[1:], grad_hidden, grad_new_partial)
+        saved = ctx.saved_tensors
+        with below_autograd(False):
+            return None, *_merge_gradients(
+                ctx, saved, ctx.needs_input_grad[1:], grad_hidden, grad_new_partial
+            )
 
 
 def _setup_merge(ctx, inputs, output) -> None:
@@ -451,7 +462,7 @@ def _setup_merge(ctx, inputs, output) -> None:
 
 @_registered
 def _merge_backward(ctx, needs, grad_hidden, grad_new_partial):
-    return _merge_gradients(ctx, needs, grad_hidden, grad_new_partial)
+    return _merge_gradients(ctx, ctx.saved_tensors, needs, grad_hidden, grad_new_partial)
 
 
 def _register() -> None:
