@@ -59,7 +59,7 @@ void run_backward(File& cases, File& results) {
   p.grad_base = bases.data();
 
   Report report;
-  const Launch launch = {run.order, run.seed, report};
+  const Launch launch = {run.order, run.seed, report, {&inputs, &outputs}};
   if (run.bulk_ring) {
     cuda::launch_depth_attention_backward<cuda::BulkRing>(p, run.limits, launch);
   } else {

@@ -85,10 +85,44 @@ struct Report {
   int64_t shared_bytes = 0;
 };
 
+// Until the previous kernel has ended, every tensor holds NaN, and nobody may have written there.
+class Withheld {
+ public:
+  explicit Withheld(const std::vector<const std::vector<Buffer>*>& tensors) {
+    for (const auto* buffers : tensors) {
+      for (const Buffer& buffer : *buffers) {
+        if (buffer.bytes <= 0) continue;
+        auto* bytes = static_cast<char*>(buffer.data());
+        held_.push_back({bytes, std::vector<char>(bytes, bytes + buffer.bytes)});
+        std::memset(bytes, kWithheldByte, static_cast<size_t>(buffer.bytes));
+      }
+    }
+  }
+  void release() const {
+    for (const auto& [to, bytes] : held_) {
+      for (size_t i = 0; i < bytes.size(); ++i) {
+        if (to[i] == kWithheldByte) continue;
+        std::fprintf(stderr, "runner: a tensor was written before the previous kernel had ended\n");
+        std::exit(1);
+      }
+      std::memcpy(to, bytes.data(), bytes.size());
+    }
+  }
+
+ private:
+  static constexpr char kWithheldByte = -1;
+  struct Held {
+    char* to;
+    std::vector<char> bytes;
+  };
+  std::vector<Held> held_;
+};
+
 struct Launch {
   Order order;
   uint64_t seed;
   Report& report;
+  std::vector<const std::vector<Buffer>*> tensors;
 
   template <auto kKernel, typename Args>
   int operator()(const Args& args, const cuda::LaunchShape& shape) const {
@@ -98,7 +132,9 @@ struct Launch {
                 args.tile.num_slots,      shape.num_threads,  shape.num_ctas,
                 shape.shared_bytes};
     }
-    run({shape.num_ctas, shape.num_threads, shape.shared_bytes, order, seed},
+    const Withheld withheld(tensors);
+    run({shape.num_ctas, shape.num_threads, shape.shared_bytes, order, seed, 1,
+         [&] { withheld.release(); }},
         [&] { kKernel(args); });
     return 0;
   }
@@ -158,5 +194,6 @@ inline void put_results(File& results, const Report& report, const std::vector<B
 
 void run_forward(File& cases, File& results);
 void run_backward(File& cases, File& results);
+void run_exchange(File& cases, File& results);
 
 }  // namespace simt

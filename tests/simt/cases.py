@@ -138,12 +138,12 @@ class Case:
             outputs[5] = ((tokens,), torch.float32)
         return outputs
 
-    def encode_head(self, seed: int, is_backward: int) -> bytes:
-        """How to run the case, and its sizes."""
+    def encode_head(self, seed: int, kind: int) -> bytes:
+        """Which function takes the case, how to run it, and its sizes."""
         limits = self.limits
         return b"".join(
             [
-                struct.pack("=4q", is_backward, RINGS[self.ring], ORDERS[self.order], seed),
+                struct.pack("=4q", kind, RINGS[self.ring], ORDERS[self.order], seed),
                 struct.pack(
                     "=3q",
                     limits.multiprocessors,

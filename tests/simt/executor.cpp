@@ -50,6 +50,9 @@ struct Fiber {
   std::vector<Copy> open_group;
   std::deque<std::vector<Copy>> groups;
   uint64_t exchanges = 0;
+  bool waited_for_previous_kernel = false;
+  bool is_at_cluster_barrier = false;
+  uint64_t cluster_generation = 0;
   void* fake_stack = nullptr;
 };
 
@@ -79,71 +82,106 @@ struct MemoryBarrier {
 };
 
 struct Cta {
-  const Grid* grid = nullptr;
-  const std::function<void()>* body = nullptr;
   int rank = 0;
-  int current = 0;
-  ucontext_t scheduler;
-  const void* scheduler_stack = nullptr;
-  size_t scheduler_stack_bytes = 0;
-  void* scheduler_fake_stack = nullptr;
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   std::map<int, Rendezvous> barriers;
   std::map<void*, MemoryBarrier> memory_barriers;
-  std::deque<Copy> bulk_copies;
   std::byte* shared = nullptr;
-
-  Fiber& self() { return fibers[current]; }
+  int running = 0;
 };
 
-Cta cta;
+// On its way to another CTA.
+struct RemoteStore {
+  Cta* cta;
+  void* to;
+  uint64_t bits;
+  uint32_t bytes;
+  void* barrier;
+};
+
+// The CTAs that run at the same time, and who of them runs now.
+struct Executor {
+  const Grid* grid = nullptr;
+  const std::function<void()>* body = nullptr;
+  std::vector<Cta> ctas;
+  Cta* cta = nullptr;
+  int thread = 0;
+  ucontext_t scheduler;
+  const void* scheduler_stack = nullptr;
+  size_t scheduler_stack_bytes = 0;
+  void* scheduler_fake_stack = nullptr;
+  std::deque<std::pair<Cta*, Copy>> bulk_copies;
+  std::deque<RemoteStore> remote_stores;
+  // Threads that have neither arrived at the cluster's barrier nor ended.
+  int missing_at_cluster_barrier = 0;
+  uint64_t cluster_generation = 0;
+  // One when the previous kernel has ended.
+  uint64_t previous_kernel_ended = 0;
+
+  Fiber& self() { return cta->fibers[static_cast<size_t>(thread)]; }
+};
+
+Executor executor;
 
 void enter_scheduler(bool finished) {
-  Fiber& fiber = cta.self();
+  Fiber& fiber = executor.self();
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(finished ? nullptr : &fiber.fake_stack, cta.scheduler_stack,
-                                 cta.scheduler_stack_bytes);
+  __sanitizer_start_switch_fiber(finished ? nullptr : &fiber.fake_stack, executor.scheduler_stack,
+                                 executor.scheduler_stack_bytes);
 #endif
   if (finished) {
-    setcontext(&cta.scheduler);
+    setcontext(&executor.scheduler);
   } else {
-    swapcontext(&fiber.context, &cta.scheduler);
+    swapcontext(&fiber.context, &executor.scheduler);
   }
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(fiber.fake_stack, nullptr, nullptr);
 #endif
 }
 
+// One thread fewer that the others wait for.
+void leave_cluster_barrier_behind() {
+  if (--executor.missing_at_cluster_barrier > 0) return;
+  ++executor.cluster_generation;
+  for (const Cta& cta : executor.ctas) executor.missing_at_cluster_barrier += cta.running;
+}
+
 void fiber_main() {
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(nullptr, &cta.scheduler_stack, &cta.scheduler_stack_bytes);
+  __sanitizer_finish_switch_fiber(nullptr, &executor.scheduler_stack,
+                                  &executor.scheduler_stack_bytes);
 #endif
-  (*cta.body)();
-  Fiber& fiber = cta.self();
+  (*executor.body)();
+  Fiber& fiber = executor.self();
   require(fiber.open_group.empty(), "a thread ended with copies that it never committed");
   for (const auto& group : fiber.groups) {
     require(group.empty(), "a thread ended while its copies were under way");
   }
   fiber.groups.clear();
   fiber.done = true;
+  --executor.cta->running;
+  require(!fiber.is_at_cluster_barrier,
+          "a thread ended between arriving and waiting for a cluster");
+  leave_cluster_barrier_behind();
   enter_scheduler(true);
 }
 
-void resume(int thread) {
-  cta.current = thread;
-  Fiber& fiber = cta.self();
+void resume(Cta& cta, int thread) {
+  executor.cta = &cta;
+  executor.thread = thread;
+  Fiber& fiber = executor.self();
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(&cta.scheduler_fake_stack, fiber.stack.get(), kStackBytes);
+  __sanitizer_start_switch_fiber(&executor.scheduler_fake_stack, fiber.stack.get(), kStackBytes);
 #endif
-  swapcontext(&cta.scheduler, &fiber.context);
+  swapcontext(&executor.scheduler, &fiber.context);
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(cta.scheduler_fake_stack, nullptr, nullptr);
+  __sanitizer_finish_switch_fiber(executor.scheduler_fake_stack, nullptr, nullptr);
 #endif
 }
 
 void wait_while(const uint64_t& value, uint64_t seen) {
-  Fiber& fiber = cta.self();
+  Fiber& fiber = executor.self();
   while (value == seen) {
     fiber.watched = &value;
     fiber.seen = seen;
@@ -164,18 +202,32 @@ void meet(Rendezvous& rendezvous, int count) {
   }
 }
 
+void count_on(Cta& cta, void* barrier, uint32_t bytes) {
+  MemoryBarrier& state = cta.memory_barriers.at(barrier);
+  state.bytes -= bytes;
+  state.complete_if_due();
+}
+
 void deliver_bulk_copy(size_t index) {
-  const Copy copy = cta.bulk_copies[index];
-  cta.bulk_copies.erase(cta.bulk_copies.begin() + static_cast<std::ptrdiff_t>(index));
+  const auto [cta, copy] = executor.bulk_copies[index];
+  executor.bulk_copies.erase(executor.bulk_copies.begin() + static_cast<std::ptrdiff_t>(index));
   deliver(copy);
-  MemoryBarrier& barrier = cta.memory_barriers.at(copy.barrier);
-  barrier.bytes -= copy.bytes;
-  barrier.complete_if_due();
+  count_on(*cta, copy.barrier, copy.bytes);
+}
+
+void deliver_remote_store(size_t index) {
+  const RemoteStore store = executor.remote_stores[index];
+  executor.remote_stores.erase(executor.remote_stores.begin() + static_cast<std::ptrdiff_t>(index));
+  require(store.cta->running > 0, "a store reaches a CTA that has ended");
+  std::memcpy(store.to, &store.bits, store.bytes);
+  count_on(*store.cta, store.barrier, store.bytes);
 }
 
 void prepare(Fiber& fiber) {
   fiber.done = false;
   fiber.watched = nullptr;
+  fiber.waited_for_previous_kernel = false;
+  fiber.is_at_cluster_barrier = false;
   getcontext(&fiber.context);
   fiber.context.uc_stack.ss_sp = fiber.stack.get();
   fiber.context.uc_stack.ss_size = kStackBytes;
@@ -183,38 +235,53 @@ void prepare(Fiber& fiber) {
   makecontext(&fiber.context, fiber_main, 0);
 }
 
-void run_cta(std::mt19937_64& random) {
-  const int count = cta.grid->num_threads;
-  std::vector<int> order(static_cast<size_t>(count));
+void run_cluster(std::mt19937_64& random) {
+  const int count = executor.grid->num_threads;
+  std::vector<int> order(executor.ctas.size() * static_cast<size_t>(count));
   std::iota(order.begin(), order.end(), 0);
-  if (cta.grid->order == Order::kBackward) std::reverse(order.begin(), order.end());
-  for (int i = 0; i < count; ++i) prepare(cta.fibers[static_cast<size_t>(i)]);
+  if (executor.grid->order == Order::kBackward) std::reverse(order.begin(), order.end());
+  for (Cta& cta : executor.ctas) {
+    for (int i = 0; i < count; ++i) prepare(cta.fibers[static_cast<size_t>(i)]);
+  }
   for (bool all_done = false; !all_done;) {
-    if (cta.grid->order == Order::kRandom) {
+    if (executor.grid->order == Order::kRandom) {
       std::shuffle(order.begin(), order.end(), random);
       // Now and then the copy engine is quick, and not in the order of the requests.
-      if (!cta.bulk_copies.empty() && random() % 4 == 0) {
-        deliver_bulk_copy(random() % cta.bulk_copies.size());
+      if (!executor.bulk_copies.empty() && random() % 4 == 0) {
+        deliver_bulk_copy(random() % executor.bulk_copies.size());
+      }
+      if (!executor.remote_stores.empty() && random() % 4 == 0) {
+        deliver_remote_store(random() % executor.remote_stores.size());
       }
     }
     all_done = true;
     bool progress = false;
     for (const int thread : order) {
-      Fiber& fiber = cta.fibers[static_cast<size_t>(thread)];
+      Cta& cta = executor.ctas[static_cast<size_t>(thread / count)];
+      Fiber& fiber = cta.fibers[static_cast<size_t>(thread % count)];
       if (fiber.done) continue;
       all_done = false;
       if (fiber.watched != nullptr && *fiber.watched == fiber.seen) continue;
       progress = true;
-      resume(thread);
+      resume(cta, thread % count);
     }
-    if (!all_done && !progress) {
-      require(!cta.bulk_copies.empty(), "all threads of a CTA wait for one another");
+    if (all_done || progress) continue;
+    if (executor.previous_kernel_ended == 0) {
+      if (executor.grid->end_previous_kernel) executor.grid->end_previous_kernel();
+      executor.previous_kernel_ended = 1;
+    } else if (!executor.bulk_copies.empty()) {
       deliver_bulk_copy(0);
+    } else {
+      require(!executor.remote_stores.empty(), "all threads of a cluster wait for one another");
+      deliver_remote_store(0);
     }
   }
-  require(cta.bulk_copies.empty(), "a CTA ended while bulk copies were under way");
-  for (const auto& [id, barrier] : cta.barriers) {
-    require(barrier.arrived == 0, "a CTA ended with threads missing at a barrier");
+  require(executor.bulk_copies.empty(), "a CTA ended while bulk copies were under way");
+  require(executor.remote_stores.empty(), "a CTA ended before what was stored to it arrived");
+  for (const Cta& cta : executor.ctas) {
+    for (const auto& [id, barrier] : cta.barriers) {
+      require(barrier.arrived == 0, "a CTA ended with threads missing at a barrier");
+    }
   }
 }
 
@@ -222,58 +289,115 @@ void run_cta(std::mt19937_64& random) {
 
 void run(const Grid& grid, const std::function<void()>& body) {
   require(grid.num_threads % kWarpSize == 0, "a CTA is not made of whole warps");
+  require(grid.cluster_size >= 1 && grid.num_ctas % grid.cluster_size == 0,
+          "a grid is not made of whole clusters");
   std::mt19937_64 random(grid.seed);
-  while (cta.fibers.size() < static_cast<size_t>(grid.num_threads)) cta.fibers.emplace_back();
-  cta.grid = &grid;
-  cta.body = &body;
-  // Exactly as large as asked for, so that the address sanitizer sees the first byte beyond.
-  void* shared = nullptr;
-  require(posix_memalign(&shared, 128, static_cast<size_t>(grid.shared_bytes)) == 0, "no memory");
-  cta.shared = static_cast<std::byte*>(shared);
-  for (cta.rank = 0; cta.rank < grid.num_ctas; ++cta.rank) {
-    std::memset(shared, kNaNByte, static_cast<size_t>(grid.shared_bytes));
-    cta.warps.assign(static_cast<size_t>(grid.num_threads / kWarpSize), Warp{});
-    cta.barriers.clear();
-    cta.memory_barriers.clear();
-    run_cta(random);
+  executor.grid = &grid;
+  executor.body = &body;
+  executor.previous_kernel_ended = 0;
+  executor.ctas.resize(static_cast<size_t>(grid.cluster_size));
+  const auto shared_bytes = static_cast<size_t>(grid.shared_bytes);
+  for (Cta& cta : executor.ctas) {
+    while (cta.fibers.size() < static_cast<size_t>(grid.num_threads)) cta.fibers.emplace_back();
+    // Exactly as large as asked for, so that the address sanitizer sees the first byte beyond.
+    void* shared = nullptr;
+    require(posix_memalign(&shared, 128, shared_bytes) == 0, "no memory");
+    cta.shared = static_cast<std::byte*>(shared);
   }
-  std::free(shared);
+  for (int first = 0; first < grid.num_ctas; first += grid.cluster_size) {
+    for (int i = 0; i < grid.cluster_size; ++i) {
+      Cta& cta = executor.ctas[static_cast<size_t>(i)];
+      cta.rank = first + i;
+      cta.running = grid.num_threads;
+      std::memset(cta.shared, kNaNByte, shared_bytes);
+      cta.warps.assign(static_cast<size_t>(grid.num_threads / kWarpSize), Warp{});
+      cta.barriers.clear();
+      cta.memory_barriers.clear();
+    }
+    executor.cluster_generation = 0;
+    executor.missing_at_cluster_barrier = grid.cluster_size * grid.num_threads;
+    run_cluster(random);
+  }
+  for (Cta& cta : executor.ctas) std::free(cta.shared);
 }
 
-int thread_rank() { return cta.current; }
-int cta_rank() { return cta.rank; }
-int num_ctas() { return cta.grid->num_ctas; }
-std::byte* shared_memory() { return cta.shared; }
+int thread_rank() { return executor.thread; }
+int cta_rank() { return executor.cta->rank; }
+int num_ctas() { return executor.grid->num_ctas; }
+std::byte* shared_memory() { return executor.cta->shared; }
+int cluster_size() { return executor.grid->cluster_size; }
+int rank_in_cluster() { return executor.cta->rank % executor.grid->cluster_size; }
+
+void wait_for_previous_kernel() {
+  wait_while(executor.previous_kernel_ended, 0);
+  executor.self().waited_for_previous_kernel = true;
+}
+void require_waited() {
+  require(executor.self().waited_for_previous_kernel,
+          "a thread goes to global memory before it has waited for the previous kernel");
+}
+
+void arrive_at_cluster() {
+  Fiber& fiber = executor.self();
+  require(!fiber.is_at_cluster_barrier, "a thread arrives at its cluster a second time");
+  fiber.is_at_cluster_barrier = true;
+  fiber.cluster_generation = executor.cluster_generation;
+  leave_cluster_barrier_behind();
+}
+void wait_for_cluster() {
+  Fiber& fiber = executor.self();
+  require(fiber.is_at_cluster_barrier, "a thread waits for its cluster before it has arrived");
+  wait_while(executor.cluster_generation, fiber.cluster_generation);
+  fiber.is_at_cluster_barrier = false;
+}
+void store_remote(void* mine, const void* value, uint32_t bytes, int rank, void* barrier) {
+  require(rank >= 0 && rank < executor.grid->cluster_size, "a store to no CTA of the cluster");
+  require(executor.cluster_generation > 0, "a store to a CTA that may not have started");
+  Cta& cta = executor.ctas[static_cast<size_t>(rank)];
+  const auto there = [&](void* p) {
+    const std::ptrdiff_t offset = static_cast<std::byte*>(p) - executor.cta->shared;
+    require(offset >= 0 && offset + bytes <= executor.grid->shared_bytes,
+            "a store to another CTA misses its shared memory");
+    return cta.shared + offset;
+  };
+  require(reinterpret_cast<uintptr_t>(mine) % bytes == 0, "a store to a CTA is not aligned");
+  RemoteStore store = {&cta, there(mine), 0, bytes, there(barrier)};
+  require(cta.memory_barriers.count(store.barrier) == 1,
+          "a store counts on a barrier never initialised");
+  std::memcpy(&store.bits, value, bytes);
+  executor.remote_stores.push_back(store);
+}
 
 void sync_threads(int barrier, int count) {
-  meet(cta.barriers[barrier], count == 0 ? cta.grid->num_threads : count);
+  meet(executor.cta->barriers[barrier], count == 0 ? executor.grid->num_threads : count);
 }
 void sync_warp() {
-  meet(cta.warps[static_cast<size_t>(cta.current / kWarpSize)].rendezvous, kWarpSize);
+  meet(executor.cta->warps[static_cast<size_t>(executor.thread / kWarpSize)].rendezvous, kWarpSize);
 }
 
 uint64_t exchange(uint64_t bits, int mask) {
-  Warp& warp = cta.warps[static_cast<size_t>(cta.current / kWarpSize)];
-  const int lane = cta.current % kWarpSize;
+  Warp& warp = executor.cta->warps[static_cast<size_t>(executor.thread / kWarpSize)];
+  const int lane = executor.thread % kWarpSize;
   // Two buffers: a lane may already give its next value while another still reads this one.
-  uint64_t* buffer = warp.bits[cta.self().exchanges++ % 2];
+  uint64_t* buffer = warp.bits[executor.self().exchanges++ % 2];
   buffer[lane] = bits;
   sync_warp();
   return buffer[lane ^ mask];
 }
 
 void copy_async(void* shared, const void* global) {
+  require_waited();
   const Copy copy = {shared, global, 16, nullptr};
   issue(copy);
-  cta.self().open_group.push_back(copy);
+  executor.self().open_group.push_back(copy);
 }
 void commit_copies() {
-  Fiber& fiber = cta.self();
+  Fiber& fiber = executor.self();
   fiber.groups.push_back(std::move(fiber.open_group));
   fiber.open_group.clear();
 }
 void wait_for_copies(int pending) {
-  auto& groups = cta.self().groups;
+  auto& groups = executor.self().groups;
   while (groups.size() > static_cast<size_t>(pending)) {
     for (const Copy& copy : groups.front()) deliver(copy);
     groups.pop_front();
@@ -283,25 +407,28 @@ void wait_for_copies(int pending) {
 void init_barrier(void* barrier, uint32_t num_arrivals) {
   require(reinterpret_cast<uintptr_t>(barrier) % 8 == 0, "a memory barrier is not aligned");
   std::memset(barrier, 0, 8);
-  cta.memory_barriers[barrier] = {num_arrivals, num_arrivals, 0, 0};
+  executor.cta->memory_barriers[barrier] = {num_arrivals, num_arrivals, 0, 0};
 }
 void arrive(void* barrier, uint32_t expected_bytes) {
-  require(cta.memory_barriers.count(barrier) == 1, "an arrival at a barrier never initialised");
-  MemoryBarrier& state = cta.memory_barriers.at(barrier);
+  require(executor.cta->memory_barriers.count(barrier) == 1,
+          "an arrival at a barrier never initialised");
+  MemoryBarrier& state = executor.cta->memory_barriers.at(barrier);
   require(state.missing > 0, "too many arrivals at a memory barrier");
   state.bytes += expected_bytes;
   --state.missing;
   state.complete_if_due();
 }
 void wait(void* barrier, uint32_t parity) {
-  require(cta.memory_barriers.count(barrier) == 1, "waiting at a barrier never initialised");
-  const MemoryBarrier& state = cta.memory_barriers.at(barrier);
+  require(executor.cta->memory_barriers.count(barrier) == 1,
+          "waiting at a barrier never initialised");
+  const MemoryBarrier& state = executor.cta->memory_barriers.at(barrier);
   if ((state.completed & 1) == parity) wait_while(state.completed, state.completed);
 }
 void copy_bulk(void* shared, const void* global, uint32_t bytes, void* barrier) {
+  require_waited();
   const Copy copy = {shared, global, bytes, barrier};
   issue(copy);
-  cta.bulk_copies.push_back(copy);
+  executor.bulk_copies.emplace_back(executor.cta, copy);
 }
 
 }  // namespace simt

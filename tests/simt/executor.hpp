@@ -1,9 +1,11 @@
-// Runs a CUDA grid on the CPU, one CTA after the other, each of its threads a fiber.
+// Runs a CUDA grid on the CPU, one cluster of CTAs after the other (without clusters: one CTA),
+// each thread a fiber.
 //
 // It is hostile where hardware may be: threads run in a chosen order until they must wait, shared
 // memory starts as NaN, an asynchronous copy turns its destination into NaN when it is issued and
-// delivers as late as it may. A body that reads too early, forgets a barrier, or lets its last copy
-// run past its end does not get away with it.
+// delivers as late as it may, and so does a store to another CTA; the kernel before this one in the
+// stream ends only when every thread waits for something. A body that reads too early, forgets a
+// barrier, or lets its last copy run past its end does not get away with it.
 #pragma once
 
 #include <ucontext.h>
@@ -28,6 +30,10 @@ struct Grid {
   int shared_bytes;
   Order order;
   uint64_t seed;
+  int cluster_size = 1;
+  // What the kernel before this one does at its end. A kernel that waits for it may touch global
+  // memory only then.
+  std::function<void()> end_previous_kernel;
 };
 
 // Calls body() once for every thread of the grid. Ends the process with a sentence if threads wait
@@ -39,6 +45,20 @@ int thread_rank();
 int cta_rank();
 int num_ctas();
 std::byte* shared_memory();
+
+int cluster_size();
+int rank_in_cluster();
+
+void wait_for_previous_kernel();
+// Ends the process unless this thread has waited for the previous kernel.
+void require_waited();
+
+// All threads of the cluster.
+void arrive_at_cluster();
+void wait_for_cluster();
+// Copies `bytes` to where the CTA of that rank has what this one has at `mine`, and counts them on
+// the barrier that it has at `barrier`.
+void store_remote(void* mine, const void* value, uint32_t bytes, int rank, void* barrier);
 
 // Waits until `count` threads of the CTA are at barrier number `barrier`.
 void sync_threads(int barrier, int count);

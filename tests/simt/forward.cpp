@@ -41,7 +41,7 @@ void run_forward(File& cases, File& results) {
   }
 
   Report report;
-  const Launch launch = {run.order, run.seed, report};
+  const Launch launch = {run.order, run.seed, report, {&inputs, &outputs}};
   if (run.bulk_ring) {
     cuda::launch_depth_attention_forward<cuda::BulkRing>(p, run.limits, launch);
   } else {

@@ -1,9 +1,10 @@
-// Runs depth attention's kernel bodies on cases that Python writes, and writes what they computed.
+// Runs kernel bodies on cases that Python writes, and writes what they computed.
 //
 //   runner CASES RESULTS
 //
-// A case: 64-bit integers and doubles, then the tensors, in the order in which forward.cpp and
-// backward.cpp take them. A result: what was launched, then the storage of every output.
+// A case: its kind (the place of its function below), then 64-bit integers, doubles and tensors in
+// the order in which that function takes them. A result: what was launched, then the storage of
+// every output.
 #include "cases.hpp"
 
 int main(int argc, char** argv) {
@@ -13,12 +14,8 @@ int main(int argc, char** argv) {
   }
   simt::File cases(argv[1], "rb");
   simt::File results(argv[2], "wb");
-  for (int64_t is_backward = 0; cases.get(is_backward);) {
-    if (is_backward != 0) {
-      simt::run_backward(cases, results);
-    } else {
-      simt::run_forward(cases, results);
-    }
-  }
+  void (*const functions[])(simt::File&, simt::File&) = {simt::run_forward, simt::run_backward,
+                                                         simt::run_exchange};
+  for (int64_t kind = 0; cases.get(kind);) functions[kind](cases, results);
   return 0;
 }

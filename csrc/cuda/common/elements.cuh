@@ -35,12 +35,12 @@ struct SharedView {
   }
 };
 
-// Bytes in global memory that nobody writes during the kernel.
+// Bytes in global memory that nobody writes once the previous kernel has ended.
 struct GlobalView {
   const std::byte* base;
   template <typename V>
   __device__ __forceinline__ V read(int64_t offset) const {
-    return load_constant<V>(base + offset);
+    return load_global<V>(base + offset);
   }
 };
 

@@ -35,6 +35,52 @@ __device__ __forceinline__ T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
+// Clusters (9.0 and later): neighbouring CTAs that run at the same time and reach one another's
+// shared memory, the CTA of rank r after all have arrived once and for as long as it runs.
+__device__ __forceinline__ int cluster_size() {
+  uint32_t size;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return static_cast<int>(size);
+}
+__device__ __forceinline__ int rank_in_cluster() {
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return static_cast<int>(rank);
+}
+// Every thread of the cluster arrives, and may do something else before it waits for the others.
+// Threads that have ended count as arrived.
+__device__ __forceinline__ void arrive_at_cluster() {
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+}
+__device__ __forceinline__ void wait_for_cluster() {
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+}
+// Where the CTA of that rank has what this CTA has at `mine`, for the instructions below.
+__device__ __forceinline__ uint32_t remote_address(const void* mine, int rank) {
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(address)
+      : "r"(shared_address(mine)), "r"(static_cast<uint32_t>(rank)));
+  return address;
+}
+
+// The kernel before this one in the stream may still be running when this one starts, if the launch
+// said so (9.0 and later): nothing that it may have written is read, and nothing at all written to
+// global memory, before this wait. It returns when that kernel is done, whether or not that kernel
+// knows of such things. Every thread waits.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// Lets the next kernel start when all CTAs have said so. After the wait: the next kernel may then
+// count on everything before this one.
+__device__ __forceinline__ void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // Functions of one number. Bodies use them once per row or source, so they are as exact as the
 // library has them.
 __device__ __forceinline__ float exponential(float x) { return expf(x); }
@@ -44,10 +90,11 @@ __device__ __forceinline__ double logarithm(double x) { return log(x); }
 __device__ __forceinline__ float inverse_square_root(float x) { return rsqrtf(x); }
 __device__ __forceinline__ double inverse_square_root(double x) { return rsqrt(x); }
 
-// Global memory that no thread writes while the kernel runs.
+// Global memory that no thread writes after wait_for_previous_kernel(). An ordinary load: one
+// through the read-only cache could be moved ahead of the wait.
 template <typename T>
-__device__ __forceinline__ T load_constant(const void* p) {
-  return __ldg(static_cast<const T*>(p));
+__device__ __forceinline__ T load_global(const void* p) {
+  return *static_cast<const T*>(p);
 }
 
 // cp.async (8.0 and later): 16 bytes from global to shared memory. Both addresses are multiples
@@ -104,6 +151,43 @@ __device__ __forceinline__ void wait(Barrier* barrier, uint32_t parity) {
       "}\n" ::"r"(shared_address(barrier)),
       "r"(parity)
       : "memory");
+}
+// The same for a barrier on which store_remote() counts.
+__device__ __forceinline__ void wait_for_remote(Barrier* barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred complete;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 complete, [%0], %1;\n"
+      "@complete bra done;\n"
+      "bra again;\n"
+      "done:\n"
+      "}\n" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+// Writes 4 or 8 bytes where the CTA of that rank has what this CTA has at `mine`, and counts them
+// on the barrier that it has at `barrier`. Returns at once.
+template <typename T>
+__device__ __forceinline__ void store_remote(T* mine, T value, int rank, Barrier* barrier) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+  const uint32_t to = remote_address(mine, rank), on = remote_address(barrier, rank);
+  if constexpr (sizeof(T) == 8) {
+    uint64_t bits;
+    __builtin_memcpy(&bits, &value, sizeof(T));
+    asm volatile(
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" ::"r"(to),
+        "l"(bits), "r"(on)
+        : "memory");
+  } else {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &value, sizeof(T));
+    asm volatile(
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(to),
+        "r"(bits), "r"(on)
+        : "memory");
+  }
 }
 
 // Bulk copy (9.0 and later): `bytes` from global to shared memory by the copy engine, counted on

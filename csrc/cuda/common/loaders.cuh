@@ -9,9 +9,11 @@
 // them
 //   over.
 //
-// A body calls acquire() for a step, reads its chunks through the view it gets, and calls release()
-// when no thread of its warp will read that slot again. Only the threads below tile.num_threads run
-// the body.
+// A body makes the loader, which touches no global memory yet, waits for the previous kernel, and
+// calls produce(): in threads that have nothing else to do it loads everything and returns true, in
+// the others it starts what there is to start. Then it calls acquire() for a step, reads its chunks
+// through the view it gets, and calls release() when no thread of its warp will read that slot
+// again. Only the threads below tile.num_threads run the body.
 #pragma once
 
 #include "common/elements.cuh"
@@ -101,11 +103,11 @@ class CpAsyncRing {
 
   __device__ __forceinline__ CpAsyncRing(const Args& args, std::byte* slots, Barrier*,
                                          int num_sweeps)
-      : args_(args), slots_(slots), num_sweeps_(num_sweeps) {
-    for (int slot = 0; slot < args.tile.num_slots; ++slot) issue(slot);
-    ahead_ = args.tile.num_slots - 1;
+      : args_(args), slots_(slots), num_sweeps_(num_sweeps), ahead_(args.tile.num_slots - 1) {}
+  __device__ __forceinline__ bool produce() {
+    for (int slot = 0; slot < args_.tile.num_slots; ++slot) issue(slot);
+    return false;
   }
-  __device__ __forceinline__ bool produce() { return false; }
 
   __device__ __forceinline__ SharedView acquire(const RingPosition& at, bool first, int64_t, int,
                                                 int) {
@@ -202,7 +204,6 @@ class BulkRing {
     sync_cta();
   }
 
-  // True in the threads that load and do nothing else, when they are done.
   __device__ __forceinline__ bool produce() {
     if (thread_rank() < args_.tile.num_threads) return false;
     if (thread_rank() == args_.tile.num_threads) {

@@ -55,6 +55,8 @@ class DepthAttentionBackwardBody {
     const bool makes_mix = has_norm && args.mix.data == nullptr;
     Loader loader(args, slots, barriers,
                   tile.resident ? 1 : 2 + (args.stats == nullptr) + (makes_mix ? 1 : 0));
+    wait_for_previous_kernel();
+    let_next_kernel_start();
     if (loader.produce()) return;
 
     if (args.parts != nullptr) clear(args, sums);
@@ -452,12 +454,14 @@ __global__ void __launch_bounds__(kWeightGradientWarps* kWarpSize)
   const int warp = thread_rank() / kWarpSize;
   const int column = cta_rank() / 2 * kWarpSize + lane;
   auto* totals = reinterpret_cast<Compute*>(dynamic_shared_memory());  // [warps, 32]
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   Compute sum = 0;
   if (column < args.hidden) {
 #pragma unroll 4
     for (int part = warp; part < args.num_parts; part += kWeightGradientWarps) {
       const int64_t row = 2 * part + (is_score ? 0 : 1);
-      sum += load_constant<Compute>(args.parts + row * args.hidden + column);
+      sum += load_global<Compute>(args.parts + row * args.hidden + column);
     }
   }
   totals[thread_rank()] = sum;

@@ -44,6 +44,8 @@ class DepthAttentionForwardBody {
     const int num_mixes = args.out.data == nullptr ? 0 : has_norm && tile.num_spans > 1 ? 2 : 1;
     Loader loader(args, slots, barriers,
                   tile.resident || args.num_later_steps == 0 ? 1 : 1 + num_mixes);
+    wait_for_previous_kernel();
+    let_next_kernel_start();
     if (loader.produce()) return;
 
     Share query = {};

@@ -34,6 +34,14 @@ inline void sync_cta() { simt::sync_threads(0, 0); }
 inline void sync_warp() { simt::sync_warp(); }
 inline void sync_first_threads(int count) { simt::sync_threads(1, count); }
 
+inline int cluster_size() { return simt::cluster_size(); }
+inline int rank_in_cluster() { return simt::rank_in_cluster(); }
+inline void arrive_at_cluster() { simt::arrive_at_cluster(); }
+inline void wait_for_cluster() { simt::wait_for_cluster(); }
+
+inline void wait_for_previous_kernel() { simt::wait_for_previous_kernel(); }
+inline void let_next_kernel_start() { simt::require_waited(); }
+
 template <typename T>
 T shuffle_xor(T value, int mask) {
   uint64_t bits = 0;
@@ -52,7 +60,8 @@ inline float inverse_square_root(float x) { return 1 / std::sqrt(x); }
 inline double inverse_square_root(double x) { return 1 / std::sqrt(x); }
 
 template <typename T>
-T load_constant(const void* p) {
+T load_global(const void* p) {
+  simt::require_waited();
   return *static_cast<const T*>(p);
 }
 
@@ -72,6 +81,12 @@ inline void publish_barriers() {}
 inline void arrive(Barrier* barrier) { simt::arrive(barrier, 0); }
 inline void arrive_and_expect(Barrier* barrier, uint32_t bytes) { simt::arrive(barrier, bytes); }
 inline void wait(Barrier* barrier, uint32_t parity) { simt::wait(barrier, parity); }
+inline void wait_for_remote(Barrier* barrier, uint32_t parity) { simt::wait(barrier, parity); }
+template <typename T>
+void store_remote(T* mine, T value, int rank, Barrier* barrier) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+  simt::store_remote(mine, &value, sizeof(T), rank, barrier);
+}
 inline void copy_bulk(void* shared, const void* global, uint32_t bytes, Barrier* barrier) {
   simt::copy_bulk(shared, global, bytes, barrier);
 }

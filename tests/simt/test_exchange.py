@@ -1,0 +1,47 @@
+"""What the CTAs of a cluster tell one another, on its own."""
+
+from __future__ import annotations
+
+import itertools
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from .build import build_runner, compiler, cuda_include_dir
+from .cases import ORDERS
+
+pytestmark = [
+    pytest.mark.skipif(cuda_include_dir() is None, reason="no CUDA headers on this machine"),
+    pytest.mark.skipif(compiler() is None, reason="no C++ compiler on this machine"),
+]
+
+KIND, TEAMS, ROUNDS = 2, 2, 6
+
+
+@pytest.mark.parametrize("flavour", ["plain", "sanitized"])
+def test_every_cta_gets_every_number(flavour: str, tmp_path: Path) -> None:
+    cases = list(itertools.product(ORDERS, (1, 2, 4, 8), (1, 33), (False, True)))
+    encoded = [
+        struct.pack("=5q", KIND, ORDERS[order], size, count, all_read)
+        for order, size, count, all_read in cases
+    ]
+    (tmp_path / "cases").write_bytes(b"".join(encoded))
+    command = [str(build_runner(flavour)), str(tmp_path / "cases"), str(tmp_path / "results")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    data = bytearray((tmp_path / "results").read_bytes())
+    position = 0
+    for _, size, count, _ in cases:
+        shape = (TEAMS, size, ROUNDS, count)
+        numel = torch.Size(shape).numel()
+        got = torch.frombuffer(data, dtype=torch.float32, count=numel, offset=position)
+        position += numel * 4
+        # CTA c gives (c + 1) * (round + i), and 1 beside it.
+        ranks = torch.arange(1, TEAMS * size + 1).reshape(TEAMS, size).sum(1)
+        steps = torch.arange(ROUNDS)[:, None] + torch.arange(count)
+        want = ranks[:, None, None, None] * steps + size
+        assert torch.equal(got.reshape(shape), want.expand(shape).float())
+    assert position == len(data)
