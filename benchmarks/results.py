@@ -188,7 +188,9 @@ def read_models(path: Path) -> tuple[dict[str, Any], list[ModelResult]]:
 def _read(path: Path) -> tuple[dict[str, Any], list[Result | ModelResult]]:
     run: dict[str, Any] | None = None
     results: list[Result | ModelResult] = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    # Bytes that are no text end in a line that is none of ours.
+    text = path.read_text("utf-8", errors="replace")
+    for number, line in enumerate(text.splitlines(), start=1):
         try:
             record = json.loads(line)
             kind = record.pop("kind")
@@ -198,12 +200,15 @@ def _read(path: Path) -> tuple[dict[str, Any], list[Result | ModelResult]]:
         if made is None:
             run = record
             if run.pop("format", None) != FORMAT:
-                raise ValueError(f"{path}: written in another format than {FORMAT}")
+                raise ValueError(f"{path}, line {number}: written in another format than {FORMAT}")
         else:
             # JSON knows no tuples.
-            results.append(
-                made(**{n: tuple(v) if isinstance(v, list) else v for n, v in record.items()})
-            )
+            fields = {n: tuple(v) if isinstance(v, list) else v for n, v in record.items()}
+            try:
+                results.append(made(**fields))
+            except TypeError as error:
+                problem = str(error).removeprefix(f"{made.__name__}.__init__() ")
+                raise ValueError(f"{path}, line {number}: {problem}") from None
     if run is None:
         raise ValueError(f"{path}: has no line that says where it was measured")
     return run, results
