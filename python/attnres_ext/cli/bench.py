@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from attnres_ext.cli import bench_report
 from attnres_ext.cli.arguments import HelpFormatter, list_of, number
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ examples:
   attnres bench --suite ops --out benchmarks/results  every operator, results kept as JSON lines
   attnres bench --suite all --filter D7168            every case of hidden size 7168
   attnres bench --contestants ours,compile --filter 'depth_attention/*/fresh'
+  attnres bench report benchmarks/results             the results of a folder as one HTML page
 """
 
 
@@ -80,10 +82,13 @@ def add_parser(subparsers: Any) -> None:
         "--out", type=Path, metavar="DIR", help="folder for the results as JSON lines"
     )
     parser.add_argument("--list", action="store_true", help="name the cases and stop")
+    bench_report.add_parser(parser.add_subparsers(dest="action", metavar="[report DIR]"))
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs ``attnres bench``."""
+    if args.action == "report":
+        return bench_report.run(args)
     from rich.console import Console
 
     from attnres_ext.benchmarks import contestants, registry

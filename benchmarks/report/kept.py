@@ -1,0 +1,167 @@
+"""Everything that a folder of results holds, read once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from attnres_ext.benchmarks import builds, results, wording
+from attnres_ext.benchmarks.results import ModelResult, Result
+
+
+class ReportError(ValueError):
+    """Results that no report can be made of; the message is a sentence for people."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where figures may be compared: one device, with as many threads and the same caches."""
+
+    device: str
+    processor: str
+    threads: int | None
+    cache: str
+
+    @property
+    def label(self) -> str:
+        """For headings."""
+        if self.device.startswith("cuda"):
+            return f"{self.processor}, inputs {self.cache}"
+        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
+        return f"{self.processor}, {threads}, caches {self.cache}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One file that ``attnres bench`` wrote."""
+
+    name: str
+    facts: dict[str, Any]
+    results: tuple[Result, ...]
+    models: tuple[ModelResult, ...]
+
+    @property
+    def date(self) -> str:
+        """When it began, ISO 8601."""
+        return self.facts["date"]
+
+    @cached_property
+    def place(self) -> Place:
+        """Where it ran."""
+        return Place(
+            self.facts["device"],
+            wording.processor(self.facts),
+            self.facts.get("threads"),
+            self.facts.get("cache", "warm"),
+        )
+
+    @cached_property
+    def by_case(self) -> dict[str, dict[str, Result]]:
+        """Results by case and contestant."""
+        return _grouped(self.results, lambda row: row.contestant)
+
+    @cached_property
+    def models_by_case(self) -> dict[str, dict[tuple[str, str], ModelResult]]:
+        """Results of models by case, residual and contestant."""
+        return _grouped(self.models, lambda row: (row.residual, row.contestant))
+
+    @property
+    def rows(self) -> Iterator[Result | ModelResult]:
+        """All of them."""
+        yield from self.results
+        yield from self.models
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A folder of results.
+
+    Attributes:
+        folder: where they lie.
+        runs: of the benchmark, oldest first.
+        trainings: records of training runs, oldest first.
+        builds: records of builds, oldest first.
+    """
+
+    folder: Path
+    runs: tuple[Run, ...]
+    trainings: tuple[dict[str, Any], ...] = ()
+    builds: tuple[dict[str, Any], ...] = ()
+
+    @cached_property
+    def places(self) -> list[Place]:
+        """Where anything ran, CPUs first, then in the order of the first run."""
+        places = dict.fromkeys(run.place for run in self.runs)
+        return sorted(places, key=lambda place: not place.device.startswith("cpu"))
+
+    def at(self, place: Place) -> list[Run]:
+        """The runs of one place, oldest first."""
+        return [run for run in self.runs if run.place == place]
+
+    def newest(self, place: Place) -> dict[str, Run]:
+        """For every operator's case of a place, the newest run that has it."""
+        return {case: run for run in self.at(place) for case in run.by_case}
+
+    def newest_models(self, place: Place) -> dict[str, Run]:
+        """For every model's case of a place, the newest run that has it."""
+        return {case: run for run in self.at(place) for case in run.models_by_case}
+
+
+def load(folder: Path) -> Kept:
+    """Reads every result in ``folder``.
+
+    Raises:
+        ReportError: there is no such folder, nothing in it, or something that is no result.
+    """
+    if not folder.is_dir():
+        what = "is not a folder" if folder.exists() else "does not exist"
+        raise ReportError(f"{folder} {what}; `attnres bench --out {folder}` writes results there")
+    try:
+        runs = [_read_run(path) for path in sorted(folder.glob("*.jsonl"))]
+        trainings = [_read_record(path, "arms") for path in sorted(folder.glob("training-*.json"))]
+        made = [_read_record(path, "steps") for path in sorted(folder.glob(builds.PATTERN))]
+    except OSError as error:
+        raise ReportError(f"{error.filename} cannot be read: {error.strerror}") from None
+    if not runs and not trainings and not made:
+        raise ReportError(
+            f"{folder} holds no results; `attnres bench --out {folder}` writes results there"
+        )
+    return Kept(
+        folder,
+        tuple(sorted(runs, key=lambda run: run.date)),
+        tuple(sorted(trainings, key=lambda record: record["date"])),
+        tuple(sorted(made, key=lambda record: record["date"])),
+    )
+
+
+def _read_run(path: Path) -> Run:
+    try:
+        facts, rows = results.read(path)
+        _, models = results.read_models(path)
+    except ValueError as error:
+        raise ReportError(str(error)) from None
+    for name in ("date", "device", "suite", "machine", "versions"):
+        if name not in facts:
+            raise ReportError(f"{path}, line 1: does not say its {name}")
+    return Run(path.name, facts, tuple(rows), tuple(models))
+
+
+def _read_record(path: Path, essential: str) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text("utf-8", errors="replace"))
+    except json.JSONDecodeError as error:
+        raise ReportError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from None
+    if not isinstance(record, dict) or not {"date", "command", essential} <= record.keys():
+        raise ReportError(f"{path}: not a record with a date, a command and {essential}")
+    return {**record, "name": path.name}
+
+
+def _grouped(rows: Sequence[Any], key: Any) -> dict[str, dict[Any, Any]]:
+    grouped: dict[str, dict[Any, Any]] = {}
+    for row in rows:
+        grouped.setdefault(row.case, {})[key(row)] = row
+    return grouped

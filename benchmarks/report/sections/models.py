@@ -1,0 +1,65 @@
+"""Whole models: training steps, prefill and decode."""
+
+from __future__ import annotations
+
+from attnres_ext.benchmarks import wording
+from attnres_ext.benchmarks.report.frame import figure, reason, sources
+from attnres_ext.benchmarks.report.frame import section as part
+from attnres_ext.benchmarks.report.html import Content, Html, table, tag, value
+from attnres_ext.benchmarks.report.kept import Kept, Place
+from attnres_ext.benchmarks.report.sections.overhead import WORKS
+from attnres_ext.benchmarks.results import ModelResult
+
+_HEADER = ["model", "residual", "by", "time", "tokens/s", "peak memory", "over standard"]
+
+
+def section(kept: Kept) -> Html | None:
+    """A table for each kind of work and place."""
+    tables = []
+    for place in kept.places:
+        works = dict.fromkeys(
+            row.work
+            for case, run in kept.newest_models(place).items()
+            for row in run.models_by_case[case].values()
+        )
+        tables += [_table(kept, place, work) for work in works]
+    if not tables:
+        return None
+    return part(
+        "models",
+        "Whole models",
+        "Stacks of Kimi Linear layers. Peak memory is what one call holds beyond what was there "
+        "before it.",
+        tables,
+    )
+
+
+def _table(kept: Kept, place: Place, work: str) -> Html:
+    rows, runs = [], []
+    for case, run in kept.newest_models(place).items():
+        found = [row for row in run.models_by_case[case].values() if row.work == work]
+        rows += [_row(row) for row in found]
+        runs += [run] * bool(found)
+    title = WORKS.get(work, work)
+    drawn = table(_HEADER, rows, numbers=4, caption=f"{title}: {place.label}", sortable=True)
+    return figure([title, tag("small", place.label)], drawn, *sources(runs))
+
+
+def _row(row: ModelResult) -> list[Content]:
+    names: list[Content] = [row.shape, row.residual, wording.contestant(row.contestant)]
+    if row.seconds is None:
+        return [*names, reason(row.status, row.reason), "–", "–", "–"]
+    over: Content = "–"
+    if row.overhead is not None and row.residual != "standard":
+        over = tag("b", value(row.overhead, wording.percent(row.overhead)))
+        if row.overhead_quartiles:
+            quartiles = " to ".join(map(wording.percent, row.overhead_quartiles))
+            over = [over, tag("small", quartiles)]
+    speed, peak = row.tokens_per_second, row.peak_bytes
+    return [
+        *names,
+        value(row.seconds, wording.seconds(row.seconds)),
+        value(speed, f"{speed:,.0f}") if speed else "–",
+        value(peak, wording.size(peak)) if peak else "–",
+        over,
+    ]

@@ -1,0 +1,81 @@
+"""How close each operator comes to a copy of the bytes that it must move."""
+
+from __future__ import annotations
+
+import statistics
+
+from attnres_ext.benchmarks import wording
+from attnres_ext.benchmarks.report.bars import Axis, Bar, Row, chart
+from attnres_ext.benchmarks.report.frame import code, figure, sources
+from attnres_ext.benchmarks.report.frame import section as part
+from attnres_ext.benchmarks.report.html import Html, tag, value
+from attnres_ext.benchmarks.report.kept import Kept, Place
+from attnres_ext.benchmarks.report.scales import Scale, linear_ticks
+from attnres_ext.benchmarks.results import Result
+
+
+def section(kept: Kept) -> Html | None:
+    """A chart for each place."""
+    charts = [_place(kept, place) for place in kept.places]
+    if not any(charts):
+        return None
+    return part(
+        "roof",
+        "How close to the memory's roof",
+        "These operators do little arithmetic on many bytes, so the memory is their roof. Each bar "
+        "is the time of a plain copy over ours, where the copy moves exactly the bytes that the "
+        "operator must move and took turns with it in the same process. A bar that reaches the "
+        "line at 100 % does nothing but move its bytes. Thin lines span the middle half of the "
+        "samples.",
+        [drawn for drawn in charts if drawn],
+    )
+
+
+def _place(kept: Kept, place: Place) -> Html | None:
+    runs, groups, most = [], {}, 1.0
+    for case, run in kept.newest(place).items():
+        rows = run.by_case[case]
+        ours, copy = rows.get("ours"), rows.get("copy")
+        if copy is None or copy.seconds is None or ours is None:
+            continue
+        row, reached = _row(ours, copy)
+        groups.setdefault(ours.operator, []).append(row)
+        most = max(most, reached)
+        runs.append(run)
+    if not groups:
+        return None
+    scale = Scale(0, max(110.0, 102 * most))
+    # Labels that would run into that of the copy or out of the chart are left out.
+    ticks = [t for t in linear_ticks(0, scale.high) if t <= 0.9 * scale.high and abs(t - 100) > 20]
+    axis = Axis(scale, ticks, " %", mark=100, mark_label="100 % = copy")
+    drawn = chart(
+        f"Share of a copy's bandwidth that each operator reaches: {place.label}",
+        ("case", "of copy", "time", "GB/s", "copy GB/s"),
+        axis,
+        [(code(operator), rows) for operator, rows in groups.items()],
+    )
+    return figure(place.label, drawn, *sources(runs))
+
+
+def _row(ours: Result, copy: Result) -> tuple[Row, float]:
+    heading = [ours.shape, tag("small", ours.work)]
+    if ours.seconds is None:
+        text = tag("span", tag("b", ours.status), f": {ours.reason}", class_="bad")
+        return Row(heading, [text], ["–", "–", "–", _rate(copy)]), 0.0
+    share = copy.seconds / ours.seconds
+    low = high = share
+    if len(ours.samples) > 1:
+        first, _, third = statistics.quantiles(ours.samples, n=4, method="inclusive")
+        low, high = copy.seconds / third, copy.seconds / first
+    bar = Bar(100 * share, "s-ours", low=100 * low, high=100 * high)
+    columns = [
+        tag("b", value(share, f"{100 * share:.0f} %")),
+        value(ours.seconds, wording.seconds(ours.seconds)),
+        _rate(ours),
+        _rate(copy),
+    ]
+    return Row(heading, [bar], columns), high
+
+
+def _rate(row: Result) -> Html | str:
+    return value(row.bandwidth, f"{row.bandwidth / 1e9:.1f}") if row.bandwidth else "–"

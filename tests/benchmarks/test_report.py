@@ -1,0 +1,290 @@
+"""The page: whole, true to the records, plain about what is missing, and written at once."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from attnres_ext.benchmarks.report import kept, notices, page
+from attnres_ext.benchmarks.report.html import tag, text
+from attnres_ext.benchmarks.report.page import CONTENTS
+from attnres_ext.cli.main import main
+from tests.benchmarks import made_up
+
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
+VOID = {"meta", "br", "hr", "link", "img", "input"}
+#: Attributes by which a page can fetch something.
+FETCHING = {"src", "srcset", "data", "poster", "action", "background", "xlink:href"}
+
+
+class Page(HTMLParser):
+    """Checks nesting while it reads, and remembers texts, identifiers, links and exact numbers."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.identifiers: list[str] = []
+        self.links: list[str] = []
+        self.referred: list[str] = []
+        self.numbers: list[float] = []
+        self.rows: list[list[str]] = []
+        self.fetches: list[str] = []
+        self.text = ""
+        self.feed(source)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, name: str, attributes: list[tuple[str, str | None]]) -> None:
+        values = dict(attributes)
+        self.fetches += [f"{name} {key}" for key in values if key in FETCHING]
+        self.fetches += [name] * (name in ("link", "iframe", "object", "embed"))
+        if "id" in values:
+            self.identifiers.append(values["id"])
+        if name == "a":
+            self.links.append(values["href"])
+        self.referred += (values.get("aria-labelledby") or "").split()
+        if name == "data":
+            self.numbers.append(float(values["value"]))
+        if name == "tr":
+            self.rows.append([])
+        if name in ("td", "th"):
+            assert "tr" in self.open
+            self.rows[-1].append("")
+        if name not in VOID:
+            self.open.append(name)
+
+    def handle_endtag(self, name: str) -> None:
+        assert self.open, f"</{name}> closes nothing"
+        assert self.open.pop() == name
+
+    def handle_data(self, data: str) -> None:
+        if "style" in self.open or "script" in self.open:
+            return
+        self.text += data
+        if "td" in self.open or "th" in self.open:
+            self.rows[-1][-1] += data
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made_up.folder(tmp_path_factory.mktemp("results"))
+
+
+@pytest.fixture(scope="module")
+def source(folder: Path) -> str:
+    return page.render(kept.load(folder), made_up.PRESENT, "attnres bench report DIR")
+
+
+@pytest.fixture(scope="module")
+def parsed(source: str) -> Page:
+    return Page(source)
+
+
+def test_nothing_is_fetched_and_all_links_lead_somewhere(source: str, parsed: Page) -> None:
+    assert parsed.fetches == []
+    assert not re.search(r"https?:|//[\w.]+/|@import|url\(", source)
+    assert len(set(parsed.identifiers)) == len(parsed.identifiers)
+    assert {link.removeprefix("#") for link in parsed.links} <= set(parsed.identifiers)
+    assert set(parsed.referred) <= set(parsed.identifiers)
+    assert set(CONTENTS) <= set(parsed.identifiers)
+
+
+def test_every_record_is_there_with_its_numbers(folder: Path, parsed: Page) -> None:
+    rows = [row for run in kept.load(folder).runs for row in run.rows]
+    shown = [cells for cells in parsed.rows if cells and cells[0] in {row.case for row in rows}]
+    assert len(shown) == len(rows)
+    for row in rows:
+        mine = [
+            cells for cells in shown
+            if cells[0] == row.case and cells[1].split()[0] == row.contestant
+        ]  # fmt: skip
+        if row.seconds is None:
+            assert any(row.reason in cells[2] for cells in mine)
+        else:
+            assert row.seconds in parsed.numbers
+            assert any(cells[5] == str(len(row.samples)) for cells in mine)
+
+
+def test_figures_are_those_of_the_newest_run(parsed: Page) -> None:
+    # 5 ms x 1.2, against 4 ms of a copy, 50 ms of plain PyTorch and 4 ms of torch.compile.
+    (roof,) = [cells for cells in parsed.rows if "67 %" in cells]
+    assert roof[0].startswith(made_up.MIX.shape)
+    assert "6.00 ms" in roof
+    (bars,) = [cells for cells in parsed.rows if "8.3 × plain PyTorch" in "".join(cells)]
+    assert "0.7 × torch.compile, faster than ours" in bars[1]
+    assert 50e-3 / (5e-3 * 1.2) in parsed.numbers
+    assert "83,333" in parsed.text, "calls per second"
+
+
+def test_who_was_not_timed_is_named_with_the_reason(parsed: Page) -> None:
+    assert "flash-linear-attention not here: fla is not installed & <never> was" in parsed.text
+    assert "Liger refused: wrong results: gradient of the query is off" in parsed.text
+    assert "failed: RuntimeError: no device" in parsed.text
+
+
+def test_overhead_over_depth_is_drawn_and_said(parsed: Page) -> None:
+    assert "Training step, by layers" in parsed.text
+    assert "block, attnres-ext: +2.4 % at 4, +2.8 % at 8, +3.6 % at 16" in parsed.text
+    # A decode step at a single depth is no curve, but it is in the table.
+    assert "Decode step, by" not in parsed.text
+    assert any(
+        cells[1:3] == ["block", "attnres-ext"] and "250 ms" in cells for cells in parsed.rows
+    )
+
+
+def test_builds_show_steps_and_sizes(parsed: Page) -> None:
+    assert "3 min 20 s with 2 at once" in parsed.text
+    assert "3 more together" in parsed.text
+    assert any(cells[0] == "_ops.sosm_80, machine code" for cells in parsed.rows)
+    # What is no device code: 6 MB less 0.7 and 0.4.
+    assert 4_900_000 in parsed.numbers
+
+
+def test_every_figure_names_its_command(source: str) -> None:
+    figures = re.findall(r"<figure>.*?</figure>", source, re.DOTALL)
+    assert len(figures) > 8
+    for drawn in figures:
+        assert re.search(r'<code class="command">(attnres|python) ', drawn)
+
+
+def test_regressions_are_marked(parsed: Page) -> None:
+    (slower,) = [cells for cells in parsed.rows if cells[-1:] == ["slower"]]
+    assert made_up.MIX.shape in slower[0]
+    assert "+50 %" in slower
+    assert "1 of 3 slower" in parsed.text
+
+
+def test_the_committed_results_make_a_page() -> None:
+    everything = kept.load(RESULTS)
+    parsed = Page(page.render(everything, None, "attnres bench report benchmarks/results"))
+    rows = [row for run in everything.runs for row in run.rows]
+    assert {row.seconds for row in rows if row.seconds} <= set(parsed.numbers)
+
+
+def test_markup_in_records_is_text() -> None:
+    assert tag("b", "<i>&", title='"') == '<b title="&quot;">&lt;i&gt;&amp;</b>'
+    assert text(["a", None, [tag("br")]]) == "a<br>"
+
+
+# What to mind
+
+
+def said(*runs: dict[str, object], csrc: str | None = made_up.PRESENT) -> str:
+    rows = (made_up.timed(made_up.MIX, "ours", 1e-3),)
+    made = tuple(kept.Run(f"{i}.jsonl", dict(run), rows, ()) for i, run in enumerate(runs))
+    return "\n".join(notices.notices(kept.Kept(Path(), made), csrc))
+
+
+def test_nothing_to_mind_where_everything_is_of_the_present_sources() -> None:
+    assert said(made_up.facts("2026-01-01"), made_up.facts("2026-01-01", device="cuda")) == ""
+
+
+def test_missing_and_older_results_are_said_in_plain_words() -> None:
+    cpu = made_up.facts("2026-01-01")
+    assert said(cpu).startswith("There is no CUDA result: as far as these files say, no kernel has")
+    old = made_up.facts("2026-01-02", device="cuda", csrc=made_up.OLD)
+    sentence = said(cpu, old)
+    assert sentence.startswith(
+        "There is no CUDA result for the present csrc/. The newest is of 2026"
+    )
+    assert "commit bbbbbbbbbb, and measured older code" in sentence
+    assert "outside of a checkout" in said(cpu, old, csrc=None)
+    assert "changes that no commit holds: 0.jsonl" in said({**cpu, "modified": True})
+
+
+def test_disturbed_runs_are_named() -> None:
+    busy = made_up.timed(made_up.MIX, "ours", 1e-3, preemptions=6)
+    made = kept.Run("busy.jsonl", made_up.facts("2026-01-01"), (busy,), ())
+    sentences = "\n".join(notices.notices(kept.Kept(Path(), (made,)), made_up.PRESENT))
+    assert "In busy.jsonl, 1 of 1 measurements shared their cores" in sentences
+
+
+# The command
+
+
+def report(*arguments: object) -> int:
+    return main(["bench", "report", *map(str, arguments)])
+
+
+def test_the_command_writes_beside_the_results(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made_up.folder(tmp_path)
+    before = {path.name for path in tmp_path.iterdir()}
+    assert report(tmp_path) == 0
+    assert {path.name for path in tmp_path.iterdir()} - before == {"report.html"}
+    assert str(tmp_path / "report.html") in capsys.readouterr().out
+    # Its own page does not disturb the next one.
+    assert report(tmp_path, "--html", tmp_path / "new" / "page.html") == 0
+    assert Page((tmp_path / "new" / "page.html").read_text()).text
+
+
+def test_a_failed_write_leaves_the_old_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_up.keep(tmp_path, made_up.facts("2026-01-01"), made_up.operators())
+    target = tmp_path / "report.html"
+    target.write_text("old")
+
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", refuse)
+    assert report(tmp_path) == 2
+    assert target.read_text() == "old"
+    assert not list(tmp_path.glob(".report*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        (None, None, "holds no results; `attnres bench --out"),
+        ("a.jsonl", "not json\n", "a.jsonl, line 1: not a line of benchmark results"),
+        ("a.jsonl", '{"kind": "run", "format": 1}\n{"kind": "result"}\n', "a.jsonl, line 2: "),
+        ("a.jsonl", '{"kind": "run", "format": 1}\n', "a.jsonl, line 1: does not say its date"),
+        ("build-1.json", '{\n  "date": ]', "build-1.json, line 2: not JSON"),
+        ("training-1.json", "[]", "training-1.json: not a record with a date"),
+        ("a.jsonl", b"\xff\xfe", "a.jsonl, line 1: not a line"),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    tmp_path: Path,
+    name: str | None,
+    content: str | bytes | None,
+    sentence: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if name is not None:
+        data = content if isinstance(content, bytes) else content.encode()
+        (tmp_path / name).write_bytes(data)
+    assert report(tmp_path) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("attnres bench: ")
+    assert sentence in printed.err
+    assert printed.err.count("\n") == 1
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report(tmp_path / "nowhere") == 2
+    assert "nowhere does not exist; `attnres bench --out" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert report(tmp_path / "file") == 2
+    assert "file is not a folder" in capsys.readouterr().err
+
+
+def test_a_damaged_line_among_good_ones_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = made_up.keep(tmp_path, made_up.facts("2026-01-01"), made_up.operators())
+    lines = path.read_text().splitlines()
+    record = json.loads(lines[3])
+    del record["operator"]
+    path.write_text("\n".join([*lines[:3], json.dumps(record), *lines[4:]]))
+    assert report(tmp_path) == 2
+    assert f"{path}, line 4: " in capsys.readouterr().err
