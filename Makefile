@@ -16,7 +16,7 @@ SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.to
 export OMP_WAIT_POLICY ?= passive
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help demo test wheel lint format kernels bench clean
+.PHONY: help demo test wheel lint format kernels bench gpu-check clean
 .DELETE_ON_ERROR:
 
 help:
@@ -24,11 +24,13 @@ help:
 	@echo "make test     build everything and run all tests and lints"
 	@echo "make wheel    build a wheel into dist/"
 	@echo "make bench    benchmark the operators on the CPU; results in runs/bench"
+	@echo "make gpu-check  tests, checkers and benchmark on an NVIDIA GPU; a record in benchmarks/results"
 	@echo "make kernels  registers, memory and instructions of each CUDA kernel"
 	@echo "make lint     ruff and clang-format, without changing anything"
 	@echo "make format   ruff and clang-format, in place"
 	@echo "make clean    remove the build, keeping the environment"
-	@echo "Knobs: PYTHON (default python3), ATTNRES_CUDA=ON|OFF|AUTO, ATTNRES_CUDA_ARCHS, MAX_JOBS"
+	@echo "Knobs: PYTHON (default python3), GPU_PYTHON (with a CUDA torch, for gpu-check), GPU_CHECK_ARGS,"
+	@echo "       ATTNRES_CUDA=ON|OFF|AUTO, ATTNRES_CUDA_ARCHS, MAX_JOBS"
 
 $(VENV)/run.stamp: requirements/run.txt
 	@echo "Creating $(VENV) and installing what running needs"
@@ -90,6 +92,10 @@ bench: $(VENV)/run.stamp
 	@$(MAKE) --no-print-directory --question build/test.stamp 2>/dev/null \
 	  || $(MAKE) --no-print-directory build/demo.stamp
 	attnres bench --device cpu --suite ops --out runs/bench
+
+# Needs no environment of ours: it takes the first Python whose torch sees a GPU, and the built _ops.so.
+gpu-check:
+	@$(PYTHON) -m tools.gpu_check $(if $(GPU_PYTHON),--python $(GPU_PYTHON)) $(GPU_CHECK_ARGS)
 
 clean:
 	rm -rf build dist python/attnres_ext/_ops.so python/attnres_ext/_C*.so python/*.egg-info

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import os
 import platform
 import subprocess
 from functools import lru_cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from attnres_ext import _C
+from attnres_ext.benchmarks import sources
+
+#: Packages on PyPI that the operators are compared with.
+RIVALS = ("flash-linear-attention", "liger-kernel", "flash-attn-res", "fast-attnres")
 
 _CPU = Path("/sys/devices/system/cpu/cpu0/cache")
 
@@ -25,15 +30,9 @@ def repository() -> Path | None:
 
 
 def source_hash(root: Path | None = None) -> str | None:
-    """SHA-256 over names and contents of everything under ``csrc/``; None without sources."""
+    """:func:`attnres_ext.benchmarks.sources.source_hash`; None without sources."""
     root = root or repository()
-    if root is None:
-        return None
-    digest = hashlib.sha256()
-    for path in sorted(p for p in (root / "csrc").rglob("*") if p.is_file()):
-        digest.update(path.relative_to(root).as_posix().encode() + b"\0")
-        digest.update(path.read_bytes() + b"\0")
-    return digest.hexdigest()
+    return None if root is None else sources.source_hash(root)
 
 
 def commit(root: Path | None = None) -> dict[str, Any]:
@@ -73,9 +72,10 @@ def caches() -> dict[str, int]:
     return sizes
 
 
-def describe() -> dict[str, Any]:
-    """Processor, caches, memory and system."""
+def describe(device: str = "cpu") -> dict[str, Any]:
+    """Processor, caches, memory and system, and the GPU where ``device`` is one."""
     return {
+        **(_gpu(device) if device.startswith("cuda") else {}),
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
@@ -93,12 +93,39 @@ def describe() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Of everything that could change a figure."""
-    return {
+    found = {
         "attnres_ext": _C.version,
         "compiler": _C.compiler,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+    if torch.version.cuda is not None:
+        found["cuda"] = torch.version.cuda
+    for name in ("triton", *RIVALS):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def _gpu(device: str) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "gpu": properties.name,
+        "compute_capability": 10 * properties.major + properties.minor,
+        "gpu_memory_bytes": properties.total_memory,
+        "gpu_l2_bytes": properties.L2_cache_size,
+        "gpu_multiprocessors": properties.multi_processor_count,
+        "driver": _driver(),
+    }
+
+
+def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return (done.stdout.split() or [None])[0]
 
 
 def _processor() -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -166,7 +166,7 @@ def write(path: Path, run: dict[str, Any], results: Iterable[Result | ModelResul
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[Result]]:
-    """The run and its results for operators, as :func:`write` wrote them.
+    """The run and its results for operators, as :func:`write` or ``make gpu-check`` wrote them.
 
     Raises:
         ValueError: the file is none of ours, or its format is newer than this reader.
@@ -185,30 +185,52 @@ def read_models(path: Path) -> tuple[dict[str, Any], list[ModelResult]]:
     return run, [row for row in rows if isinstance(row, ModelResult)]
 
 
+def files(folder: Path) -> list[Path]:
+    """Every file of ``folder`` that :func:`read` reads: runs, and GPU checks with figures."""
+    checks = [path for path in folder.glob("gpu-check-*.json") if '"figures"' in path.read_text()]
+    return sorted([*folder.glob("*.jsonl"), *checks])
+
+
 def _read(path: Path) -> tuple[dict[str, Any], list[Result | ModelResult]]:
     run: dict[str, Any] | None = None
-    results: list[Result | ModelResult] = []
-    # Bytes that are no text end in a line that is none of ours.
-    text = path.read_text("utf-8", errors="replace")
-    for number, line in enumerate(text.splitlines(), start=1):
+    rows: list[Result | ModelResult] = []
+    for place, record in _records(path):
         try:
-            record = json.loads(line)
             kind = record.pop("kind")
             made = None if kind == "run" else _KINDS[kind]
-        except (ValueError, KeyError, AttributeError, TypeError):
-            raise ValueError(f"{path}, line {number}: not a line of benchmark results") from None
+        except (KeyError, AttributeError, TypeError):
+            raise ValueError(f"{path}, {place}: not a line of benchmark results") from None
         if made is None:
             run = record
             if run.pop("format", None) != FORMAT:
-                raise ValueError(f"{path}, line {number}: written in another format than {FORMAT}")
+                raise ValueError(f"{path}, {place}: written in another format than {FORMAT}")
         else:
             # JSON knows no tuples.
             fields = {n: tuple(v) if isinstance(v, list) else v for n, v in record.items()}
             try:
-                results.append(made(**fields))
+                rows.append(made(**fields))
             except TypeError as error:
                 problem = str(error).removeprefix(f"{made.__name__}.__init__() ")
-                raise ValueError(f"{path}, line {number}: {problem}") from None
+                raise ValueError(f"{path}, {place}: {problem}") from None
     if run is None:
         raise ValueError(f"{path}: has no line that says where it was measured")
-    return run, results
+    return run, rows
+
+
+def _records(path: Path) -> Iterator[tuple[str, Any]]:
+    """The lines of a run, or the figures in a GPU check, and where each stands."""
+    # Bytes that are no text end in a line that is none of ours.
+    text = path.read_text("utf-8", errors="replace")
+    if path.suffix == ".json":
+        try:
+            figures = json.loads(text)["parts"]["bench"]["figures"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{path}: not a GPU check with figures") from None
+        for number, record in enumerate([figures["run"], *figures["results"]], start=1):
+            yield f"figure {number}", record
+        return
+    for number, line in enumerate(text.splitlines(), start=1):
+        try:
+            yield f"line {number}", json.loads(line)
+        except ValueError:
+            raise ValueError(f"{path}, line {number}: not a line of benchmark results") from None

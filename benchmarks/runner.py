@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -232,8 +234,14 @@ def describe_run(suite: str, device: str, options: Options, pages_kept: bool) ->
 
 
 def run_cases(
-    cases: Sequence[Case], options: Options, report: Callable[[Case, str], None]
+    cases: Sequence[Case],
+    options: Options,
+    report: Callable[[Case, str], None],
+    seconds: float = math.inf,
 ) -> Iterator[tuple[Case, list[Result]]]:
-    """Runs ``cases`` one by one."""
+    """Runs ``cases`` one by one, and starts none once ``seconds`` have passed."""
+    end = time.monotonic() + seconds
     for case in cases:
+        if time.monotonic() > end:
+            return
         yield case, run_case(case, options, lambda step, case=case: report(case, step))

@@ -10,10 +10,8 @@ import hypothesis
 import pytest
 import torch
 
-DEVICES = ["cpu"]
 if torch.cuda.is_available():
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    DEVICES.append(pytest.param("cuda", marks=pytest.mark.cuda))
 
 # No deadline: the first call of an operator loads a library. Derandomised: a red run is red for
 # everybody.
@@ -21,10 +19,42 @@ hypothesis.settings.register_profile("attnres", deadline=None, derandomize=True,
 hypothesis.settings.load_profile("attnres")
 
 
-@pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest) -> str:
-    """Each device this machine has."""
-    return request.param
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device",
+        choices=["cpu", "cuda"],
+        help="only tests of what runs on a device, on this one (default: all tests, all devices)",
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that takes a ``device`` runs on each device this machine has."""
+    if "device" not in metafunc.fixturenames:
+        return
+    chosen = metafunc.config.getoption("--device")
+    devices = ["cpu"] if chosen in (None, "cpu") else []
+    if chosen == "cuda" or (chosen is None and torch.cuda.is_available()):
+        devices.append(pytest.param("cuda", marks=pytest.mark.cuda))
+    metafunc.parametrize("device", devices)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what ``--device`` does not ask for; skips, visibly, what needs a GPU."""
+    if config.getoption("--device") is not None:
+        about = [
+            "device" in getattr(item, "fixturenames", ())
+            or item.get_closest_marker("cuda") is not None
+            for item in items
+        ]
+        others = [item for item, kept in zip(items, about, strict=True) if not kept]
+        if others:
+            config.hook.pytest_deselected(items=others)
+        items[:] = [item for item, kept in zip(items, about, strict=True) if kept]
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
 @pytest.fixture(autouse=True)

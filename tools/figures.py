@@ -5,7 +5,8 @@
     python tools/figures.py --add-training runs/demo   keeps a training run's figures, too
 
 Figures come from ``benchmarks/results/``: ``*.jsonl`` as ``attnres bench --out benchmarks/results``
-writes them, ``training-*.json`` as ``--add-training`` does. A document names a table in a comment,
+writes them, ``gpu-check-*.json`` as ``make gpu-check`` does, ``training-*.json`` as
+``--add-training`` does. A document names a table in a comment,
 
     <!-- figures: operators cpu quick -->
     <!-- /figures -->
@@ -46,12 +47,12 @@ def load(name: str) -> ModuleType:
     return module
 
 
-registry, results = load("registry"), load("results")
+registry, results, sources = load("registry"), load("results"), load("sources")
 
 
 def runs(folder: Path) -> list[tuple[dict[str, Any], list[Any]]]:
     """Every benchmark run kept in ``folder``, oldest first."""
-    found = [results.read(path) for path in folder.glob("*.jsonl")]
+    found = [results.read(path) for path in results.files(folder)]
     return sorted(found, key=lambda run: run[0]["date"])
 
 
@@ -171,46 +172,62 @@ def _number(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def kernel_set(run: dict[str, Any]) -> str | None:
-    """The set of kernels that the run's GPU takes; None if the run does not name the GPU."""
-    capability = run["machine"].get("compute_capability")  # 10 * major + minor
-    if capability is None:
-        return None
-    return "sm90" if capability >= 90 else "sm80"
+def gpu_checks(folder: Path) -> list[dict[str, Any]]:
+    """Every record of ``make gpu-check`` on a GPU, oldest first."""
+    kept = [json.loads(path.read_text()) for path in folder.glob("gpu-check-*.json")]
+    return sorted((one for one in kept if one["device"] == "cuda"), key=lambda one: one["date"])
 
 
-def checked(row: Any, operator: str, direction: str) -> bool:
-    """Whether a result passed the benchmark's comparison with float64: only then it is timed."""
-    if (row.operator, row.contestant, row.status) != (operator, "ours", "timed"):
-        return False
-    return direction == "forward" or "backward" in row.work
+def kernel_set(run: dict[str, Any]) -> str:
+    """The set of kernels that the run's GPU takes, by its capability (10 * major + minor)."""
+    return "sm90" if run["machine"]["compute_capability"] >= 90 else "sm80"
+
+
+def tests_of(record: dict[str, Any], operator: str) -> str | None:
+    """How the operator's own tests went on the GPU: "passed", "failed", None if none was run."""
+    tests = record["parts"].get("tests", {}).get("tests", {})
+    prefix = f"tests/ops/test_{operator}.py::"
+    outcomes = {outcome for name, outcome in tests.items() if name.startswith(prefix)}
+    if "failed" in outcomes:
+        return "failed"
+    return "passed" if "passed" in outcomes else None
+
+
+def last_check(records: list[dict[str, Any]], kernels: str, operator: str) -> str:
+    """When the kernels of a set ("sm90") last ran on a GPU, and whether that still stands."""
+    ran = [
+        record
+        for record in records
+        if kernel_set(record) == kernels and tests_of(record, operator) is not None
+    ]
+    if not ran:
+        return "never"
+    name = f"{kernels}/{operator}"
+    record = ran[-1]
+    when = f"{record['date'][:10]}, {version(record)}, {record['machine']['gpu']}"
+    if record["kernels"].get(name) != sources.kernel_hashes(ROOT).get(name):
+        return f"unverified: changed since {when}"
+    return f"{tests_of(record, operator)}, {when}"
 
 
 def verification(folder: Path) -> list[str]:
     """Every CUDA kernel, and how it was last checked."""
-    on_gpu = [run for run in runs(folder) if run[0]["device"].startswith("cuda")]
+    records = gpu_checks(folder)
     rows = []
     for source in sorted((ROOT / "csrc" / "cuda").glob("sm*/*.cu")):
         operator = source.stem
         body = (ROOT / "tests" / "simt" / f"test_{operator}.py").is_file()
         launchers = re.findall(rf"launch_{operator}_(\w+)_sm\d+\(", source.read_text())
-        for direction in launchers:
-            ran = [
-                run
-                for run, lines in on_gpu
-                if kernel_set(run) == source.parent.name
-                and any(checked(row, operator, direction) for row in lines)
+        rows += [
+            [
+                f"`{operator}` {direction}",
+                source.parent.name,
+                "every test run*" if body else "no",
+                "every test run*",
+                last_check(records, source.parent.name, operator),
             ]
-            last = f"{ran[-1]['date'][:10]}, {version(ran[-1])}" if ran else "never"
-            rows.append(
-                [
-                    f"`{operator}` {direction}",
-                    source.parent.name,
-                    "every test run*" if body else "no",
-                    "every test run*",
-                    last,
-                ]
-            )
+            for direction in launchers
+        ]
     header = ["kernel", "set", "body run on a CPU", "machine code read", "run on a GPU"]
     return markdown(header, rows, numbers=0)
 

@@ -68,6 +68,17 @@ def test_filter_contestants_threads_and_allocator(
     assert "caches cold" in capsys.readouterr().out
 
 
+def test_starts_no_case_once_its_time_is_over(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter((0.0, 1.0, 30.0, 31.0))
+    monkeypatch.setattr(runner.time, "monotonic", lambda: next(clock))
+    assert bench("--repeats", 2, "--seconds", 20, "--contestants", "eager") == 0
+    printed = capsys.readouterr().out
+    assert "1 of 2 cases were left out after 20 s" in printed
+    assert "merge_partial" not in printed
+
+
 def test_list_names_the_cases_and_runs_none(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench("--list", "--suite", "ops") == 0
     lines = capsys.readouterr().out.splitlines()

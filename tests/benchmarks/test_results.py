@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from attnres_ext.benchmarks import machine, results, runner
+from attnres_ext.benchmarks import machine, results, runner, sources
 from attnres_ext.benchmarks.results import ModelResult, Result
 
 RUN = {"date": "2026-01-01T00:00:00+00:00", "machine": {"cores": 2}, "commit": None}
@@ -120,6 +120,26 @@ def test_a_run_says_where_and_with_what() -> None:
     )
     assert facts["machine"]["cores"] >= 1
     json.dumps(facts, allow_nan=False)
+
+
+def test_the_hash_of_a_kernel_follows_what_it_includes(tmp_path: Path) -> None:
+    texts = {
+        "cuda/sm90/a.cu": '#include "kernels/a.cuh"\n#include <cuda.h>\n',
+        "cuda/sm90/b.cu": '#include "attnres/params.hpp"\n',
+        "cuda/kernels/a.cuh": '#pragma once\n  #  include "shape.hpp"\n',
+        "cuda/kernels/shape.hpp": '#include "a.cuh"\n',
+        "include/attnres/params.hpp": "",
+    }
+    for name, text in texts.items():
+        path = tmp_path / "csrc" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    before = sources.kernel_hashes(tmp_path)
+    assert before.keys() == {"sm90/a", "sm90/b"}
+    (tmp_path / "csrc/cuda/kernels/shape.hpp").write_text("changed")
+    after = sources.kernel_hashes(tmp_path)
+    assert after["sm90/a"] != before["sm90/a"]
+    assert after["sm90/b"] == before["sm90/b"]
 
 
 def test_source_hash_follows_names_and_contents(tmp_path: Path) -> None:

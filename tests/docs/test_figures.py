@@ -135,12 +135,66 @@ def test_training_shows_the_newest_run(tmp_path: Path) -> None:
     assert DATES[1][:10] in table
 
 
-def test_verification_needs_a_run_on_that_kind_of_gpu(tmp_path: Path) -> None:
-    assert all(line.endswith("never |") for line in tool.verification(tmp_path)[2:])
+def keep_check(
+    folder: Path, date: str, capability: int = 90, outcome: str = "passed", **changes: str
+) -> None:
+    """A record of ``make gpu-check`` for the kernels as they are, with ``changes`` to them."""
+    record = {
+        "kind": "gpu-check",
+        "date": date,
+        "device": "cuda",
+        "commit": "0123456789abcdef",
+        "modified": False,
+        "machine": {"gpu": "NVIDIA X", "compute_capability": capability},
+        "kernels": {**tool.sources.kernel_hashes(ROOT), **changes},
+        "parts": {
+            "tests": {"tests": {"tests/ops/test_depth_attention.py::test_a[cuda]": outcome}},
+            "bench": {
+                "figures": {
+                    "run": {"kind": "run", "format": 1, "date": date, "device": "cuda"},
+                    "results": [],
+                }
+            },
+        },
+    }
+    (folder / f"gpu-check-nvidia-x-{date}.json").write_text(json.dumps(record))
+
+
+def verified(folder: Path) -> dict[str, str]:
+    """Last column of the forward kernels of depth attention, by set."""
+    lines = [line for line in tool.verification(folder) if "`depth_attention` forward" in line]
+    return {line.split("|")[2].strip(): line.split("|")[-2].strip() for line in lines}
+
+
+def test_verification_needs_a_check_on_that_kind_of_gpu(tmp_path: Path) -> None:
+    assert set(verified(tmp_path).values()) == {"never"}
+    # A benchmark's gate is no test.
     keep(tmp_path, DATES[0], "quick", device="cuda", compute_capability=90)
-    lines = [
-        line for line in tool.verification(tmp_path)[2:] if "`depth_attention` forward" in line
-    ]
-    by_set = {line.split("|")[2].strip(): line for line in lines}
-    assert DATES[0][:10] in by_set["sm90"]
-    assert by_set["sm80"].endswith("never |")
+    assert set(verified(tmp_path).values()) == {"never"}
+    keep_check(tmp_path, DATES[0])
+    assert verified(tmp_path) == {
+        "sm90": "passed, 2026-01-01, commit 0123456789, NVIDIA X",
+        "sm80": "never",
+    }
+
+
+def test_verification_ends_where_the_code_changes(tmp_path: Path) -> None:
+    keep_check(tmp_path, DATES[0], **{"sm90/depth_attention": "before"})
+    assert verified(tmp_path)["sm90"].startswith("unverified: changed since 2026-01-01")
+    keep_check(tmp_path, DATES[1], **{"sm90/another": "before"})
+    assert verified(tmp_path)["sm90"].startswith("passed, 2026-02-01")
+
+
+def test_verification_shows_failures(tmp_path: Path) -> None:
+    keep_check(tmp_path, DATES[0])
+    keep_check(tmp_path, DATES[1], outcome="failed")
+    assert verified(tmp_path)["sm90"].startswith("failed, 2026-02-01")
+    # Skipped is neither.
+    keep_check(tmp_path, DATES[1], outcome="skipped")
+    assert verified(tmp_path)["sm90"].startswith("passed, 2026-01-01")
+
+
+def test_figures_of_a_check_count_as_a_run(tmp_path: Path) -> None:
+    keep_check(tmp_path, DATES[0])
+    ((run, rows),) = tool.runs(tmp_path)
+    assert (run["device"], rows) == ("cuda", [])

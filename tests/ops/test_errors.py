@@ -208,7 +208,6 @@ def test_merge(change: dict[str, Any], words: tuple[str, ...]) -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs two devices")
 def test_devices() -> None:
     away = t(3, D, device="cuda")
     assert_says(lambda: ops.depth_attention([t(3, D), away], t(D)), "sources[1]", "cuda", "cpu")

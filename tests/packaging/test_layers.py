@@ -32,6 +32,7 @@ CUDA = re.compile(r"<(cuda\w*\.h|cub/.+|cute/.+|cutlass/.+|cooperative_groups.*)
 INTRINSICS = re.compile(r"<(immintrin|arm_neon|stdint|stddef)\.h>")
 PYBIND = re.compile(r"<pybind11/\w+\.h>")
 VOCABULARY = re.compile(r'"attnres/\w+\.hpp"')
+GENERATED = re.compile(r'"attnres_source_hash\.hpp"')
 
 
 def own(*folders: str) -> re.Pattern[str]:
@@ -58,7 +59,7 @@ ALLOWED = {
     "include": [STANDARD, VOCABULARY],
     "cuda": [STANDARD, VOCABULARY, CUDA, own("cuda")],
     "cuda operators": [STANDARD, VOCABULARY, CUDA, TORCH_STABLE, own("cuda")],
-    "ops": [STANDARD, VOCABULARY, TORCH_STABLE, own("ops")],
+    "ops": [STANDARD, VOCABULARY, TORCH_STABLE, GENERATED, own("ops")],
     "cpu backend": [STANDARD, VOCABULARY, TORCH_STABLE, own("cpu")],
     # Compiled once per instruction set: an inline function of the C++ library would be merged
     # across them.

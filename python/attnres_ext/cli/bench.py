@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -66,6 +67,11 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--repeats", type=number(int, least=2), help="turns that each contestant gets in a case"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=number(int, least=1),
+        help="start no case after this long (default: run them all)",
     )
     parser.add_argument(
         "--cold",
@@ -164,7 +170,8 @@ def _bench(args: argparse.Namespace, cases: list[Case], console: Console) -> Non
         def report(case: Case, step: str) -> None:
             progress.update(task, description=f"{case.operator} {case.shape}: {step}")
 
-        for case, rows in runner.run_cases(cases, options, report):
+        seconds = math.inf if args.seconds is None else args.seconds
+        for case, rows in runner.run_cases(cases, options, report, seconds):
             collected += rows
             _add_rows(table, case, rows)
             progress.advance(task)
@@ -172,6 +179,10 @@ def _bench(args: argparse.Namespace, cases: list[Case], console: Console) -> Non
                 # After every case: a suite that is interrupted keeps what it has.
                 results.write(path, run_facts, collected)
     console.print(table)
+    left_out = len(cases) - len({row.case for row in collected})
+    if left_out:
+        note = f"{left_out} of {len(cases)} cases were left out after {args.seconds} s"
+        console.print(f"[yellow]{note}[/yellow]")
     _print_notes(console, run_facts, collected)
     if path is not None:
         console.print(f"results: {path}", soft_wrap=True)

@@ -52,7 +52,7 @@ def _binaries() -> dict[str, Any]:
 def _architectures() -> list[str]:
     """Compute capabilities with kernels in the operators' library, such as "sm_90"."""
     built = torch.ops.attnres.cuda_architectures()
-    return [f"sm_{architecture}" for architecture in built.split(";") if architecture]
+    return [f"sm_{architecture}" for architecture in built.split(",") if architecture]
 
 
 def _cpu_model() -> str:

@@ -1,0 +1,364 @@
+"""``make gpu-check`` without a GPU: what it runs, what it makes of the outcome, what it writes."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tools.gpu_check import build, command, parts, process, python
+from tools.gpu_check.process import ROOT, Finished
+
+H100 = {"name": "NVIDIA H100 80GB HBM3", "capability": 90}
+FOUND = {
+    "python": [3, 12],
+    "suffix": ".so",
+    "includes": ["/include"],
+    "missing": [],
+    "xdist": False,
+    "torch": "2.10.1+cu130",
+    "gpus": [H100],
+}
+FACTS = {
+    "commit": "0123456789",
+    "modified": False,
+    "machine": {"gpu": H100["name"], "compute_capability": 90, "driver": "580.1"},
+    "versions": {"torch": FOUND["torch"]},
+    "library_sha256": "abc",
+}
+CASE = {"kind": "result", "case": "depth_attention/N9", "contestant": "ours", "status": "timed"}
+CLEAN = "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n"
+
+
+class Machine:
+    """Stands in for a machine with a GPU: answers each program as it would be answered there."""
+
+    def __init__(self) -> None:
+        self.commands: list[list[str]] = []
+        self.environments: list[Mapping[str, str]] = []
+        self.seconds: list[float] = []
+        self.found: dict[str, Any] = dict(FOUND)
+        self.architectures = "80,90"
+        self.built_from = build.sources().source_hash(ROOT)
+        self.outcomes = {"tests/ops/test_a.py::test[cuda]": ("passed", "")}
+        self.code = 0
+        self.times_out = False
+        self.sanitizer_says = CLEAN
+        self.rows = [CASE]
+
+    def __call__(
+        self, arguments: Sequence[str], seconds: float, log: Path, environment: Mapping[str, str]
+    ) -> Finished:
+        self.commands.append(list(arguments))
+        self.environments.append(environment)
+        self.seconds.append(seconds)
+        answers: dict[str, Callable[[list[str]], str]] = {
+            "bench": self._bench,
+            "pytest": self._pytest,
+            "probe.log": lambda _: "a warning of torch\n" + json.dumps(self.found),
+            "library.log": lambda _: json.dumps([self.architectures, self.built_from]),
+            "facts.log": lambda _: json.dumps(FACTS),
+        }
+        for word, answer in answers.items():
+            if word in arguments or word == log.name:
+                timed_out = self.times_out and word in ("bench", "pytest")
+                return Finished(self.code, answer(list(arguments)), 1.0, timed_out)
+        if "-o" in arguments:
+            Path(arguments[arguments.index("-o") + 1]).write_text("compiled")
+        return Finished(0, "", 1.0)
+
+    def _pytest(self, arguments: list[str]) -> str:
+        lines = [
+            json.dumps({"test": t, "outcome": outcome, "seconds": 0.1, "reason": reason})
+            for t, (outcome, reason) in self.outcomes.items()
+        ]
+        Path(arguments[arguments.index("--outcomes") + 1]).write_text("\n".join(lines))
+        return self.sanitizer_says if "--tool" in arguments else "1 passed"
+
+    def _bench(self, arguments: list[str]) -> str:
+        out = Path(arguments[arguments.index("--out") + 1])
+        out.mkdir(parents=True)
+        lines = [{"kind": "run", "format": 1, "device": "cuda"}, *self.rows]
+        (out / "cuda-ops.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        return "a table"
+
+    def ran(self, word: str) -> list[list[str]]:
+        return [arguments for arguments in self.commands if word in arguments]
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
+    monkeypatch.setattr(command, "_LOGS", tmp_path / "logs")
+    monkeypatch.setattr(parts, "find_sanitizer", lambda: "/cuda/bin/compute-sanitizer")
+    monkeypatch.setattr(python, "candidates", lambda: ["/usr/bin/python3"])
+    return Machine()
+
+
+def check(machine: Machine, out: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
+    code = command.main([*arguments, "--out", str(out)], machine)
+    (path,) = out.iterdir()
+    assert path.name.startswith("gpu-check-nvidia-h100-80gb-hbm3-20")
+    return code, json.loads(path.read_text())
+
+
+def test_everything_passes_and_is_written_down(machine: Machine, tmp_path: Path) -> None:
+    code, record = check(machine, tmp_path / "out")
+    assert code == 0
+    assert record["passed"] is True
+    assert record["csrc_sha256"] == machine.built_from
+    assert record["kernels"].keys() >= {"sm80/depth_attention", "sm90/depth_attention"}
+    assert {k: record[k] for k in FACTS} == FACTS
+    assert list(record["parts"]) == [part.name for part in parts.PARTS]
+    assert record["parts"]["tests"]["tests"] == {"tests/ops/test_a.py::test[cuda]": "passed"}
+    assert record["parts"]["bench"]["figures"]["results"] == [CASE]
+    assert record["parts"]["racecheck"]["errors"] == 0
+    # Nothing had to be built but the bindings, and everybody could import the package.
+    assert not machine.ran("cmake")
+    for arguments, environment in zip(machine.commands, machine.environments, strict=True):
+        if "pytest" in arguments or "bench" in arguments:
+            assert (Path(environment["PYTHONPATH"]) / "attnres_ext" / "ops.py").is_file()
+            assert (Path(environment["PYTHONPATH"]) / "attnres_ext" / "benchmarks").is_dir()
+
+
+def test_parts_share_the_time_and_can_be_chosen(machine: Machine, tmp_path: Path) -> None:
+    _, record = check(machine, tmp_path / "out", "--parts", "tests,bench", "--seconds", "90")
+    assert list(record["parts"]) == ["tests", "bench"]
+    limits = {
+        arguments[2]: limit
+        for arguments, limit in zip(machine.commands, machine.seconds, strict=True)
+    }
+    assert limits["pytest"] == pytest.approx(50, abs=2)
+    # The tests took no time: the benchmark gets all that is left.
+    assert limits["attnres_ext"] == pytest.approx(90, abs=2)
+    bench = machine.ran("bench")[0]
+    assert int(bench[bench.index("--seconds") + 1]) < limits["attnres_ext"]
+
+
+def test_the_default_ends_within_nine_minutes() -> None:
+    assert command.parse([]).seconds <= 9 * 60 - 20
+
+
+def test_a_failing_test_is_named(machine: Machine, tmp_path: Path) -> None:
+    machine.outcomes = {"a": ("passed", ""), "b": ("failed", "error 1 > 0"), "c": ("skipped", "no")}
+    code, record = check(machine, tmp_path / "out", "--parts", "tests")
+    assert code == 1
+    entry = record["parts"]["tests"]
+    assert (entry["status"], entry["reason"]) == ("failed", "b")
+    assert entry["counts"] == {"passed": 1, "failed": 1, "skipped": 1}
+    assert entry["reasons"] == {"b": "error 1 > 0", "c": "no"}
+    assert record["passed"] is False
+
+
+def test_a_crash_is_not_a_pass(machine: Machine, tmp_path: Path) -> None:
+    machine.code = 0
+    machine.outcomes = {}
+    code, record = check(machine, tmp_path / "out", "--parts", "tests")
+    assert code == 1
+    assert record["parts"]["tests"]["reason"] == "ended with code 0: 1 passed"
+
+
+def test_running_out_of_time_keeps_what_there_is(machine: Machine, tmp_path: Path) -> None:
+    machine.times_out = True
+    code, record = check(machine, tmp_path / "out", "--parts", "tests,bench,memcheck")
+    assert code == 1
+    for part in ("tests", "bench", "memcheck"):
+        assert record["parts"][part]["status"] == "out of time"
+    assert record["parts"]["tests"]["counts"] == {"passed": 1}
+    assert record["parts"]["bench"]["figures"]["results"] == [CASE]
+
+
+def test_a_wrong_result_of_the_benchmark_fails(machine: Machine, tmp_path: Path) -> None:
+    machine.rows = [{**CASE, "status": "wrong", "reason": "output 0 is off by 1"}]
+    code, record = check(machine, tmp_path / "out", "--parts", "bench")
+    assert code == 1
+    assert record["parts"]["bench"]["reason"] == "ours in depth_attention/N9: output 0 is off by 1"
+    # Somebody else's mistake is not ours.
+    machine.rows = [CASE, {**CASE, "contestant": "fla", "status": "wrong", "reason": "off"}]
+    assert check(machine, tmp_path / "other", "--parts", "bench")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("output", "count"),
+    [
+        (CLEAN, 0),
+        ("========= ERROR SUMMARY: 3 errors\n", 3),
+        ("========= RACECHECK SUMMARY: 2 hazards displayed (1 error, 1 warning)\n", 2),
+        ("========= ERROR SUMMARY: 1 error\n========= ERROR SUMMARY: 2 errors\n", 3),
+        ("========= Device not supported\n", None),
+    ],
+)
+def test_errors_of_the_sanitizer_are_counted(output: str, count: int | None) -> None:
+    assert parts.found_errors(output) == count
+
+
+def test_what_the_sanitizer_finds_fails(machine: Machine, tmp_path: Path) -> None:
+    machine.sanitizer_says = (
+        "========= COMPUTE-SANITIZER\n"
+        "========= Invalid __global__ read of size 16 bytes\n"
+        "=========     at depth_attention_forward_kernel\n"
+        "========= ERROR SUMMARY: 1 error\n"
+    )
+
+    def run(arguments: Sequence[str], *rest: Any) -> Finished:
+        finished = machine(arguments, *rest)
+        code = 77 if "--tool" in arguments else 0
+        return Finished(code, finished.output, finished.seconds)
+
+    code = command.main(["--parts", "memcheck", "--out", str(tmp_path / "out")], run)
+    (path,) = (tmp_path / "out").iterdir()
+    entry = json.loads(path.read_text())["parts"]["memcheck"]
+    assert code == 1
+    assert (entry["status"], entry["errors"]) == ("failed", 1)
+    assert entry["reason"] == "Invalid __global__ read of size 16 bytes"
+
+
+def test_without_the_sanitizer_it_says_so(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "find_sanitizer", lambda: None)
+    code, record = check(machine, tmp_path / "out", "--parts", "synccheck")
+    assert code == 0
+    assert record["passed"] is False
+    entry = record["parts"]["synccheck"]
+    assert entry["status"] == "unavailable"
+    assert "compute-sanitizer is not on the PATH" in entry["reason"]
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"gpus": []}, "has torch 2.10.1+cu130, which sees no NVIDIA GPU"),
+        ({"torch": "2.9.1"}, "has torch 2.9.1, expected 2.10 or later"),
+        ({"missing": ["pytest", "rich"]}, "-m pip install pytest rich` gets them"),
+        ({"gpus": [{"name": "Tesla V100", "capability": 70}]}, "has compute capability 7.0"),
+    ],
+)
+def test_machines_that_cannot_check_get_a_sentence(
+    machine: Machine,
+    tmp_path: Path,
+    change: dict[str, Any],
+    sentence: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    machine.found.update(change)
+    assert command.main(["--out", str(tmp_path / "out")], machine) == 2
+    printed = capsys.readouterr().err
+    assert sentence in printed
+    assert printed.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_library_that_does_not_fit_is_built_or_refused(
+    machine: Machine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    machine.architectures = "80"
+    out = str(tmp_path / "out")
+    assert command.main(["--build", "never", "--out", out], machine) == 2
+    assert 'it holds the kernels "80", and this GPU takes those of set 90' in (
+        capsys.readouterr().err
+    )
+    machine.built_from = "older"
+    machine.architectures = "80,90"
+    assert command.main(["--build", "never", "--out", out], machine) == 2
+    assert "built from other sources" in capsys.readouterr().err
+    assert not machine.ran("cmake")
+
+
+def test_a_library_that_is_missing_is_built_for_this_gpu(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build.shutil, "which", lambda name, **_: f"/usr/bin/{name}")
+    found = python.Python("/usr/bin/python3", FOUND)
+    package = tmp_path / "package" / "attnres_ext"
+    package.mkdir(parents=True)
+    # What the checkout has is a link, and must stay as it is.
+    original = tmp_path / "original.so"
+    original.write_text("old")
+    (package / "_ops.so").symlink_to(original)
+    tree = package.parent / "build"
+    tree.mkdir()
+    (tree / "_ops.so").write_text("new")
+    build.build_operators(found, package, "90", machine, tmp_path)
+    configure, make = machine.commands
+    assert "-DATTNRES_CUDA=ON" in configure
+    assert "-DATTNRES_CUDA_ARCHS=90" in configure
+    assert make[make.index("--target") + 1] == "attnres_ops"
+    assert (package / "_ops.so").read_text() == "new"
+    assert original.read_text() == "old"
+
+
+def alive(pid: str) -> bool:
+    """Whether a process runs; one that has ended but was not waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except OSError:
+        return False
+
+
+def test_programs_are_stopped_with_their_children(tmp_path: Path) -> None:
+    script = "echo begun; sleep 60 & echo $!; wait"
+    finished = process.run(["sh", "-c", script], 1.5, tmp_path / "log", {})
+    assert finished.timed_out
+    assert finished.code != 0
+    begun, child = finished.output.split()
+    assert begun == "begun"
+    end = time.monotonic() + 10
+    while alive(child) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not alive(child)
+
+
+def test_programs_get_their_environment_and_keep_their_output(tmp_path: Path) -> None:
+    code = "import os, sys; print(os.environ['GREETING']); sys.exit(3)"
+    finished = process.run(
+        [sys.executable, "-c", code], 60, tmp_path / "a" / "log", {"GREETING": "x"}
+    )
+    assert (finished.code, finished.output, finished.timed_out) == (3, "x\n", False)
+    assert (tmp_path / "a" / "log").read_text() == "x\n"
+
+
+def test_this_machines_python_is_understood(tmp_path: Path) -> None:
+    """The probe itself, on a machine without a GPU."""
+    found = python.find([sys.executable], "cpu", process.run, tmp_path)
+    assert found.facts["missing"] == []
+    with pytest.raises(python.CannotCheckError, match="nowhere/python cannot be asked"):
+        python.find(["/nowhere/python"], "cpu", lambda *_: Finished(127, "", 0.0), tmp_path)
+
+
+def test_outcomes_survive_a_run_that_is_killed(tmp_path: Path) -> None:
+    path = tmp_path / "outcomes"
+    line = {"test": "a", "outcome": "passed", "seconds": 1.0, "reason": ""}
+    path.write_text(json.dumps(line) + '\n{"test": "b", "outc')
+    assert parts.read_outcomes(path)["tests"] == {"a": "passed"}
+
+
+@pytest.mark.slow
+def test_rehearsal_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same program, packages, tests and files, with the CPU in the place of the GPU."""
+    monkeypatch.setattr(command, "_LOGS", tmp_path / "logs")
+    # A library that was built before the last change of csrc/ is good enough for this.
+    monkeypatch.setattr(build, "complaint", lambda *_: None)
+    some = "tests/ops/test_merge_partial.py"
+    monkeypatch.setattr(
+        parts,
+        "_pytest",
+        lambda setting, outcomes, *_, real=parts._pytest: [
+            *real(setting, outcomes, some), "-k", "test_no_tokens"
+        ],
+    )  # fmt: skip
+    arguments = ["--device", "cpu", "--python", sys.executable, "--out", str(tmp_path / "out")]
+    code = command.main([*arguments, "--parts", "tests,memcheck"])
+    (path,) = (tmp_path / "out").iterdir()
+    record = json.loads(path.read_text())
+    assert code == 0, record["parts"]
+    assert record["device"] == "cpu"
+    assert record["parts"]["tests"]["counts"].keys() == {"passed"}
+    assert all(test.startswith(some) for test in record["parts"]["tests"]["tests"])
+    assert record["parts"]["memcheck"]["status"] == "unavailable"
+    assert record["commit"]
+    assert record["machine"]["cores"] >= 1
