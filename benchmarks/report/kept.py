@@ -121,7 +121,7 @@ def load(folder: Path) -> Kept:
         what = "is not a folder" if folder.exists() else "does not exist"
         raise ReportError(f"{folder} {what}; `attnres bench --out {folder}` writes results there")
     try:
-        runs = [_read_run(path) for path in sorted(folder.glob("*.jsonl"))]
+        runs = [_read_run(path) for path in results.files(folder)]
         trainings = [_read_record(path, "arms") for path in sorted(folder.glob("training-*.json"))]
         made = [_read_record(path, "steps") for path in sorted(folder.glob(builds.PATTERN))]
     except OSError as error:
