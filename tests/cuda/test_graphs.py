@@ -1,0 +1,77 @@
+"""CUDA graphs: captured once, replayed with other values in the same memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from attnres_ext import AttentionResiduals
+from tests.cuda.calls import CALLS, DIRECTIONS, make_arguments, refill
+from tests.helpers import assert_same_bits
+
+pytestmark = pytest.mark.cuda
+
+
+def capture(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A graph of the call, and the results that each replay writes anew."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+    return graph, results
+
+
+@pytest.mark.parametrize("rows", [1, 300])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("name", CALLS)
+def test_replay_with_changed_inputs(name: str, direction: str, rows: int) -> None:
+    call = DIRECTIONS[direction](CALLS[name])
+    arguments = make_arguments("cuda", rows=rows)
+    graph, results = capture(lambda: call(arguments))
+    for _ in range(3):
+        values = make_arguments("cuda", rows=rows)
+        expected = call(values)
+        refill(arguments, values)
+        graph.replay()
+        torch.cuda.synchronize()
+        for a, b in zip(results, expected, strict=True):
+            assert_same_bits(name, a, b)
+
+
+@pytest.mark.parametrize("two_phase", [False, True], ids=["single-pass", "two-phase"])
+@torch.inference_mode()
+def test_a_decoding_step(two_phase: bool) -> None:
+    """A whole stack of reads and writes on one block cache, as a server replays it."""
+    hidden, sublayers = 256, 8
+    residual = AttentionResiduals(
+        hidden, sublayers, sublayers_per_block=3, two_phase=two_phase, device="cuda"
+    )
+    for query in residual.queries:
+        query.normal_()
+    norm = torch.rand(hidden, device="cuda") + 0.5
+    cache = residual.new_cache(2, dtype=torch.bfloat16, device="cuda")
+    embedding = torch.empty(2, hidden, dtype=torch.bfloat16, device="cuda")
+
+    def step() -> Tensor:
+        state = residual.start(embedding, cache)
+        for site in range(sublayers):
+            state.write(torch.tanh(state.read(site, norm)))
+        return state.read_output(norm)
+
+    embedding.normal_()
+    graph, result = capture(step)
+    for _ in range(3):
+        embedding.normal_()
+        expected = step().clone()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_same_bits("hidden", result, expected)
