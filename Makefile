@@ -16,7 +16,7 @@ SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.to
 export OMP_WAIT_POLICY ?= passive
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help demo test wheel lint format kernels bench gpu-check clean
+.PHONY: help demo test wheel lint format kernels bench results gpu-check clean
 .DELETE_ON_ERROR:
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo "make wheel    build a wheel into dist/"
 	@echo "make bench    benchmark the operators on the CPU; results in runs/bench"
 	@echo "make gpu-check  tests, checkers and benchmark on an NVIDIA GPU; a record in benchmarks/results"
+	@echo "make results    measure everything that documents show, on a quiet machine (an hour); into benchmarks/results"
 	@echo "make kernels  registers, memory and instructions of each CUDA kernel"
 	@echo "make lint     ruff and clang-format, without changing anything"
 	@echo "make format   ruff and clang-format, in place"
@@ -96,6 +97,14 @@ bench: $(VENV)/run.stamp
 # Needs no environment of ours: it takes the first Python whose torch sees a GPU, and the built _ops.so.
 gpu-check:
 	@$(PYTHON) -m tools.gpu_check $(if $(GPU_PYTHON),--python $(GPU_PYTHON)) $(GPU_CHECK_ARGS)
+
+# What the documents show and `attnres bench report` draws, measured again. Every part is a file of its own.
+results: build/test.stamp
+	python tools/time_build.py
+	attnres bench --device cpu --suite all --out benchmarks/results
+	attnres train --preset demo --residual standard,block --steps 160 --out runs/demo --overwrite
+	python tools/figures.py --add-training runs/demo
+	attnres bench report benchmarks/results
 
 clean:
 	rm -rf build dist python/attnres_ext/_ops.so python/attnres_ext/_C*.so python/*.egg-info

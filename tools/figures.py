@@ -6,13 +6,20 @@
 
 Figures come from ``benchmarks/results/``: ``*.jsonl`` as ``attnres bench --out benchmarks/results``
 writes them, ``gpu-check-*.json`` as ``make gpu-check`` does, ``training-*.json`` as
-``--add-training`` does. A document names a table in a comment,
+``--add-training`` does, ``build-*.json`` as ``tools/time_build.py`` does. A document names a table
+in a comment,
 
     <!-- figures: operators cpu quick -->
     <!-- /figures -->
 
-and everything between the two comments is replaced. The tables: ``operators DEVICE SUITE``,
-``training``, and ``verification``, which lists every CUDA kernel and where it was last checked.
+and everything between the two comments is replaced. The tables:
+
+``operators DEVICE SUITE``, ``limits DEVICE SUITE``, ``host DEVICE``, ``training``, ``build``
+    what was measured;
+``traffic``, ``intensity``, ``table1``
+    what follows from the traffic plan (``tools/derived.py``);
+``verification``
+    every CUDA kernel, and where it was last checked.
 """
 
 from __future__ import annotations
@@ -30,15 +37,16 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = ("README.md", "docs/figures.md", "docs/verification.md")
+DOCUMENTS = ("README.md", "docs/figures.md", "docs/performance.md", "docs/verification.md")
 
 TABLE = re.compile(r"(<!-- figures: ([^>]*?) -->\n).*?(<!-- /figures -->)", re.DOTALL)
 RIVALS = {"eager": "plain PyTorch", "compile": "torch.compile"}
 
 
-def load(name: str) -> ModuleType:
-    """A module of ``benchmarks/`` by its file: it needs nothing that is compiled."""
-    spec = importlib.util.spec_from_file_location(f"_{name}", ROOT / "benchmarks" / f"{name}.py")
+def load(path: str) -> ModuleType:
+    """A Python file of this checkout, by its path: none of these needs torch."""
+    stem = Path(path).stem
+    spec = importlib.util.spec_from_file_location(f"_{stem}", ROOT / path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -47,7 +55,12 @@ def load(name: str) -> ModuleType:
     return module
 
 
-registry, results, sources = load("registry"), load("results"), load("sources")
+registry, results, sources, wording, builds = (
+    load(f"benchmarks/{name}.py")
+    for name in ("registry", "results", "sources", "wording", "builds")
+)
+costs, derived = load("tools/costs.py"), load("tools/derived.py")
+seconds, version = wording.seconds, wording.version
 
 
 def runs(folder: Path) -> list[tuple[dict[str, Any], list[Any]]]:
@@ -85,27 +98,11 @@ def markdown(header: list[str], rows: list[list[str]], numbers: int) -> list[str
     return ["| " + " | ".join(cells) + " |" if cells else rule for cells in [header, [], *rows]]
 
 
-def seconds(value: float) -> str:
-    """A time with three digits, in the unit that suits it."""
-    for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
-        if value * factor >= 1 or unit == "µs":
-            return f"{value * factor:.3g} {unit}"
-    raise AssertionError
-
-
-def version(run: dict[str, Any]) -> str:
-    """What was measured."""
-    if not run.get("commit"):
-        return "outside of a checkout"
-    return f"commit {run['commit'][:10]}{', with changes' if run.get('modified') else ''}"
-
-
 def operators(device: str, suite: str, folder: Path) -> list[str]:
     """Our operators' times, against a copy of the same bytes and against the others."""
     chosen = best_run(folder, device, suite)
     if chosen is None:
-        command = f"attnres bench --device {device} --suite {suite} --out benchmarks/results"
-        return [f"Nothing is measured yet; `{command}` does it."]
+        return missing(device, suite)
     run, everything, cases = chosen
     header = ["operator", "case", "one call", "time", "GB/s", "of copy"]
     header += [f"{name} takes" for name in RIVALS.values()]
@@ -124,14 +121,63 @@ def operators(device: str, suite: str, folder: Path) -> list[str]:
             timed = rival is not None and rival.seconds is not None
             cells.append(f"{rival.seconds / ours.seconds:.1f} ×" if timed else "–")
         rows.append(cells)
-    machine = run["machine"]
-    where = f"{machine['processor']}, {run['threads']} threads, torch {run['versions']['torch']}"
-    command = f"attnres bench --device {device} --suite {run['suite']} --out benchmarks/results"
-    return [
-        *markdown(header, rows, numbers=5),
-        "",
-        f"`{command}`, {run['date'][:10]}, {version(run)}; {where}.",
-    ]
+    return [*markdown(header, rows, numbers=5), "", origin(run)]
+
+
+def origin(record: dict[str, Any]) -> str:
+    """Below a table: the command behind it, when, and of what."""
+    threads = f", {record['threads']} threads" if "threads" in record else ""
+    where = f"{wording.processor(record)}{threads}, torch {record['versions']['torch']}"
+    command = wording.command(record)
+    return f"`{command}`, {record['date'][:10]}, {version(record)}; {where}."
+
+
+def missing(device: str, suite: str) -> list[str]:
+    """In the place of a table that nothing was measured for."""
+    command = f"attnres bench --device {device} --suite {suite} --out benchmarks/results"
+    return [f"Nothing is measured yet; `{command}` does it."]
+
+
+def limits(device: str, suite: str, folder: Path) -> list[str]:
+    """Derived bytes against measured time, and what limits each operator."""
+    chosen = best_run(folder, device, suite)
+    if chosen is None:
+        return missing(device, suite)
+    run, rows, cases = chosen
+    return [*markdown(*costs.limits(rows, cases, wording)), "", origin(run)]
+
+
+def host(device: str, folder: Path) -> list[str]:
+    """What a call costs."""
+    chosen = best_run(folder, device, "all")
+    if chosen is None:
+        return missing(device, "all")
+    run, rows, cases = chosen
+    return [*markdown(*costs.host(rows, cases, wording)), "", origin(run)]
+
+
+def build(folder: Path) -> list[str]:
+    """What a build costs, and what comes out of it."""
+    kept = [json.loads(path.read_text()) for path in folder.glob(builds.PATTERN)]
+    if not kept:
+        return ["Nothing is measured yet; `python tools/time_build.py` does it."]
+    record = max(kept, key=lambda one: one["date"])
+    return [*markdown(*costs.build(record, wording)), "", origin(record)]
+
+
+def traffic(folder: Path) -> list[str]:
+    """What every operator must move."""
+    return markdown(*derived.traffic())
+
+
+def intensity(folder: Path) -> list[str]:
+    """Arithmetic against bytes."""
+    return [*markdown(*derived.intensity()), "", derived.ridge()]
+
+
+def table1(folder: Path) -> list[str]:
+    """Traffic of a whole model, by the paper's formulas and by our plan."""
+    return markdown(*derived.table1())
 
 
 def training(folder: Path) -> list[str]:
@@ -232,7 +278,12 @@ def verification(folder: Path) -> list[str]:
     return markdown(header, rows, numbers=0)
 
 
-TABLES = {"operators": operators, "training": training, "verification": verification}
+TABLES = {
+    table.__name__: table
+    for table in (
+        operators, training, verification, limits, host, build, traffic, intensity, table1
+    )
+}  # fmt: skip
 
 
 def render(text: str, folder: Path = RESULTS) -> str:

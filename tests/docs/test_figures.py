@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -73,7 +74,7 @@ def test_a_table_shows_times_and_ratios(tmp_path: Path) -> None:
     text = "before\n<!-- figures: operators cpu quick -->\nold\n<!-- /figures -->\nafter\n"
     table = tool.render(text, tmp_path)
     assert f"| `{QUICK[0].operator}` | {QUICK[0].shape} | {QUICK[0].work} |" in table
-    assert "| 2 ms | 2.0 | 50 % | 3.5 × | – |" in table
+    assert "| 2.00 ms | 2.0 | 50 % | 3.5 × | – |" in table
     assert "old" not in table
     assert table.startswith("before\n")
     assert table.endswith("after\n")
@@ -198,3 +199,108 @@ def test_figures_of_a_check_count_as_a_run(tmp_path: Path) -> None:
     keep_check(tmp_path, DATES[0])
     ((run, rows),) = tool.runs(tmp_path)
     assert (run["device"], rows) == ("cuda", [])
+
+
+def result(case: object, contestant: str, seconds: float) -> object:
+    return tool.results.Result(
+        case.name, case.operator, case.shape, case.work, case.origin, contestant, "timed",
+        seconds=seconds, bytes=8_000_000,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("ours", "wide", "limit"),
+    [
+        (10e-3, 20e-3, "memory"),
+        (18e-3, 30e-3, "memory and arithmetic"),
+        # As long as float32 takes for twice the bytes.
+        (18e-3, 20e-3, "arithmetic"),
+        (30e-3, 60e-3, "arithmetic"),
+    ],
+)
+def test_what_limits_an_operator_follows_from_its_times(
+    ours: float, wide: float, limit: str
+) -> None:
+    by_shape = {case.shape: case for case in QUICK if case.work == "forward"}
+    narrow, full = (by_shape[f"N9 M2048 D2304 {dtype}"] for dtype in ("bf16", "fp32"))
+    rows = [result(narrow, "copy", 9e-3), result(narrow, "ours", ours), result(full, "ours", wide)]
+    _, (cells,), _ = tool.costs.limits(rows, QUICK, tool.wording)
+    assert cells[3:] == [
+        "8.00 MB", f"{1e3 * ours:.1f} ms", f"{0.9 / ours:.0f} %",
+        f"{100 * ours / wide:.0f} %", limit,
+    ]  # fmt: skip
+
+
+def test_a_call_that_costs_as_much_as_the_work_is_the_limit() -> None:
+    case, host = QUICK[0], next(case for case in QUICK if case.is_host)
+    rows = [result(case, "copy", 1e-6), result(case, "ours", 30e-6), result(host, "ours", 12e-6)]
+    _, rows_of_table, _ = tool.costs.limits(rows, QUICK, tool.wording)
+    assert [cells[-1] for cells in rows_of_table] == ["the call"]
+    _, (cells,), _ = tool.costs.host(rows, QUICK, tool.wording)
+    assert cells[3:5] == ["12.0 µs", "83,333"]
+
+
+def test_builds_show_the_longest_steps_and_the_rest_together(tmp_path: Path) -> None:
+    assert "tools/time_build.py" in tool.build(tmp_path)[0]
+    record = {
+        "date": DATES[0],
+        "command": "python tools/time_build.py --jobs 2",
+        "commit": "0123456789abcdef",
+        "machine": {"processor": "A Processor"},
+        "versions": {"torch": "2.13.0"},
+        "seconds": 130.0,
+        "steps": [{"target": f"step {i}", "seconds": 10.0 - i} for i in range(8)],
+        "libraries": [
+            {
+                "name": "_ops.so",
+                "bytes": 6_000_000,
+                "device_code": [{"arch": "sm_90", "kind": "machine code", "bytes": 700_000}],
+            }
+        ],
+    }
+    (tmp_path / "build-1.json").write_text(json.dumps(record))
+    table = "\n".join(tool.build(tmp_path))
+    assert "| `step 5` | 5.00 s | – |" in table
+    assert "| 2 more together | 7.00 s | – |" in table
+    assert "| **all of it** | **2 min 10 s** | – |" in table
+    assert "| of it sm_90, machine code | – | 700 kB |" in table
+    assert "`python tools/time_build.py --jobs 2`, 2026-01-01" in table
+
+
+def test_the_papers_table_comes_out_of_its_formulas() -> None:
+    header, rows, _ = tool.derived.table1()
+    assert header[2:] == [
+        "Table 1: L128 N8 S16", "Kimi Linear 48B: L54 N9 S6", "Kimi K3: L186 N8 S24",
+    ]  # fmt: skip
+    by_name = {tuple(cells[:2]): cells[2:] for cells in rows}
+    assert by_name["full, two phases", "paper"][0] == "24"
+    assert by_name["block, two phases", "paper"] == ["5.50", "6.50", "5.33"]
+    # S sites of a block with n sources: S(n + 4) - 2 in a single pass, n + 6S - 2 in two phases.
+    blocks, sites = 8, 16
+    single = sum(sites * (n + 4) - 2 for n in range(1, blocks + 1)) / (blocks * sites)
+    double = sum(n + 6 * sites - 2 for n in range(1, blocks + 1)) / (blocks * sites)
+    assert by_name["block, single pass", "ours, all of it"][0] == f"{single:.2f}"
+    assert by_name["block, two phases", "ours, all of it"][0] == f"{double:.2f}"
+    assert by_name["block, two phases", "ours, as the paper counts"][0] == f"{double - 1:.2f}"
+    # The plan never chooses more bytes than either.
+    chosen = by_name["block, as the plan chooses", "ours, all of it"]
+    assert all(float(value) <= double for value in chosen[:1])
+
+
+def test_kimi_k3s_last_block_is_shorter() -> None:
+    blocks = list(tool.derived.K3.sites())
+    assert blocks[0] == (1, 24)
+    assert blocks[-1] == (8, 18)
+    assert sum(sites for _, sites in blocks) == 186
+
+
+def test_the_check_is_quick_and_needs_no_torch() -> None:
+    program = (
+        "import sys; sys.argv = ['figures.py', '--check']; sys.path.insert(0, 'tools')\n"
+        "import figures; code = figures.main()\n"
+        "sys.exit(code or ('torch' in sys.modules and 'torch was imported') or 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
