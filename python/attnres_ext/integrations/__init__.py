@@ -1,0 +1,1 @@
+"""Attention Residuals in models that other libraries define."""

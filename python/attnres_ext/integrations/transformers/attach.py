@@ -1,0 +1,220 @@
+"""Attention Residuals in a transformers model, in place."""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any, TypeVar
+
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from attnres_ext.integrations.transformers import passes
+from attnres_ext.integrations.transformers.norms import NormRead
+from attnres_ext.integrations.transformers.passes import MODULE, FinalRead, LayerRead
+from attnres_ext.integrations.transformers.probe import Structure, examine
+from attnres_ext.integrations.transformers.weights import HUB_ARGUMENTS, Path, load_weights
+from attnres_ext.residual import AttentionResiduals
+
+__all__ = ["attach", "attention_residuals", "detach", "from_pretrained"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+#: What a model's configuration says of its Attention Residuals, and their defaults.
+SETTINGS: dict[str, Any] = {"mode": "block", "sublayers_per_block": None, "eps": 1e-6}
+
+
+def attach(
+    model: Model,
+    *,
+    sublayers_per_block: int | None = None,
+    mode: str | None = None,
+    eps: float | None = None,
+    two_phase: str | bool = "auto",
+    save: str = "stats",
+    weights: Path | None = None,
+    **hub: Any,
+) -> Model:
+    """Puts Attention Residuals in the place of a model's residual stream, in place.
+
+    Every norm that reads the stream now reads a weighted mean of what the sublayers before it
+    wrote. Queries start at zero: the model computes what it computed before, up to rounding, and
+    goes on training from there. Forward, ``generate``, activation checkpointing,
+    ``save_pretrained``, ``Trainer``, PEFT and ``torch.compile`` work as before.
+
+    Which layers, norms and sublayers there are is found by a trial forward over two tokens, not by
+    class names. It must be of the pre-norm shape: ``x = x + f(norm(x))`` for one sublayer after the
+    other, and a norm at the end.
+
+    Args:
+        model: A transformers model with a decoder. Its parameters are on one device.
+        sublayers_per_block: Size of a block in sublayers, of which a decoder layer usually has two.
+            None makes about eight blocks.
+        mode: ``"block"`` or ``"full"``.
+        eps: Epsilon of the key RMSNorm.
+        two_phase: See :class:`attnres_ext.AttentionResiduals`.
+        save: See :class:`attnres_ext.AttentionResiduals`.
+        weights: Folder, or name on the hub, of a model that was saved with Attention Residuals:
+            theirs are loaded. None starts with fresh ones.
+        hub: Arguments of ``from_pretrained`` that say where ``weights`` are: ``cache_dir``,
+            ``revision``, ``subfolder``, ``token``, ``local_files_only``, ``force_download``.
+
+    A saved model's configuration keeps ``mode``, ``sublayers_per_block`` and ``eps`` as
+    ``attn_res``, and they need not be given again. They default to ``"block"``, None and 1e-6.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        ValueError: If the model does not fit or already has Attention Residuals, a setting is not
+            possible or not the one that the configuration says, or ``weights`` are missing or do
+            not fit. The model is then as it was.
+    """
+    if find_attached(model) is not None:
+        raise ValueError(
+            f"attach: this {type(model).__name__} already has Attention Residuals; detach first"
+        )
+    if mode not in (None, "block", "full"):
+        raise ValueError(f"attach: mode is {mode!r}, expected 'block' or 'full'")
+    if unknown := hub.keys() - set(HUB_ARGUMENTS):
+        raise TypeError(f"attach: unexpected argument {', '.join(sorted(unknown))}")
+    structure = examine(model)
+    wanted = {"mode": mode, "sublayers_per_block": sublayers_per_block, "eps": eps}
+    settings = _settle(wanted, getattr(structure.decoder.config, MODULE, None), weights)
+    residual = AttentionResiduals(
+        structure.hidden_size,
+        structure.num_sublayers,
+        **settings,
+        two_phase=two_phase,
+        save=save,
+        device=structure.device,
+    )
+    if weights is not None:
+        load_weights(residual, weights, **hub)
+    settings["sublayers_per_block"] = residual.sublayers_per_block
+    _install(structure, residual, settings)
+    return model
+
+
+def from_pretrained(
+    path: Path,
+    *,
+    model_class: Any = AutoModelForCausalLM,
+    two_phase: str | bool = "auto",
+    save: str = "stats",
+    **kwargs: Any,
+) -> nn.Module:
+    """Loads a model that ``save_pretrained`` wrote with Attention Residuals attached.
+
+    transformers knows nothing of the parameters of Attention Residuals and reports them as
+    unexpected; they are loaded all the same.
+
+    Args:
+        path: Folder, or name on the hub.
+        model_class: The class whose ``from_pretrained`` loads the rest.
+        two_phase: See :func:`attach`.
+        save: See :func:`attach`.
+        kwargs: For ``model_class.from_pretrained``.
+
+    Raises:
+        ValueError: If ``path`` holds no Attention Residuals, or not those of its model.
+    """
+    hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+    model = model_class.from_pretrained(path, **kwargs)
+    return attach(model, two_phase=two_phase, save=save, weights=path, **hub)
+
+
+def detach(model: Model) -> Model:
+    """Gives a model its residual stream back, in place; what attention over depth learnt is lost.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        ValueError: If it has no Attention Residuals.
+    """
+    decoder = _decoder_of("detach", model)
+    for module in decoder.modules():
+        replaced = vars(module).get("forward")
+        owner = replaced.__self__ if isinstance(replaced, MethodType) else None
+        if isinstance(owner, (LayerRead, NormRead)):
+            if owner.previous is None:
+                del module.forward
+            else:
+                module.forward = owner.previous
+    for hook in vars(decoder).pop(HOOKS):
+        hook.remove()
+    delattr(decoder, MODULE)
+    if hasattr(decoder.config, MODULE):
+        delattr(decoder.config, MODULE)
+    return model
+
+
+def attention_residuals(model: nn.Module) -> AttentionResiduals:
+    """The :class:`attnres_ext.AttentionResiduals` of an attached model, for its queries and
+    ``recording``.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    return getattr(_decoder_of("attention_residuals", model), MODULE)
+
+
+#: Attribute of the decoder that holds the handles of its hooks.
+HOOKS = "_attn_res_hooks"
+
+
+def find_attached(model: nn.Module) -> nn.Module | None:
+    """The decoder that Attention Residuals are attached to, if any."""
+    return next((module for module in model.modules() if HOOKS in vars(module)), None)
+
+
+def _decoder_of(caller: str, model: nn.Module) -> nn.Module:
+    decoder = find_attached(model)
+    if decoder is None:
+        raise ValueError(f"{caller}: this {type(model).__name__} has no Attention Residuals")
+    return decoder
+
+
+def _settle(
+    wanted: dict[str, Any], configured: dict[str, Any] | None, weights: Path | None
+) -> dict[str, Any]:
+    """Settings that the configuration says, else those asked for, else the defaults."""
+    given = {name: value for name, value in wanted.items() if value is not None}
+    if configured is None:
+        return {**SETTINGS, **given}
+    if weights is None:
+        raise ValueError(
+            "attach: the model's configuration says that it was saved with Attention Residuals; "
+            f"load them with weights=PATH, or delete config.{MODULE} to start with fresh ones"
+        )
+    for name, value in given.items():
+        if value != configured.get(name):
+            raise ValueError(
+                f"attach: {name} is {value!r}, but the model's configuration says "
+                f"{configured.get(name)!r}; leave it out"
+            )
+    if unknown := configured.keys() - SETTINGS.keys():
+        raise ValueError(
+            f"attach: config.{MODULE} has {', '.join(sorted(unknown))}, "
+            f"expected only {', '.join(SETTINGS)}"
+        )
+    return {**SETTINGS, **configured}
+
+
+def _install(structure: Structure, residual: AttentionResiduals, settings: dict[str, Any]) -> None:
+    decoder = structure.decoder
+    site = 0
+    for layer in structure.layers:
+        layer.module.forward = LayerRead(layer.module, site, layer.argument).forward
+        for norm, form in layer.norms:
+            norm.forward = NormRead(norm, form).forward
+        site += len(layer.norms)
+    norm, form = structure.final_norm
+    norm.forward = FinalRead(norm, form).forward
+    hooks = (
+        decoder.register_forward_pre_hook(passes.begin, with_kwargs=True),
+        decoder.register_forward_hook(passes.end, always_call=True),
+    )
+    setattr(decoder, HOOKS, hooks)
+    setattr(decoder, MODULE, residual)
+    setattr(decoder.config, MODULE, settings)
