@@ -12,6 +12,9 @@ from typing import Any
 from attnres_ext.benchmarks import builds, results, wording
 from attnres_ext.benchmarks.results import ModelResult, Result
 
+#: Files of one record each: how they are called, and what they must hold.
+_RECORDS = (("training-*.json", "arms"), (builds.PATTERN, "steps"), ("gpu-check-*.json", "parts"))
+
 
 class ReportError(ValueError):
     """Results that no report can be made of; the message is a sentence for people."""
@@ -85,12 +88,19 @@ class Kept:
         runs: of the benchmark, oldest first.
         trainings: records of training runs, oldest first.
         builds: records of builds, oldest first.
+        checks: records of ``make gpu-check``, oldest first.
     """
 
     folder: Path
     runs: tuple[Run, ...]
     trainings: tuple[dict[str, Any], ...] = ()
     builds: tuple[dict[str, Any], ...] = ()
+    checks: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """Everything that is no run of the benchmark."""
+        return [*self.trainings, *self.builds, *self.checks]
 
     @cached_property
     def places(self) -> list[Place]:
@@ -122,20 +132,17 @@ def load(folder: Path) -> Kept:
         raise ReportError(f"{folder} {what}; `attnres bench --out {folder}` writes results there")
     try:
         runs = [_read_run(path) for path in results.files(folder)]
-        trainings = [_read_record(path, "arms") for path in sorted(folder.glob("training-*.json"))]
-        made = [_read_record(path, "steps") for path in sorted(folder.glob(builds.PATTERN))]
+        records = [
+            tuple(sorted(_read_records(folder, pattern, essential), key=lambda one: one["date"]))
+            for pattern, essential in _RECORDS
+        ]
     except OSError as error:
         raise ReportError(f"{error.filename} cannot be read: {error.strerror}") from None
-    if not runs and not trainings and not made:
+    if not runs and not any(records):
         raise ReportError(
             f"{folder} holds no results; `attnres bench --out {folder}` writes results there"
         )
-    return Kept(
-        folder,
-        tuple(sorted(runs, key=lambda run: run.date)),
-        tuple(sorted(trainings, key=lambda record: record["date"])),
-        tuple(sorted(made, key=lambda record: record["date"])),
-    )
+    return Kept(folder, tuple(sorted(runs, key=lambda run: run.date)), *records)
 
 
 def _read_run(path: Path) -> Run:
@@ -148,6 +155,10 @@ def _read_run(path: Path) -> Run:
         if name not in facts:
             raise ReportError(f"{path}, line 1: does not say its {name}")
     return Run(path.name, facts, tuple(rows), tuple(models))
+
+
+def _read_records(folder: Path, pattern: str, essential: str) -> list[dict[str, Any]]:
+    return [_read_record(path, essential) for path in sorted(folder.glob(pattern))]
 
 
 def _read_record(path: Path, essential: str) -> dict[str, Any]:

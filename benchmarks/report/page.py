@@ -10,6 +10,7 @@ from attnres_ext.benchmarks.report.notices import notices
 from attnres_ext.benchmarks.report.sections import (
     build,
     changes,
+    checks,
     glance,
     host,
     models,
@@ -31,6 +32,7 @@ CONTENTS = {
     "host": "Calls",
     "build": "Build",
     "history": "History",
+    "checks": "GPU checks",
     "where": "Machines",
     "records": "Records",
 }
@@ -53,6 +55,7 @@ def render(kept: Kept, csrc_sha256: str | None, command: str) -> str:
         "host": host.section(kept),
         "build": build.section(kept),
         "history": changes.section(kept),
+        "checks": checks.section(kept),
         "where": where.section(kept, csrc_sha256),
         "records": records.section(kept),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +199,35 @@ def training(date: str) -> dict[str, Any]:
     }
 
 
+def gpu_check(date: str) -> dict[str, Any]:
+    """A check in which a race was found, with one figure."""
+    row = asdict(timed(MIX, "ours", 3e-4))
+    return {
+        "kind": "gpu-check",
+        "command": "python -m tools.gpu_check",
+        **facts(date, device="cuda", csrc=OLD),
+        "passed": False,
+        "parts": {
+            "tests": {
+                "status": "passed",
+                "reason": "",
+                "seconds": 61.0,
+                "counts": {"passed": 400, "skipped": 3},
+            },
+            "racecheck": {"status": "failed", "reason": "a race & more", "seconds": 9.0},
+            "bench": {
+                "status": "passed",
+                "reason": "",
+                "seconds": 30.0,
+                "figures": {
+                    "run": {"kind": "run", "format": 1, **facts(date, device="cuda", csrc=OLD)},
+                    "results": [{"kind": "result", **row}],
+                },
+            },
+        },
+    }
+
+
 def folder(at: Path) -> Path:
     """Everything: three runs on a CPU, the last one slower, one on a GPU of older code."""
     keep(at, facts("2026-01-01"), operators())
@@ -208,6 +237,7 @@ def folder(at: Path) -> Path:
     for date, seconds in (("2026-01-02", 300.0), ("2026-03-02", 200.0)):
         (at / f"build-{date}.json").write_text(json.dumps(build(date, seconds)))
     (at / "training-2026-01-03.json").write_text(json.dumps(training("2026-01-03")))
+    (at / "gpu-check-a-gpu.json").write_text(json.dumps(gpu_check("2026-01-16")))
     return at
 
 

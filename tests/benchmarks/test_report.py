@@ -144,6 +144,12 @@ def test_builds_show_steps_and_sizes(parsed: Page) -> None:
     assert 4_900_000 in parsed.numbers
 
 
+def test_checks_on_a_gpu_are_shown_part_by_part(parsed: Page) -> None:
+    assert "not everything passed" in parsed.text
+    assert ["racecheck", "failed", "–", "a race & more", "9.00 s"] in parsed.rows
+    assert ["tests", "passed", "400 passed, 3 skipped", "–", "61.0 s"] in parsed.rows
+
+
 def test_every_figure_names_its_command(source: str) -> None:
     figures = re.findall(r"<figure>.*?</figure>", source, re.DOTALL)
     assert len(figures) > 8
@@ -247,6 +253,11 @@ def test_a_failed_write_leaves_the_old_page(
         ("a.jsonl", '{"kind": "run", "format": 1}\n{"kind": "result"}\n', "a.jsonl, line 2: "),
         ("a.jsonl", '{"kind": "run", "format": 1}\n', "a.jsonl, line 1: does not say its date"),
         ("build-1.json", '{\n  "date": ]', "build-1.json, line 2: not JSON"),
+        (
+            "gpu-check-1.json",
+            "{}",
+            "gpu-check-1.json: not a record with a date, a command and parts",
+        ),
         ("training-1.json", "[]", "training-1.json: not a record with a date"),
         ("a.jsonl", b"\xff\xfe", "a.jsonl, line 1: not a line"),
     ],

@@ -16,7 +16,7 @@ def section(kept: Kept, csrc_sha256: str | None) -> Html:
     rows = [_row(run.name, run.facts, run.place.label, csrc_sha256) for run in kept.runs]
     rows += [
         _row(record["name"], record, wording.processor(record), csrc_sha256)
-        for record in [*kept.trainings, *kept.builds]
+        for record in kept.records
     ]
     drawn = table(
         ["file", "machine", "software", "command", "code"],
