@@ -148,6 +148,16 @@ Tensor BackwardCall::allocate_source_gradient(size_t i, const char* base_name,
   return gradient;
 }
 
+void BackwardCall::use_source_gradient(size_t i, const char* name, const Tensor& gradient) {
+  const Argument argument{op_, name};
+  check_like(argument, gradient, sources_[i], "its source");
+  grad_rows_[i] = check_output(argument, gradient);
+  for (size_t j = 0; j < sources_.size(); ++j) {
+    check_no_overlap(argument, gradient, sources_[j], "source " + std::to_string(j));
+  }
+  check_no_overlap(argument, gradient, *grad_out_, "the output's gradient");
+}
+
 void use_gradients(const char* op, const char* name, const std::vector<Tensor>& sources,
                    const std::vector<bool>& needs, size_t count,
                    const std::vector<Tensor>& gradients, const std::vector<bool>& accumulate,

@@ -63,6 +63,8 @@ class BackwardCall {
                             const std::vector<bool>& accumulate);
   // The gradient of source i, newly allocated, with `base` (if any) added to it.
   Tensor allocate_source_gradient(size_t i, const char* base_name, const OptionalTensor& base);
+  // The gradient of source i is written into the caller's tensor.
+  void use_source_gradient(size_t i, const char* name, const Tensor& gradient);
 
   // Gradients of query, key_weight and out_weight, whose flags are the last three of `needs`.
   std::tuple<Tensor, Tensor, Tensor> run(const std::vector<bool>& needs);

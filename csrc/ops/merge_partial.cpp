@@ -55,31 +55,90 @@ std::tuple<Tensor, Tensor> merge_partial(const Tensor& out, const Tensor& lse,
   return {hidden, new_partial};
 }
 
+// A backward under construction; keeps alive what its parameters point to.
+struct Backward {
+  std::vector<Tensor> sources;  // out, and value if there is one
+  BackwardCall call;
+
+  Backward(const Tensor& grad_hidden, const Tensor& out, const Tensor& lse,
+           const OptionalTensor& value, const Tensor& query, const OptionalTensor& key_weight,
+           const OptionalTensor& out_weight, double eps, std::optional<double> out_eps,
+           double scale)
+      : sources(checked_sources(out, lse, value)),
+        call(kName, sources, query, key_weight, out_weight, eps, out_eps, scale) {
+    call.set_grad_out("grad_hidden", grad_hidden, std::nullopt);
+  }
+  Backward(const Backward&) = delete;
+  Backward& operator=(const Backward&) = delete;
+
+  DType compute() const {
+    DType dtype = DType::kFloat32;
+    for (const Tensor& source : sources) dtype = compute_dtype(dtype, dtype_of(source));
+    return dtype;
+  }
+
+  // Gradients of value, query, key_weight and out_weight, which the last four of `needs` ask for.
+  std::tuple<Tensor, Tensor, Tensor, Tensor> run(const OptionalTensor& grad_new_partial,
+                                                 const std::vector<bool>& needs) {
+    const bool needs_value = needs[needs.size() - 4] && sources.size() == 2;
+    Tensor grad_value = needs_value
+                            ? call.allocate_source_gradient(1, "grad_new_partial", grad_new_partial)
+                            : nothing(compute(), sources[0]);
+    auto [grad_query, grad_key_weight, grad_out_weight] = call.run(needs);
+    return {grad_value, grad_query, grad_key_weight, grad_out_weight};
+  }
+
+ private:
+  static std::vector<Tensor> checked_sources(const Tensor& out, const Tensor& lse,
+                                             const OptionalTensor& value) {
+    std::vector<Tensor> sources{out};
+    if (value.has_value()) sources.push_back(*value);
+    check_sources(kName, "out with value", sources);
+    check_lse(lse, out);
+    return sources;
+  }
+};
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> merge_partial_backward(
     const Tensor& grad_hidden, const OptionalTensor& grad_new_partial, const Tensor& out,
     const Tensor& lse, const OptionalTensor& value, const Tensor& query,
     const OptionalTensor& key_weight, const OptionalTensor& out_weight, double eps,
     std::optional<double> out_eps, double scale, const std::vector<bool>& needs) {
   check_needs(kName, needs, 6);
-  std::vector<Tensor> sources{out};
-  if (value.has_value()) sources.push_back(*value);
-  check_sources(kName, "out with value", sources);
-  check_lse(lse, out);
-  BackwardCall call(kName, sources, query, key_weight, out_weight, eps, out_eps, scale);
-  call.set_grad_out("grad_hidden", grad_hidden, std::nullopt);
-
-  DType compute = dtype_of(out);
-  if (value.has_value()) compute = compute_dtype(compute, dtype_of(*value));
-  compute = compute_dtype(compute);
+  Backward backward(grad_hidden, out, lse, value, query, key_weight, out_weight, eps, out_eps,
+                    scale);
+  const DType compute = backward.compute();
   Tensor grad_lse = needs[1] ? empty(shape_of(lse), compute, out) : nothing(compute, out);
-  call.set_first_logit(lse, needs[1] ? &grad_lse : nullptr);
-  Tensor grad_out =
-      needs[0] ? call.allocate_source_gradient(0, nullptr, std::nullopt) : nothing(compute, out);
-  Tensor grad_value = needs[2] && value.has_value()
-                          ? call.allocate_source_gradient(1, "grad_new_partial", grad_new_partial)
-                          : nothing(compute, out);
-  auto [grad_query, grad_key_weight, grad_out_weight] = call.run(needs);
+  backward.call.set_first_logit(lse, needs[1] ? &grad_lse : nullptr);
+  Tensor grad_out = needs[0] ? backward.call.allocate_source_gradient(0, nullptr, std::nullopt)
+                             : nothing(compute, out);
+  auto [grad_value, grad_query, grad_key_weight, grad_out_weight] =
+      backward.run(grad_new_partial, needs);
   return {grad_out, grad_lse, grad_value, grad_query, grad_key_weight, grad_out_weight};
+}
+
+// The same, with the gradients of out and lse written into tensors that the caller keeps: the
+// site's slices of what phase 1's backward takes.
+std::tuple<Tensor, Tensor, Tensor, Tensor> merge_partial_backward_(
+    const Tensor& grad_hidden, const OptionalTensor& grad_new_partial, const Tensor& out,
+    const Tensor& lse, const OptionalTensor& value, const Tensor& query,
+    const OptionalTensor& key_weight, const OptionalTensor& out_weight, double eps,
+    std::optional<double> out_eps, double scale, const std::vector<bool>& needs,
+    const Tensor& grad_out, const Tensor& grad_lse) {
+  check_needs(kName, needs, 4);
+  Backward backward(grad_hidden, out, lse, value, query, key_weight, out_weight, eps, out_eps,
+                    scale);
+  backward.call.use_source_gradient(0, "grad_out", grad_out);
+  const Argument argument{kName, "grad_lse"};
+  const ScalarType wanted = scalar_type_of(backward.compute());
+  ATTNRES_CHECK(grad_lse.scalar_type() == wanted && grad_lse.is_contiguous(), argument.text(),
+                " must be a contiguous ", torch::headeronly::toString(wanted), " tensor");
+  check_shape(argument, grad_lse, shape_of(lse), "like `lse`");
+  check_device(argument, grad_lse, out, "out");
+  check_no_overlap(argument, grad_lse, lse, "lse");
+  Tensor target = grad_lse;
+  backward.call.set_first_logit(lse, &target);
+  return backward.run(grad_new_partial, needs);
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(attnres, m) {
@@ -98,11 +157,18 @@ STABLE_TORCH_LIBRARY_FRAGMENT(attnres, m) {
       "(Tensor grad_out, Tensor grad_lse, Tensor grad_value, Tensor grad_query, Tensor "
       "grad_key_weight, "
       "Tensor grad_out_weight)");
+  // needs: value, query, key_weight, out_weight.
+  m.def(
+      "merge_partial_backward_(Tensor grad_hidden, Tensor? grad_new_partial, Tensor out, Tensor "
+      "lse, Tensor? value, Tensor query, Tensor? key_weight, Tensor? out_weight, float eps, float? "
+      "out_eps, float scale, bool[] needs, Tensor(a!) grad_out, Tensor(b!) grad_lse) -> "
+      "(Tensor grad_value, Tensor grad_query, Tensor grad_key_weight, Tensor grad_out_weight)");
 }
 
 void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("merge_partial", TORCH_BOX(&merge_partial));
   m.impl("merge_partial_backward", TORCH_BOX(&merge_partial_backward));
+  m.impl("merge_partial_backward_", TORCH_BOX(&merge_partial_backward_));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(attnres, CPU, m) { implement(m); }

@@ -236,6 +236,16 @@ def _(
     )
 
 
+@torch.library.register_fake("attnres::merge_partial_backward_")
+def _(
+    grad_hidden, grad_new_partial, out, lse, value, query, key_weight, out_weight, eps, out_eps,
+    scale, needs, grad_out, grad_lse,
+):  # fmt: skip
+    dtype = compute_dtype([out] if value is None else [out, value])
+    weights = _weight_gradients(query, key_weight, out_weight, out, dtype, needs[1:])
+    return _gradient(value, out, dtype, needs[0]), *weights
+
+
 @torch.library.register_fake("attnres::block_cache_write")
 def _(slots, rstd, delta, slot, add, eps=1e-6):
     return None

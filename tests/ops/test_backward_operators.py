@@ -246,6 +246,63 @@ def test_merge_partial_backward(device: str, value: bool) -> None:
         assert all(alone[j].numel() == 0 for j in range(6) if j != i)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "padded_rows", "unaligned"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_merge_partial_backward_in_place(device: str, dtype: torch.dtype, layout: str) -> None:
+    """Gradients of out and lse go where the caller says, over whatever is there: the same bits."""
+    out, partial, target = make_sources(
+        3, (TOKENS, HIDDEN), dtype=dtype, layout=layout, device=device
+    )
+    arguments = {
+        "grad_hidden": torch.randn_like(out),
+        "grad_new_partial": torch.randn_like(out),
+        "out": out,
+        "lse": torch.randn(TOKENS, device=device, dtype=torch.float64),
+        "value": partial,
+        **make_weights(HIDDEN, dtype=torch.bfloat16, device=device),
+        "eps": 1e-6,
+        "out_eps": None,
+        "scale": 1.0,
+    }
+    grad_out, grad_lse, *others = ops().merge_partial_backward(**arguments, needs=[True] * 6)
+    target.fill_(torch.nan)
+    rows = torch.full((3, TOKENS), torch.nan, dtype=grad_lse.dtype, device=device)
+    found = ops().merge_partial_backward_(
+        **arguments, needs=[True] * 4, grad_out=target, grad_lse=rows[1]
+    )
+    assert_same_bits("out", target, grad_out)
+    assert_same_bits("lse", rows[1], grad_lse)
+    assert rows[0].isnan().all()
+    assert rows[2].isnan().all()
+    for i, gradient in enumerate(others):
+        assert_same_bits(f"gradient {i}", found[i], gradient)
+    lean = ops().merge_partial_backward_(
+        **arguments, needs=[False] * 4, grad_out=target, grad_lse=rows[1]
+    )
+    assert all(gradient.numel() == 0 for gradient in lean)
+
+
+def test_merge_partial_backward_in_place_refuses(device: str) -> None:
+    out, partial, target = make_sources(3, (TOKENS, HIDDEN), device=device)
+    lse = torch.randn(TOKENS, device=device)
+    arguments = {
+        "grad_hidden": torch.randn_like(out), "grad_new_partial": None, "out": out, "lse": lse,
+        "value": partial, "query": torch.randn(HIDDEN, device=device), "key_weight": None,
+        "out_weight": None, "eps": 1e-6, "out_eps": None, "scale": 1.0, "needs": [True] * 4,
+        "grad_out": target, "grad_lse": torch.empty_like(lse),
+    }  # fmt: skip
+    for change, message in (
+        ({"grad_out": target[1:]}, r"grad_out has shape \[5, 40\]"),
+        ({"grad_out": out}, "grad_out shares memory with source 0"),
+        ({"grad_out": arguments["grad_hidden"]}, "grad_out shares memory with the output's"),
+        ({"grad_lse": torch.empty(TOKENS, device=device).double()}, "grad_lse must be a contig"),
+        ({"grad_lse": torch.empty(TOKENS + 1, device=device)}, r"grad_lse has shape \[7\]"),
+        ({"grad_lse": lse}, "grad_lse shares memory with lse"),
+    ):
+        with pytest.raises(RuntimeError, match=f"merge_partial: {message}"):
+            ops().merge_partial_backward_(**{**arguments, **change})
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_stats(device: str, layout: str) -> None:
     """1/rms of each source, its logit with the scale applied, and their log-sum-exp."""

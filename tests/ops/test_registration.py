@@ -124,6 +124,20 @@ def backward_calls(device: str) -> dict[str, tuple[Any, ...]]:
             *rest,
             [True] * 6,
         ),
+        "merge_partial_backward_": (
+            grad,
+            partial,
+            blocks[0],
+            lse,
+            blocks[1],
+            q,
+            k,
+            o,
+            *rest,
+            [True] * 4,
+            grads[0],
+            torch.randn(TOKENS, device=device),
+        ),
         "merge_partial_backward alone": (
             grad,
             None,
@@ -148,6 +162,7 @@ def backward_calls(device: str) -> dict[str, tuple[Any, ...]]:
     "inter_block_attention_backward",
     "inter_block_attention_backward_",
     "merge_partial_backward",
+    "merge_partial_backward_",
     "merge_partial_backward alone",
 ])  # fmt: skip
 def test_opcheck_backward(device: str, name: str) -> None:

@@ -141,10 +141,10 @@ constexpr int64_t single_pass_bytes(const Shape& shape, bool training) {
 }
 
 constexpr int64_t two_phase_bytes(const Shape& shape, bool training) {
-  // Phase 1 N + S and S merges of 5, so N + 6S; backward 3N + S, S merges of 6, and 2S for
-  // gathering what the merges return for phase 1's results into the one tensor its backward takes.
+  // Phase 1 N + S and S merges of 5, so N + 6S; backward 3N + S and S merges of 6, which write
+  // what phase 1's backward reads where it reads it.
   const int64_t forward = shape.num_sources + 6 * shape.num_queries - 2;
-  const int64_t backward = 3 * shape.num_sources + 9 * shape.num_queries;
+  const int64_t backward = 3 * shape.num_sources + 7 * shape.num_queries;
   return (forward + (training ? backward : 0)) * tensor_bytes(shape);
 }
 
@@ -173,9 +173,14 @@ inline void require_positive(const char* name, int64_t value) {
 }  // namespace detail
 
 // Chooses how a block's sites read. In bytes alone two phases win where
-// S(N+4) > N + 6S, that is N(1 - 1/S) > 2; with a backward where N(1 - 1/S) > 1.75. They
+// S(N+4) > N + 6S, that is N(1 - 1/S) > 2; with a backward where N(1 - 1/S) > 1.25. They
 // take one launch more, which decides for small M. Where arithmetic and not bandwidth is the limit,
 // the single pass, which does no more of it, is taken.
+//
+// One answer serves forward and backward, for a mixture never moves fewer bytes than the better of
+// the two. A backward in two phases after a single-pass forward first has to run phase 1:
+// S(N+4) + N+S, no less than the N + 6S of a forward in two phases. And where the backward is
+// better off with the single pass, N(1 - 1/S) < 1, the forward is too.
 inline Plan make_plan(const Shape& shape, DeviceKind device, bool training = false) {
   detail::require_positive("num_sources", shape.num_sources);
   detail::require_positive("num_queries", shape.num_queries);
