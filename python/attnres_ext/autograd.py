@@ -29,6 +29,9 @@ __all__ = [
     "MergePartial",
     "Options",
     "below_autograd",
+    "inter_block_gradients",
+    "like",
+    "wanted",
 ]
 
 _ops = torch.ops.attnres
@@ -82,7 +85,8 @@ def _deposit(
     return gradients, accumulate, returned
 
 
-def _wanted(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+def wanted(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    """Gradients as autograd takes them: None where none is needed."""
     return [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
 
 
@@ -120,11 +124,11 @@ def _depth_attention_gradients(
     )  # fmt: skip
     if options.buffers is None:
         gradients, *weights = _ops.depth_attention_backward.default(*arguments)
-        returned = _wanted(gradients, needs[:-3])
+        returned = wanted(gradients, needs[:-3])
     else:
         gradients, accumulate, returned = _deposit(options.buffers, sources, needs[:-3])
         weights = _ops.depth_attention_backward_.default(*arguments, gradients, accumulate)
-    return returned, _wanted(weights, needs[-3:])
+    return returned, wanted(weights, needs[-3:])
 
 
 class DepthAttention(torch.autograd.Function):
@@ -226,44 +230,57 @@ def _accumulate_gradients(
     )  # fmt: skip
     if options.buffers is None:
         gradients, partial, *weights = _ops.accumulate_depth_attention_backward.default(*arguments)
-        returned = _wanted(gradients, needs[:-4])
+        returned = wanted(gradients, needs[:-4])
     else:
         gradients, accumulate, returned = _deposit(options.buffers, blocks, needs[:-4])
         partial, *weights = _ops.accumulate_depth_attention_backward_.default(
             *arguments, gradients, accumulate
         )
-    return returned, partial if needs[-4] else None, _wanted(weights, needs[-3:])
+    return returned, partial if needs[-4] else None, wanted(weights, needs[-3:])
 
 
-def _like(gradient: Tensor | None, dtype: torch.dtype, need: bool) -> Tensor | None:
+def like(gradient: Tensor | None, dtype: torch.dtype, need: bool) -> Tensor | None:
+    """``gradient`` in the dtype of what it is the gradient of, if it is needed."""
     return gradient.to(dtype) if need and gradient is not None else None
 
 
 class AccumulateDepthAttention(torch.autograd.Function):
     """``apply(options, query, key_weight, out_weight, partial, delta, *blocks)`` -> ``(hidden,
-    new_partial)``."""
+    new_partial)``.
+
+    Without a partial the new one is delta itself. Its gradient as such is added in the kernel to
+    the one it has for being read here, as that of a sum is.
+    """
 
     @staticmethod
     def forward(ctx, options, query, key_weight, out_weight, partial, delta, *blocks):
+        read = query, key_weight, out_weight, options.eps, options.out_eps, options.scale
+        save_mix = options.save == "output"
+        stats = mix = None
         with below_autograd(False):
-            arguments = (
-                partial, delta, list(blocks), query, key_weight, out_weight,
-                options.eps, options.out_eps, options.scale,
-            )  # fmt: skip
-            stats = mix = None
-            if options.save == "nothing":
-                hidden, new_partial = _ops.accumulate_depth_attention.default(*arguments)
+            if partial is None:
+                new_partial = delta
+                if options.save == "nothing":
+                    hidden = _ops.depth_attention.default([*blocks, delta], *read)
+                else:
+                    hidden, _, stats, mix = _ops.depth_attention_with_stats.default(
+                        [*blocks, delta], *read, False, True, save_mix
+                    )
+            elif options.save == "nothing":
+                hidden, new_partial = _ops.accumulate_depth_attention.default(
+                    partial, delta, list(blocks), *read
+                )
             else:
                 hidden, new_partial, stats, mix = (
                     _ops.accumulate_depth_attention_with_stats.default(
-                        *arguments, True, options.save == "output"
+                        partial, delta, list(blocks), *read, True, save_mix
                     )
                 )
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(query, key_weight, out_weight, stats, mix, new_partial, *blocks)
         ctx.options = options
-        ctx.dtypes = partial.dtype, delta.dtype
-        return hidden, new_partial
+        ctx.dtypes = None if partial is None else partial.dtype, delta.dtype
+        return hidden, delta.view_as(delta) if partial is None else new_partial
 
     @staticmethod
     @first_order_only
@@ -283,8 +300,8 @@ class AccumulateDepthAttention(torch.autograd.Function):
         return (
             None,
             *weights,
-            _like(partial, partial_dtype, needs[4]),
-            _like(partial, delta_dtype, needs[5]),
+            like(partial, partial_dtype, needs[4]),
+            like(partial, delta_dtype, needs[5]),
             *blocks,
         )
 
@@ -313,8 +330,8 @@ def _accumulate_backward(ctx, needs, grad_hidden, grad_new_partial, *_):
     )
     partial_dtype, delta_dtype = ctx.dtypes
     return (
-        _like(partial, partial_dtype, needs[0]),
-        _like(partial, delta_dtype, needs[1]),
+        like(partial, partial_dtype, needs[0]),
+        like(partial, delta_dtype, needs[1]),
         blocks,
         *weights,
     )
@@ -323,7 +340,7 @@ def _accumulate_backward(ctx, needs, grad_hidden, grad_new_partial, *_):
 # inter_block_attention
 
 
-def _inter_block_gradients(
+def inter_block_gradients(
     saved: Sequence[Tensor | None],
     options: Options,
     needs: list[bool],
@@ -339,11 +356,11 @@ def _inter_block_gradients(
     )  # fmt: skip
     if options.buffers is None:
         gradients, *weights = _ops.inter_block_attention_backward.default(*arguments)
-        returned = _wanted(gradients, needs[:-2])
+        returned = wanted(gradients, needs[:-2])
     else:
         gradients, accumulate, returned = _deposit(options.buffers, blocks, needs[:-2])
         weights = _ops.inter_block_attention_backward_.default(*arguments, gradients, accumulate)
-    return returned, _wanted(weights, needs[-2:])
+    return returned, wanted(weights, needs[-2:])
 
 
 class InterBlockAttention(torch.autograd.Function):
@@ -366,7 +383,7 @@ class InterBlockAttention(torch.autograd.Function):
         needs = ctx.needs_input_grad
         saved = ctx.saved_tensors
         with below_autograd(False):
-            blocks, weights = _inter_block_gradients(
+            blocks, weights = inter_block_gradients(
                 saved, ctx.options, [*needs[3:], *needs[1:3]], grad_out, grad_lse
             )
         return None, *weights, *blocks
@@ -385,7 +402,7 @@ def _setup_inter_block(ctx, inputs, output) -> None:
 
 @_registered
 def _inter_block_backward(ctx, needs, grad_out, grad_lse, *_):
-    blocks, weights = _inter_block_gradients(
+    blocks, weights = inter_block_gradients(
         ctx.saved_tensors, ctx.options, [*needs[0], *needs[1:3]], grad_out, grad_lse
     )
     return blocks, *weights
@@ -409,12 +426,12 @@ def _merge_gradients(
             grad_hidden, grad_new_partial, out, lse, value, query, key_weight, out_weight,
             options.eps, options.out_eps, options.scale, flags,
         )  # fmt: skip
-        others = _wanted([grad_out, grad_lse.to(lse.dtype), *weights], [*needs[:2], *needs[4:7]])
+        others = wanted([grad_out, grad_lse.to(lse.dtype), *weights], [*needs[:2], *needs[4:7]])
     partial_dtype, delta_dtype = ctx.dtypes
     return (
         *others[:2],
-        _like(grad_value, partial_dtype, needs[2]),
-        _like(grad_value, delta_dtype, needs[3]),
+        like(grad_value, partial_dtype, needs[2]),
+        like(grad_value, delta_dtype, needs[3]),
         *others[2:],
     )
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from attnres_ext.first_order import refuse_second_derivative
+from attnres_ext.recomputation import keep
 
-__all__ = ["GradientBuffer", "can_tap", "tap"]
+__all__ = ["GradientBuffer", "can_gather", "can_tap", "tap"]
 
 
 class GradientBuffer:
@@ -79,18 +80,25 @@ class _Tap(torch.autograd.Function):
 def tap(tensor: Tensor, buffer: GradientBuffer) -> Tensor:
     """``tensor`` itself in value; in the backward, its gradient plus whatever ``buffer``
     collected."""
-    return _Tap.apply(tensor, buffer)
+    # Kept as it is under a checkpoint too: a block stays in memory anyway, and recomputation does
+    # not come by here again.
+    with keep(None):
+        return _Tap.apply(tensor, buffer)
 
 
 def can_tap(tensor: Tensor) -> bool:
-    """Whether gradients of ``tensor`` can go through a buffer.
+    """Whether gradients of ``tensor`` can go through a buffer."""
+    return tensor.requires_grad and can_gather()
+
+
+def can_gather() -> bool:
+    """Whether gradients can gather in buffers.
 
     Not without gradients; nor under ``torch.compile`` and ``torch.func``, which see functions and
     no side effects: there autograd adds.
     """
     return (
-        tensor.requires_grad
-        and torch.is_grad_enabled()
+        torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
     )

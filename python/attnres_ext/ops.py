@@ -152,7 +152,7 @@ def accumulate_depth_attention(
 
     Returns:
         ``(hidden [..., D], new_partial [..., D])``. Without a partial, ``new_partial`` is ``delta``
-        itself.
+        itself, or where gradients are recorded a view of it.
     """
     if not isinstance(blocks, list):
         blocks = _as_list(blocks)
@@ -161,26 +161,26 @@ def accumulate_depth_attention(
             partial, delta, blocks, query, key_weight, out_weight=out_weight, eps=eps,
             out_eps=out_eps, scale=scale,
         )  # fmt: skip
-    if partial is None:
-        hidden = depth_attention(
-            [*blocks, delta], query, key_weight, out_weight=out_weight, eps=eps, out_eps=out_eps,
-            scale=scale,
-            save=save, buffers=None if buffers is None else [*buffers, None],
-        )  # fmt: skip
-        return hidden, delta
     if save not in SAVE_LEVELS:
         raise ValueError(
             f"accumulate_depth_attention: save is {save!r}, "
             f"expected one of {', '.join(SAVE_LEVELS)}"
         )
     traced = _traced()
-    if not traced:
+    if not traced and torch.is_grad_enabled():
         tensors = (query, key_weight, out_weight, partial, delta, *blocks)
-        if torch.is_grad_enabled() and _needs_gradient(tensors):
+        if _needs_gradient(tensors):
             options = Options(eps, out_eps, scale, save, False, buffers)
             return AccumulateDepthAttention.apply(
                 options, query, key_weight, out_weight, partial, delta, *blocks
             )
+    if partial is None:
+        hidden = depth_attention(
+            [*blocks, delta], query, key_weight, out_weight=out_weight, eps=eps, out_eps=out_eps,
+            scale=scale, save=save,
+        )  # fmt: skip
+        return hidden, delta
+    if not traced:
         save = "nothing"
     with below_autograd(traced):
         if save == "nothing":

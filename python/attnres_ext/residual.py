@@ -12,7 +12,9 @@ from attnres_ext import _C
 from attnres_ext.cache import BlockCache
 from attnres_ext.ops import SAVE_LEVELS
 from attnres_ext.recording import Record
-from attnres_ext.residual_state import CachedState, ResidualState, TrainingState
+from attnres_ext.residual_cached import CachedState
+from attnres_ext.residual_state import ResidualState
+from attnres_ext.residual_training import TrainingState
 
 __all__ = ["AttentionResiduals"]
 

@@ -1,5 +1,5 @@
-"""The state of one forward pass through Attention Residuals: finished blocks, the open sum, what
-waits to be added."""
+"""The state of one forward pass through Attention Residuals: whose turn it is, and what waits to be
+added."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ import torch
 from torch import Tensor
 
 from attnres_ext import ops
-from attnres_ext.gradient_buffer import GradientBuffer, can_tap, tap
 
 if TYPE_CHECKING:
-    from attnres_ext.cache import BlockCache
     from attnres_ext.residual import AttentionResiduals
 
-__all__ = ["CachedState", "ResidualState", "TrainingState"]
+__all__ = ["ResidualState"]
 
 
 class ResidualState(ABC):
@@ -101,8 +99,8 @@ class ResidualState(ABC):
             turn = "every site is read" if over else f"site {self._site} is next"
             raise RuntimeError(
                 f"read: site {site} was asked for, but {turn}; sites are read once and in order. "
-                "Under activation checkpointing keep read and write outside of the checkpointed "
-                "function"
+                "Under activation checkpointing, reads inside of the checkpointed function need "
+                "torch.utils.checkpoint with use_reentrant=False"
             )
         if self._pending is None:
             raise RuntimeError(
@@ -143,141 +141,3 @@ class ResidualState(ABC):
                 save="nothing",
             )
         self._residual._record.add(site, weights)
-
-
-class TrainingState(ResidualState):
-    """Differentiable: blocks are a list of tensors, and their gradients gather in one buffer per
-    block."""
-
-    def __init__(self, residual: AttentionResiduals, embedding: Tensor) -> None:
-        super().__init__(residual, embedding)
-        self._blocks: list[Tensor] = []
-        self._buffers: list[GradientBuffer | None] = []
-        self._partial: Tensor | None = None
-        # Phase 1 of the open block, one (out, lse) per site to come; None while sites read in a
-        # single pass.
-        self._phase1: list[tuple[Tensor, Tensor]] | None = None
-
-    def _append_block(self, block: Tensor) -> None:
-        buffer = GradientBuffer() if can_tap(block) else None
-        self._blocks.append(block if buffer is None else tap(block, buffer))
-        self._buffers.append(buffer)
-
-    def _read(
-        self, site: int, delta: Tensor, query: Tensor, key_weight: Tensor | None, norm: dict
-    ) -> Tensor:
-        residual = self._residual
-        closes = residual.closes_block(site)
-        self._begin_block(site, delta)
-        if self._phase1 is not None:
-            out, lse = self._phase1.pop(0)
-            hidden, partial = ops.merge_partial(
-                out, lse, self._partial, delta, query, key_weight, **norm
-            )
-            if closes:
-                self._append_block(partial)
-        elif closes and self._partial is None:
-            # The delta is a block: as one, it gets all its gradients, this site's too, in its
-            # buffer.
-            partial = delta
-            self._append_block(delta)
-            hidden = ops.depth_attention(
-                self._blocks,
-                query,
-                key_weight,
-                **norm,
-                save=residual.save,
-                buffers=tuple(self._buffers),
-            )
-        else:
-            hidden, partial = ops.accumulate_depth_attention(
-                self._partial,
-                delta,
-                self._blocks,
-                query,
-                key_weight,
-                **norm,
-                save=residual.save,
-                buffers=tuple(self._buffers),
-            )
-            if closes:
-                self._append_block(partial)
-        if residual._record is not None:
-            sources = self._blocks if closes else [*self._blocks, partial]
-            self._record(site, sources, query, key_weight)
-        self._partial = None if closes else partial
-        return hidden
-
-    def _begin_block(self, site: int, delta: Tensor) -> None:
-        """At the first site of a block, attends over the finished blocks for all of its sites,
-        where that pays."""
-        residual = self._residual
-        if self._partial is not None or site == 0:
-            return
-        self._phase1 = None
-        block = len(self._blocks)
-        if not residual.reads_in_two_phases(block, delta, torch.is_grad_enabled()):
-            return
-        sites = residual.sites_of_block(block)
-        out, lse = ops.inter_block_attention(
-            self._blocks,
-            torch.stack([residual.queries[s] for s in sites]),
-            torch.stack([residual.key_weights[s] for s in sites]),
-            eps=residual.eps,
-            buffers=tuple(self._buffers),
-        )
-        self._phase1 = list(zip(out.unbind(0), lse.unbind(0), strict=True))
-
-
-class CachedState(ResidualState):
-    """Inference: the block cache holds blocks and the open sum, and is changed in place."""
-
-    def __init__(self, residual: AttentionResiduals, embedding: Tensor, cache: BlockCache) -> None:
-        super().__init__(residual, embedding)
-        if cache.capacity < residual.num_blocks + 1:
-            raise ValueError(
-                f"start: cache has {cache.capacity} slots, "
-                f"expected at least {residual.num_blocks + 1} "
-                f"({residual.num_blocks} blocks and the embedding)"
-            )
-        if cache.eps != residual.eps:
-            raise ValueError(
-                f"start: cache was made for eps {cache.eps}, expected the module's {residual.eps}"
-            )
-        cache.check_fits("embedding", embedding)
-        cache.reset()
-        self._cache = cache
-        self._phase1 = 0  # sites of the open block whose phase 1 the cache holds
-        self._phase1_next = 0
-
-    def _read(
-        self, site: int, delta: Tensor, query: Tensor, key_weight: Tensor | None, norm: dict
-    ) -> Tensor:
-        residual, cache = self._residual, self._cache
-        self._begin_block(site, delta)
-        weights = {"out_weight": norm["out_weight"], "out_eps": norm["out_eps"]}
-        if self._phase1:
-            hidden = cache.merge(self._phase1_next, delta, query, key_weight, **weights)
-            self._phase1_next += 1
-        else:
-            hidden = cache.attend(delta, query, key_weight, **weights)
-        if residual._record is not None:
-            self._record(site, cache.sources(), query, key_weight)
-        if residual.closes_block(site):
-            cache.close()
-        return hidden
-
-    def _begin_block(self, site: int, delta: Tensor) -> None:
-        residual, cache = self._residual, self._cache
-        if cache.open_holds_partial or site == 0:
-            return
-        self._phase1 = self._phase1_next = 0
-        block = cache.num_sealed
-        if not residual.reads_in_two_phases(block, delta, training=False):
-            return
-        sites = residual.sites_of_block(block)
-        cache.inter(
-            torch.stack([residual.queries[s] for s in sites]),
-            torch.stack([residual.key_weights[s] for s in sites]),
-        )
-        self._phase1 = len(sites)

@@ -1,0 +1,258 @@
+"""Phase 1 of one block, during a forward pass and its backward.
+
+All sites of a block read its finished blocks at once (paper, Algorithm 1); each then merges its row
+of the results with the block's running sum. In the backward, each site's merge writes the gradient
+of its row where phase 1's own backward reads it, and that runs once, after the last of them:
+nothing is stacked, copied or added.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from attnres_ext import ops
+from attnres_ext.autograd import (
+    Options,
+    below_autograd,
+    inter_block_gradients,
+    like,
+    wanted,
+)
+from attnres_ext.first_order import first_order_only
+from attnres_ext.gradient_buffer import GradientBuffer
+from attnres_ext.recomputation import keep
+from attnres_ext.reference import compute_dtype
+
+__all__ = ["FunctionalPhaseOne", "GatheringPhaseOne"]
+
+_ops = torch.ops.attnres
+
+
+class FunctionalPhaseOne:
+    """Phase 1 through the functional API: for tracing, function transforms, and without
+    gradients."""
+
+    def __init__(
+        self, blocks: Sequence[Tensor], queries: Tensor, key_weights: Tensor, eps: float
+    ) -> None:
+        out, lse = ops.inter_block_attention(blocks, queries, key_weights, eps=eps)
+        self._rows = list(zip(out.unbind(0), lse.unbind(0), strict=True))
+
+    def merge(
+        self,
+        index: int,
+        partial: Tensor | None,
+        delta: Tensor,
+        query: Tensor,
+        key_weight: Tensor | None,
+        norm: dict,
+    ) -> tuple[Tensor, Tensor]:
+        """``(hidden, new_partial)`` of the block's site ``index``."""
+        return ops.merge_partial(*self._rows[index], partial, delta, query, key_weight, **norm)
+
+
+class GatheringPhaseOne:
+    """Phase 1 whose output gradients gather in one tensor ``[S, ..., D]``.
+
+    Args:
+        results: What phase 1 finds.
+        token: Connects merges to phase 1's node in the graph; a tensor of no elements.
+    """
+
+    def __init__(self, results: PhaseOneResults, token: Tensor) -> None:
+        self.results = results
+        self.token = token
+
+    @classmethod
+    def over(
+        cls,
+        blocks: Sequence[Tensor],
+        buffers: Sequence[GradientBuffer | None],
+        queries: Tensor,
+        key_weights: Tensor,
+        eps: float,
+    ) -> GatheringPhaseOne:
+        """Runs phase 1 over ``N`` blocks ``[..., D]`` for queries and key gains ``[S, D]``.
+
+        Gradients of blocks go into ``buffers``, where there are any.
+        """
+        results = PhaseOneResults(blocks, queries, key_weights, eps)
+        options = Options(eps, None, 1.0, "stats", False, buffers)
+        # The node owns the results: they live until phase 1's backward has run, which is after that
+        # of every merge. What else it saves are the blocks, which stay in memory anyway.
+        with keep(results):
+            token = _PhaseOne.apply(options, weakref.ref(results), queries, key_weights, *blocks)
+        return cls(results, token)
+
+    @classmethod
+    def again(cls, results: PhaseOneResults) -> GatheringPhaseOne:
+        """For reads that are repeated: the results are there, or computed when they are needed."""
+        return cls(results, torch.empty(0).requires_grad_(results.needs_gradient))
+
+    def merge(
+        self,
+        index: int,
+        partial: Tensor | None,
+        delta: Tensor,
+        query: Tensor,
+        key_weight: Tensor | None,
+        norm: dict,
+    ) -> tuple[Tensor, Tensor]:
+        """``(hidden, new_partial)`` of the block's site ``index``."""
+        options = Options(norm["eps"], norm["out_eps"], 1.0, "nothing", False, None)
+        results = self.results
+        # Without a node of its own, phase 1 has no owner but its merges.
+        owner = weakref.ref(results) if self.token.requires_grad else lambda: results
+        return _Merge.apply(
+            options, owner, index, self.token, query, key_weight, norm["out_weight"], partial, delta
+        )
+
+
+class PhaseOneResults:
+    """What phase 1 finds for all sites of a block, and the gradients that their merges have for it.
+
+    Results can be computed again from the blocks, so they need not be kept from the forward to the
+    backward: :meth:`drop` them, and the first merge that runs backward brings them back for all.
+    """
+
+    def __init__(
+        self, blocks: Sequence[Tensor], queries: Tensor, key_weights: Tensor, eps: float
+    ) -> None:
+        self.needs_gradient = any(t.requires_grad for t in (queries, key_weights, *blocks))
+        # Detached: the node that owns this must not be reachable from here.
+        self._inputs = [block.detach() for block in blocks], queries.detach(), key_weights.detach()
+        self._eps = eps
+        self._results: tuple[Tensor, Tensor, Tensor] | None = None
+        self._gradients: tuple[Tensor, Tensor] | None = None
+        self._written: set[int] = set()
+        self._task = -1
+
+    def get(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``(out [S, ..., D], lse [S, ...], statistics)``, computed if they are not there."""
+        if self._results is None:
+            blocks, queries, key_weights = self._inputs
+            with below_autograd(False):
+                self._results = _ops.inter_block_attention_with_stats.default(
+                    blocks, queries, key_weights, self._eps, 1.0
+                )
+        return self._results
+
+    def drop(self) -> None:
+        """Forgets the results."""
+        self._results = None
+
+    def gradient_rows(self, index: int) -> tuple[Tensor, Tensor]:
+        """Where the merge of site ``index`` writes the gradients of its rows of ``out`` and
+        ``lse``."""
+        task = torch._C._current_graph_task_id()
+        if self._gradients is None or self._task != task:
+            out, lse, _ = self.get()
+            self._gradients = torch.empty_like(out), torch.empty_like(lse)
+            self._written.clear()
+            self._task = task
+        self._written.add(index)
+        return self._gradients[0][index], self._gradients[1][index]
+
+    def take_gradients(self) -> tuple[Tensor, Tensor] | None:
+        """The gradients that this backward pass collected, zero for sites it did not visit; None
+        without any."""
+        gradients, self._gradients = self._gradients, None
+        if gradients is None or self._task != torch._C._current_graph_task_id():
+            return None
+        for index in set(range(len(gradients[0]))) - self._written:
+            for gradient in gradients:
+                gradient[index].zero_()
+        return gradients
+
+
+class _PhaseOne(torch.autograd.Function):
+    """``apply(options, results, queries, key_weights, *blocks)`` -> a tensor of no elements: merges
+    take it, so that the engine runs this node after theirs."""
+
+    @staticmethod
+    def forward(ctx, options, results, queries, key_weights, *blocks):
+        results().get()
+        # Merges return no gradient for the token: the incoming one is None, not zeros.
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(queries, key_weights, *blocks)
+        ctx.results, ctx.options = results, options
+        return queries.new_empty(0)
+
+    @staticmethod
+    @first_order_only
+    def backward(ctx, _):
+        needs = ctx.needs_input_grad
+        results = ctx.results()
+        gradients = results.take_gradients()
+        if gradients is None:
+            return (None,) * len(needs)
+        queries, key_weights, *blocks = ctx.saved_tensors
+        saved = (queries, key_weights, results.get()[2], *blocks)
+        results.drop()
+        with below_autograd(False):
+            grad_blocks, weights = inter_block_gradients(
+                saved, ctx.options, [*needs[4:], *needs[2:4]], *gradients
+            )
+        return None, None, *weights, *grad_blocks
+
+
+class _Merge(torch.autograd.Function):
+    """``apply(options, results, index, token, query, key_weight, out_weight, partial, delta)`` ->
+    ``(hidden, new_partial)``."""
+
+    @staticmethod
+    def forward(ctx, options, results, index, token, query, key_weight, out_weight, partial, delta):
+        out, lse, _ = results().get()
+        with below_autograd(False):
+            hidden, value = _ops.merge_partial.default(
+                out[index], lse[index], partial, delta, query, key_weight, out_weight,
+                options.eps, options.out_eps, options.scale,
+            )  # fmt: skip
+        ctx.set_materialize_grads(False)
+        if partial is None:
+            value = delta
+        ctx.save_for_backward(value, query, key_weight, out_weight)
+        ctx.options, ctx.results, ctx.index = options, results, index
+        ctx.dtypes = None if partial is None else partial.dtype, delta.dtype
+        # The first delta is the sum, and its gradient as the sum's is added in the kernel.
+        return hidden, delta.view_as(delta) if partial is None else value
+
+    @staticmethod
+    @first_order_only
+    def backward(ctx, grad_hidden, grad_value):
+        needs = ctx.needs_input_grad
+        weights = [None] * 3
+        if grad_hidden is not None:
+            value, query, key_weight, out_weight = ctx.saved_tensors
+            options, results, index = ctx.options, ctx.results(), ctx.index
+            out, lse, _ = results.get()
+            arguments = (
+                grad_hidden, grad_value, out[index], lse[index], value, query, key_weight,
+                out_weight, options.eps, options.out_eps, options.scale,
+            )  # fmt: skip
+            wants = [needs[7] or needs[8], *needs[4:7]]
+            if needs[3]:
+                grad_out, grad_lse = results.gradient_rows(index)
+                dtype = compute_dtype([out, value])
+                written = grad_lse if dtype == lse.dtype else grad_lse.to(dtype)
+                with below_autograd(False):
+                    grad_value, *weights = _ops.merge_partial_backward_.default(
+                        *arguments, wants, grad_out, written
+                    )
+                if written is not grad_lse:
+                    grad_lse.copy_(written)
+            else:
+                with below_autograd(False):
+                    _, _, grad_value, *weights = _ops.merge_partial_backward.default(
+                        *arguments, [False, False, *wants]
+                    )
+            weights = wanted(weights, needs[4:7])
+        # The sum's gradient is that of both its terms: one tensor, handed out twice.
+        terms = [
+            like(grad_value, dtype, need) for dtype, need in zip(ctx.dtypes, needs[7:], strict=True)
+        ]
+        return None, None, None, None, *weights, *terms

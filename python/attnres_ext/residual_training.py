@@ -1,0 +1,318 @@
+"""The state of a forward pass that gradients go through, and what activation checkpointing repeats
+of it."""
+
+from __future__ import annotations
+
+import weakref
+from abc import abstractmethod
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from attnres_ext import ops
+from attnres_ext.gradient_buffer import GradientBuffer, can_gather, can_tap, tap
+from attnres_ext.phase_one import FunctionalPhaseOne, GatheringPhaseOne, PhaseOneResults
+from attnres_ext.recomputation import Region, Snapshot, keep, stop_recomputation
+from attnres_ext.residual_state import ResidualState
+
+if TYPE_CHECKING:
+    from attnres_ext.residual import AttentionResiduals
+
+__all__ = ["TrainingState"]
+
+
+class _BlockState(ResidualState):
+    """Blocks are a list of tensors."""
+
+    def __init__(self, residual: AttentionResiduals, embedding: Tensor) -> None:
+        super().__init__(residual, embedding)
+        self._blocks: list[Tensor] = []
+        self._buffers: list[GradientBuffer | None] = []
+        self._partial: Tensor | None = None
+        # Phase 1 of the open block; None while sites read in a single pass.
+        self._phase: GatheringPhaseOne | FunctionalPhaseOne | None = None
+
+    def _append_block(self, block: Tensor) -> None:
+        self._blocks.append(block)
+        self._buffers.append(None)
+
+    @abstractmethod
+    def _begin_phase(self, block: int) -> None:
+        """Runs phase 1 for the sites of ``block``."""
+
+    def _phase_weights(self, block: int) -> tuple[Tensor, Tensor, float]:
+        """Queries and key gains ``[S, D]`` of a block's sites, and the keys' epsilon."""
+        residual = self._residual
+        sites = residual.sites_of_block(block)
+        queries = torch.stack([residual.queries[site] for site in sites])
+        return queries, torch.stack([residual.key_weights[site] for site in sites]), residual.eps
+
+    def _mix(
+        self,
+        site: int,
+        delta: Tensor,
+        query: Tensor,
+        key_weight: Tensor | None,
+        norm: dict,
+        save: str,
+    ) -> Tensor:
+        """Reads ``site`` and moves on: afterwards the last source is the open sum or a block."""
+        residual = self._residual
+        closes = residual.closes_block(site)
+        self._begin_block(site, delta)
+        single = {**norm, "save": save, "buffers": tuple(self._buffers)}
+        if self._phase is not None:
+            index = site - residual.sites_of_block(len(self._blocks))[0]
+            hidden, partial = self._phase.merge(
+                index, self._partial, delta, query, key_weight, norm
+            )
+        elif closes and self._partial is None:
+            # The delta is a block: as one, it gets all its gradients, this site's too, in its
+            # buffer.
+            self._append_block(delta)
+            hidden = ops.depth_attention(
+                self._blocks, query, key_weight, **{**single, "buffers": tuple(self._buffers)}
+            )
+            return hidden
+        else:
+            hidden, partial = ops.accumulate_depth_attention(
+                self._partial, delta, self._blocks, query, key_weight, **single
+            )
+        self._partial = None if closes else partial
+        if closes:
+            self._append_block(partial)
+        return hidden
+
+    def _begin_block(self, site: int, delta: Tensor) -> None:
+        """At the first site of a block, attends over the finished blocks for all of its sites,
+        where that pays."""
+        if self._partial is not None or site == 0:
+            return
+        self._phase = None
+        block = len(self._blocks)
+        if self._residual.reads_in_two_phases(block, delta, torch.is_grad_enabled()):
+            self._begin_phase(block)
+
+
+class TrainingState(_BlockState):
+    """Differentiable: the gradients of each block gather in one buffer.
+
+    Reads may be repeated by ``torch.utils.checkpoint`` (``use_reentrant=False``): see
+    :mod:`attnres_ext.recomputation`.
+    """
+
+    def __init__(self, residual: AttentionResiduals, embedding: Tensor) -> None:
+        super().__init__(residual, embedding)
+        self._needs_gradient = embedding.requires_grad and torch.is_grad_enabled()
+        self._region: Region | None = None  # where the last read was
+        self._snapshots: dict[int, weakref.ref[Snapshot]] = {}  # by site
+        self._results: dict[int, weakref.ref[PhaseOneResults]] = {}  # by block
+        self._orphans: list[Snapshot] = []  # snapshots of reads that have no node in the graph
+        self._repetition: _Repetition | None = None
+
+    def write(self, x: Tensor) -> None:
+        """Adds a sublayer's output; when that is repeated, to what is repeated.
+
+        Arguments and errors as for :meth:`ResidualState.write`.
+        """
+        repetition = self._repetition
+        if repetition is not None and repetition.region.contains(Region.hook()):
+            repetition.write(x)
+        elif self._expects_write() or not _recomputing():
+            super().write(x)
+        # Else a checkpointed function that begins with a write is repeated: what it writes is in
+        # the snapshot of the read that follows, or nobody reads it again.
+
+    def _expects_write(self) -> bool:
+        return self._pending is None and self._site < self._residual.num_sites
+
+    def _take_turn(self, site: int, norm_weight: Tensor | None, norm_eps: float | None) -> Tensor:
+        if site < self._site:
+            repetition = self._repeat(site)
+            if repetition is not None:
+                return repetition._take_turn(site, norm_weight, norm_eps)
+        if self._needs_gradient and not torch.is_grad_enabled():
+            raise RuntimeError(
+                f"read: gradients are off at site {site}, but this forward pass began with an "
+                "embedding that requires one, which would get none. torch.utils.checkpoint does "
+                "this with use_reentrant=True: pass use_reentrant=False. To run without gradients, "
+                "call start without them as well"
+            )
+        return super()._take_turn(site, norm_weight, norm_eps)
+
+    def _repeat(self, site: int) -> _Repetition | None:
+        """Who repeats the read of ``site``; None if nobody can."""
+        hook = Region.hook()
+        if hook is None:
+            return None
+        repetition = self._repetition
+        if repetition is None or not repetition.region.contains(hook):
+            if self.snapshot_at(site) is None:
+                return None
+            repetition = self._repetition = _Repetition(self, Region(hook))
+        return repetition
+
+    def snapshot_at(self, site: int) -> Snapshot | None:
+        """What is kept to repeat the read of ``site``, if anything."""
+        reference = self._snapshots.get(site)
+        snapshot = None if reference is None else reference()
+        if reference is not None and snapshot is None and _recomputing():
+            # The read's node has run and is gone, and with it all that depends on it.
+            stop_recomputation()
+        return snapshot
+
+    def results_of(self, block: int) -> PhaseOneResults | None:
+        """What phase 1 found for ``block``, if that is still of use to anybody."""
+        reference = self._results.get(block)
+        return None if reference is None else reference()
+
+    def _read(
+        self, site: int, delta: Tensor, query: Tensor, key_weight: Tensor | None, norm: dict
+    ) -> Tensor:
+        snapshot = self._enter_region()
+        if snapshot is None:
+            hidden = self._mix(site, delta, query, key_weight, norm, self._residual.save)
+        else:
+            # The node keeps its sources, and no more than them.
+            with keep(snapshot):
+                hidden = self._mix(site, delta, query, key_weight, norm, "nothing")
+            self._complete(site, snapshot, hidden)
+        if self._residual._record is not None:
+            self._record(site, self._sources(), query, key_weight)
+        if site == self._residual.num_sublayers:
+            self._forget()
+        return hidden
+
+    def _sources(self) -> list[Tensor]:
+        """What was read last; the last of them is the open sum, if there is one."""
+        return self._blocks if self._partial is None else [*self._blocks, self._partial]
+
+    def _enter_region(self) -> Snapshot | None:
+        """A snapshot to be completed, if this is the first read under a checkpoint."""
+        if not can_gather():
+            return None
+        hook = Region.hook()
+        known = self._region is not None and self._region.contains(hook)
+        if hook is None or known:
+            return None
+        self._region = Region(hook)
+        return Snapshot(self._blocks)
+
+    def _complete(self, site: int, snapshot: Snapshot, hidden: Tensor) -> None:
+        phase = self._phase
+        snapshot.complete(hidden, self._sources()[-1], None if phase is None else phase.results)
+        self._snapshots[site] = weakref.ref(snapshot)
+        if not hidden.requires_grad:
+            self._orphans.append(snapshot)
+
+    def _forget(self) -> None:
+        """The forward pass is over: what is still needed, the graph keeps."""
+        self._end_phase()
+        self._blocks, self._buffers, self._partial = [], [], None
+
+    def _append_block(self, block: Tensor) -> None:
+        buffer = GradientBuffer() if can_tap(block) else None
+        self._blocks.append(block if buffer is None else tap(block, buffer))
+        self._buffers.append(buffer)
+
+    def _begin_block(self, site: int, delta: Tensor) -> None:
+        if self._partial is None:
+            self._end_phase()
+        super()._begin_block(site, delta)
+
+    def _begin_phase(self, block: int) -> None:
+        weights = self._phase_weights(block)
+        if not can_gather():
+            self._phase = FunctionalPhaseOne(self._blocks, *weights)
+            return
+        self._phase = GatheringPhaseOne.over(self._blocks, tuple(self._buffers), *weights)
+        self._results[block] = weakref.ref(self._phase.results)
+
+    def _end_phase(self) -> None:
+        """Under a checkpoint phase 1 is recomputed with everything else, once a block."""
+        phase, self._phase = self._phase, None
+        if isinstance(phase, GatheringPhaseOne) and (
+            self._residual.save == "nothing" or self._region is not None
+        ):
+            phase.results.drop()
+
+
+class _Repetition(_BlockState):
+    """Reads again what a :class:`TrainingState` read under a checkpoint.
+
+    What comes of it are the tensors that autograd would have saved; no gradient ever flows through
+    it. So it has neither taps nor buffers, and phase 1 is the first forward's.
+
+    Args:
+        state: Whose reads are repeated.
+        region: The recomputation.
+    """
+
+    def __init__(self, state: TrainingState, region: Region) -> None:
+        self._residual = state._residual
+        self._shape, self._device = state._shape, state._device
+        self._state = state
+        self.region = region
+
+    def _take_turn(self, site: int, norm_weight: Tensor | None, norm_eps: float | None) -> Tensor:
+        snapshot = self._state.snapshot_at(site)
+        if snapshot is not None:
+            self._go_to(site, snapshot)
+        return super()._take_turn(site, norm_weight, norm_eps)
+
+    def _go_to(self, site: int, snapshot: Snapshot) -> None:
+        self._site, self._pending = site, snapshot.value
+        self._blocks = [
+            _leaf(block, need) for block, need in zip(snapshot.blocks, snapshot.needs, strict=True)
+        ]
+        self._buffers = [None] * len(self._blocks)
+        self._partial = None
+        results = snapshot.phase
+        self._phase = None if results is None else GatheringPhaseOne.again(results)
+
+    def _read(
+        self, site: int, delta: Tensor, query: Tensor, key_weight: Tensor | None, norm: dict
+    ) -> Tensor:
+        snapshot = self._state.snapshot_at(site)
+        if snapshot is None:
+            return self._mix(site, delta, query, key_weight, norm, self._residual.save)
+        with torch.no_grad():
+            hidden = self._read_snapshot(snapshot, query, key_weight, norm)
+        value = _leaf(snapshot.value, snapshot.value_needs)
+        if self._residual.closes_block(site):
+            self._append_block(value)
+        else:
+            self._partial = value
+        return _leaf(hidden, snapshot.hidden_needs)
+
+    def _read_snapshot(
+        self, snapshot: Snapshot, query: Tensor, key_weight: Tensor | None, norm: dict
+    ) -> Tensor:
+        if self._phase is None:
+            return ops.depth_attention(
+                [*snapshot.blocks, snapshot.value], query, key_weight, **norm
+            )
+        index = self._site - 1 - self._residual.sites_of_block(len(self._blocks))[0]
+        out, lse, _ = self._phase.results.get()
+        hidden, _ = ops.merge_partial(
+            out[index], lse[index], snapshot.value, None, query, key_weight, **norm
+        )
+        return hidden
+
+    def _begin_phase(self, block: int) -> None:
+        results = self._state.results_of(block)
+        if results is None:
+            results = PhaseOneResults(self._blocks, *self._phase_weights(block))
+        self._phase = GatheringPhaseOne.again(results)
+
+
+def _leaf(tensor: Tensor, needs_gradient: bool) -> Tensor:
+    """An alias that autograd treats as it treated the first forward's tensor: it saves what it
+    saved then."""
+    return tensor.detach().requires_grad_(needs_gradient)
+
+
+def _recomputing() -> bool:
+    """Whether a backward pass is under way."""
+    return torch._C._current_graph_task_id() != -1
