@@ -229,6 +229,11 @@ class _Merge(torch.autograd.Function):
         if grad_hidden is not None:
             value, query, key_weight, out_weight = ctx.saved_tensors
             options, results, index = ctx.options, ctx.results(), ctx.index
+            if results is None:
+                raise RuntimeError(
+                    "attnres: phase 1 has run backward and its graph is freed; to go through it "
+                    "again, pass retain_graph=True the first time"
+                )
             out, lse, _ = results.get()
             arguments = (
                 grad_hidden, grad_value, out[index], lse[index], value, query, key_weight,

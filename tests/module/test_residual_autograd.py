@@ -151,6 +151,19 @@ def test_retained_graph_twice(options):
         assert torch.equal(a, b)
 
 
+def test_a_freed_graph_is_an_error():
+    model, x = toy(sublayers_per_block=3, two_phase=True), embed(4).requires_grad_()
+    state = model.residual.start(x)
+    hidden = []
+    for site in range(3):
+        hidden.append(state.read(site))
+        state.write(embed(4, seed=site))
+    del state
+    hidden[1].sum().backward()
+    with pytest.raises(RuntimeError, match=r"its graph is freed.* pass retain_graph=True"):
+        hidden[2].sum().backward()
+
+
 @every_mode
 def test_gradients_of_some_inputs(options):
     model, x = toy(**options), embed(4).requires_grad_()
