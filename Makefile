@@ -66,7 +66,8 @@ demo: $(VENV)/run.stamp
 	attnres train --preset demo --residual standard,block --steps 160 --out runs/demo --overwrite
 	attnres generate --checkpoint runs/demo --prompt "def " --max-new-tokens 200 --temperature 0.6
 	attnres bench --device cpu --suite quick --out runs/demo/bench
-	@echo "Everything is in runs/demo: loss.png, depth_attention.png, metrics.jsonl, bench/"
+	attnres bench report runs/demo/bench
+	@echo "Everything is in runs/demo: loss.png, depth_attention.png, metrics.jsonl, bench/report.html"
 
 test: build/test.stamp lint
 	@cmake -S . -B build/$(TAG) -DATTNRES_TESTS=ON > build/ctest.log && cmake --build build/$(TAG) >> build/ctest.log
@@ -93,6 +94,7 @@ bench: $(VENV)/run.stamp
 	@$(MAKE) --no-print-directory --question build/test.stamp 2>/dev/null \
 	  || $(MAKE) --no-print-directory build/demo.stamp
 	attnres bench --device cpu --suite ops --out runs/bench
+	attnres bench report runs/bench
 
 # Needs no environment of ours: it takes the first Python whose torch sees a GPU, and the built _ops.so.
 gpu-check:

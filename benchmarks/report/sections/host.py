@@ -57,9 +57,6 @@ def _place(kept: Kept, place: Place) -> Html | None:
         f"Time of one call on tiny tensors: {place.label}",
         ("who", "a call", "calls/s"),
         axis,
-        [
-            ([code(operator), tag("small", f" {what}")], rows)
-            for (operator, what), rows in groups.items()
-        ],
+        [([code(operator), tag("small", what)], rows) for (operator, what), rows in groups.items()],
     )
     return figure(place.label, drawn, *sources(runs))

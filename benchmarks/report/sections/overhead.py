@@ -161,8 +161,9 @@ def _sites(kept: Kept, place: Place) -> Html | None:
     heading = ["One site against add and norm", tag("small", place.label)]
     note = tag(
         "p",
-        "A site reads every finished block where add and norm read two tensors, so more than 1 × "
-        "is its nature; what it costs a model depends on what the sublayers take.",
+        "Add and norm are two PyTorch operators in eager mode. A site reads every finished block "
+        "where they read two tensors, so more than 1 × is its nature; what it costs a model "
+        "depends on what the sublayers take.",
         class_="source",
     )
     return figure(heading, drawn, note, *sources(runs))
