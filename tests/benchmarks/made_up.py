@@ -232,7 +232,8 @@ def folder(at: Path) -> Path:
     """Everything: three runs on a CPU, the last one slower, one on a GPU of older code."""
     keep(at, facts("2026-01-01"), operators())
     keep(at, facts("2026-02-01"), operators(0.8))
-    keep(at, facts("2026-03-01"), [*operators(1.2), *models()])
+    ladder = {"copy_gbps_by_mib": {"1": 80.0, "64": 20.5, "8": 30.0}}
+    keep(at, facts("2026-03-01", **ladder), [*operators(1.2), *models()])
     keep(at, facts("2026-01-15", device="cuda", csrc=OLD), [timed(MIX, "ours", 4e-4)])
     for date, seconds in (("2026-01-02", 300.0), ("2026-03-02", 200.0)):
         (at / f"build-{date}.json").write_text(json.dumps(build(date, seconds)))

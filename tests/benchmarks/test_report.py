@@ -136,6 +136,10 @@ def test_overhead_over_depth_is_drawn_and_said(parsed: Page) -> None:
     )
 
 
+def test_the_copy_by_itself_is_drawn_in_order_of_size(parsed: Page) -> None:
+    assert "80.0 GB/s at 1 MiB, 30.0 GB/s at 8 MiB, 20.5 GB/s at 64 MiB" in parsed.text
+
+
 def test_builds_show_steps_and_sizes(parsed: Page) -> None:
     assert "3 min 20 s with 2 at once" in parsed.text
     assert "3 more together" in parsed.text

@@ -49,7 +49,7 @@ def _row(row: Result | ModelResult) -> list[Content]:
         value(row.seconds, wording.seconds(row.seconds)),
         value(row.best_seconds, wording.seconds(row.best_seconds)) if row.best_seconds else "–",
         "–" if row.spread is None else value(row.spread, f"{100 * row.spread:.0f} %"),
-        str(len(row.samples)),
+        str(len(row.samples)) if row.timer == "clock" else f"{len(row.samples)}, {row.timer}",
         value(rate, f"{rate / 1e9:.1f}") if rate else "–",
         "–" if row.error is None else value(row.error, f"{row.error:.2f}"),
         "–" if row.preemptions is None else str(row.preemptions),

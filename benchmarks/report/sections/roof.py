@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 
 from attnres_ext.benchmarks import wording
+from attnres_ext.benchmarks.report import lines
 from attnres_ext.benchmarks.report.bars import Axis, Bar, Row, chart
 from attnres_ext.benchmarks.report.frame import code, figure, sources
 from attnres_ext.benchmarks.report.frame import section as part
@@ -16,7 +17,9 @@ from attnres_ext.benchmarks.results import Result
 
 def section(kept: Kept) -> Html | None:
     """A chart for each place."""
-    charts = [_place(kept, place) for place in kept.places]
+    charts = [
+        drawn for place in kept.places for drawn in (_place(kept, place), _ladder(kept, place))
+    ]
     if not any(charts):
         return None
     return part(
@@ -55,6 +58,31 @@ def _place(kept: Kept, place: Place) -> Html | None:
         [(code(operator), rows) for operator, rows in groups.items()],
     )
     return figure(place.label, drawn, *sources(runs))
+
+
+def _ladder(kept: Kept, place: Place) -> Html | None:
+    """The copy by itself, by the size of its buffers."""
+    measured = [run for run in kept.at(place) if run.facts.get("copy_gbps_by_mib")]
+    if not measured:
+        return None
+    run = measured[-1]
+    rates = {float(size): rate for size, rate in run.facts["copy_gbps_by_mib"].items()}
+    points = [lines.Point(size, rates[size]) for size in sorted(rates)]
+    if len(points) < 2:
+        return None
+    said = ", ".join(f"{point.y:.1f} GB/s at {point.x:g} MiB" for point in points)
+    drawn = lines.chart(
+        f"Bandwidth of a copy: {said}",
+        [lines.Line("copy", "s-standard", points)],
+        x_label="MiB in each of its two buffers",
+        y_label="GB/s, read and written",
+        y_text=lambda rate: f"{rate:g}",
+    )
+    heading = [
+        "The copy by itself",
+        tag("small", "What fits into a cache is copied faster: one figure for all would not do"),
+    ]
+    return figure(heading, drawn, *sources([run]))
 
 
 def _row(ours: Result, copy: Result) -> tuple[Row, float]:
