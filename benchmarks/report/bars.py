@@ -22,6 +22,7 @@ class Bar:
         label: what stands at its end.
         low: lower end of the spread.
         high: upper end.
+        limit: a value that this bar cannot pass.
     """
 
     value: float
@@ -29,6 +30,7 @@ class Bar:
     label: Content = None
     low: float | None = None
     high: float | None = None
+    limit: float | None = None
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,8 @@ def _bar(bar: Bar, axis: Axis) -> Html:
     if bar.low is not None and bar.high is not None:
         low, high = axis.scale(bar.low), axis.scale(bar.high)
         parts.append(tag("i", class_="spread", style=f"left:{low}%;width:{round(high - low, 3)}%"))
+    if bar.limit is not None:
+        parts.append(tag("i", class_="limit", style=f"left:{axis.scale(bar.limit)}%"))
     if bar.label is not None:
         parts.append(tag("span", bar.label, class_="label", style=f"left:{end}%"))
     return tag("div", parts, class_="lane")

@@ -12,6 +12,7 @@ import pytest
 from attnres_ext.benchmarks.report import kept, notices, page
 from attnres_ext.benchmarks.report.html import tag, text
 from attnres_ext.benchmarks.report.page import CONTENTS
+from attnres_ext.benchmarks.report.sections import roof
 from attnres_ext.cli.main import main
 from tests.benchmarks import made_up
 
@@ -138,6 +139,24 @@ def test_overhead_over_depth_is_drawn_and_said(parsed: Page) -> None:
 
 def test_the_copy_by_itself_is_drawn_in_order_of_size(parsed: Page) -> None:
     assert "80.0 GB/s at 1 MiB, 30.0 GB/s at 8 MiB, 20.5 GB/s at 64 MiB" in parsed.text
+
+
+def test_matrix_products_can_be_the_lower_roof() -> None:
+    def heading(operations: int, rates: dict[str, float]) -> str:
+        rows = (
+            made_up.timed(made_up.MIX, "copy", 4e-3),
+            made_up.timed(made_up.MIX, "ours", 9e-3, operations=operations),
+        )
+        run = kept.Run("a.jsonl", made_up.facts("2026-01-01", matrix_tflops=rates), rows, ())
+        source = str(roof.section(kept.Kept(Path(), (run,))))
+        assert ('class="limit"' in source) == ("products" in Page(source).rows[-1][0])
+        return Page(source).rows[-1][0]
+
+    # 8 ms at 1 TFLOP/s in the operator's own dtype, or in float32 where that was not measured.
+    assert heading(8 * 10**9, {"float32": 1.0}).endswith("products alone 8.00 ms")
+    assert heading(8 * 10**9, {"float32": 9.0, "bfloat16": 1.0}).endswith("products alone 8.00 ms")
+    assert "products" not in heading(3 * 10**9, {"float32": 1.0})
+    assert "products" not in heading(8 * 10**9, {})
 
 
 def test_builds_show_steps_and_sizes(parsed: Page) -> None:

@@ -9,10 +9,12 @@ from attnres_ext.benchmarks.report import lines
 from attnres_ext.benchmarks.report.bars import Axis, Bar, Row, chart
 from attnres_ext.benchmarks.report.frame import code, figure, sources
 from attnres_ext.benchmarks.report.frame import section as part
-from attnres_ext.benchmarks.report.html import Html, tag, value
-from attnres_ext.benchmarks.report.kept import Kept, Place
+from attnres_ext.benchmarks.report.html import Content, Html, tag, value
+from attnres_ext.benchmarks.report.kept import Kept, Place, Run
 from attnres_ext.benchmarks.report.scales import Scale, linear_ticks
 from attnres_ext.benchmarks.results import Result
+
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def section(kept: Kept) -> Html | None:
@@ -29,7 +31,8 @@ def section(kept: Kept) -> Html | None:
         "is the time of a plain copy over ours, where the copy moves exactly the bytes that the "
         "operator must move and took turns with it in the same process. A bar that reaches the "
         "line at 100 % does nothing but move its bytes. Thin lines span the middle half of the "
-        "samples.",
+        "samples. Where an operator's matrix products alone would take longer than the copy, at "
+        "the rate of large products in the same process, a red mark shows how far it can get.",
         [drawn for drawn in charts if drawn],
     )
 
@@ -41,7 +44,7 @@ def _place(kept: Kept, place: Place) -> Html | None:
         ours, copy = rows.get("ours"), rows.get("copy")
         if copy is None or copy.seconds is None or ours is None:
             continue
-        row, reached = _row(ours, copy)
+        row, reached = _row(ours, copy, _products(ours, run))
         groups.setdefault(ours.operator, []).append(row)
         most = max(most, reached)
         runs.append(run)
@@ -85,8 +88,20 @@ def _ladder(kept: Kept, place: Place) -> Html | None:
     return figure(heading, drawn, *sources([run]))
 
 
-def _row(ours: Result, copy: Result) -> tuple[Row, float]:
-    heading = [ours.shape, tag("small", ours.work)]
+def _products(ours: Result, run: Run) -> float | None:
+    """Seconds for the operator's matrix products alone, at the rate that this machine reached."""
+    rates = run.facts.get("matrix_tflops") or {}
+    # A CPU multiplies in float32 whatever the elements are.
+    rate = rates.get(_DTYPES.get(ours.shape.split()[-1], ""), rates.get("float32"))
+    return ours.operations / (1e12 * rate) if ours.operations and rate else None
+
+
+def _row(ours: Result, copy: Result, products: float | None) -> tuple[Row, float]:
+    heading: list[Content] = [ours.shape, tag("small", ours.work)]
+    limit = None
+    if products is not None and products > copy.seconds:
+        limit = 100 * copy.seconds / products
+        heading.append(tag("small", f"products alone {wording.seconds(products)}", class_="bad"))
     if ours.seconds is None:
         text = tag("span", tag("b", ours.status), f": {ours.reason}", class_="bad")
         return Row(heading, [text], ["–", "–", "–", _rate(copy)]), 0.0
@@ -95,7 +110,7 @@ def _row(ours: Result, copy: Result) -> tuple[Row, float]:
     if len(ours.samples) > 1:
         first, _, third = statistics.quantiles(ours.samples, n=4, method="inclusive")
         low, high = copy.seconds / third, copy.seconds / first
-    bar = Bar(100 * share, "s-ours", low=100 * low, high=100 * high)
+    bar = Bar(100 * share, "s-ours", low=100 * low, high=100 * high, limit=limit)
     columns = [
         tag("b", value(share, f"{100 * share:.0f} %")),
         value(ours.seconds, wording.seconds(ours.seconds)),
