@@ -1,6 +1,7 @@
 """A saved model comes back with its Attention Residuals, or with a sentence that says why not."""
 
 import json
+import logging
 
 import pytest
 import torch
@@ -54,6 +55,26 @@ def test_settings_and_dtypes_travel(tmp_path):
     assert (residual.mode, residual.eps, residual.save) == ("full", 1e-5, "nothing")
     expected = model.state_dict()
     assert all(torch.equal(tensor, expected[n]) for n, tensor in loaded.state_dict().items())
+
+
+def test_the_load_report_is_about_other_parameters(tmp_path):
+    attached().save_pretrained(tmp_path)
+    reports = []
+    logger = logging.getLogger("transformers.modeling_utils")
+    handler = logging.Handler()
+    handler.emit = lambda record: reports.append(record.getMessage())
+    logger.addHandler(handler)
+    try:
+        from_pretrained(tmp_path)
+        assert not reports
+        tensors = load_file(tmp_path / "model.safetensors")
+        tensors["model.surplus"] = torch.zeros(1)
+        save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+        from_pretrained(tmp_path)
+        assert "model.surplus" in reports[0]
+    finally:
+        logger.removeHandler(handler)
+    assert not logger.filters
 
 
 def test_the_body_alone_loads_from_the_whole(tmp_path):

@@ -12,7 +12,12 @@ from attnres_ext.integrations.transformers import passes
 from attnres_ext.integrations.transformers.norms import NormRead
 from attnres_ext.integrations.transformers.passes import MODULE, FinalRead, LayerRead
 from attnres_ext.integrations.transformers.probe import Structure, examine
-from attnres_ext.integrations.transformers.weights import HUB_ARGUMENTS, Path, load_weights
+from attnres_ext.integrations.transformers.weights import (
+    HUB_ARGUMENTS,
+    Path,
+    load_weights,
+    without_report,
+)
 from attnres_ext.residual import AttentionResiduals
 
 __all__ = ["attach", "attention_residuals", "detach", "from_pretrained"]
@@ -105,9 +110,6 @@ def from_pretrained(
 ) -> nn.Module:
     """Loads a model that ``save_pretrained`` wrote with Attention Residuals attached.
 
-    transformers knows nothing of the parameters of Attention Residuals and reports them as
-    unexpected; they are loaded all the same.
-
     Args:
         path: Folder, or name on the hub.
         model_class: The class whose ``from_pretrained`` loads the rest.
@@ -119,7 +121,8 @@ def from_pretrained(
         ValueError: If ``path`` holds no Attention Residuals, or not those of its model.
     """
     hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-    model = model_class.from_pretrained(path, **kwargs)
+    with without_report():
+        model = model_class.from_pretrained(path, **kwargs)
     return attach(model, two_phase=two_phase, save=save, weights=path, **hub)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from os import PathLike
 from typing import Any
 
@@ -16,7 +18,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from attnres_ext.integrations.transformers.passes import MODULE
 from attnres_ext.residual import AttentionResiduals
 
-__all__ = ["HUB_ARGUMENTS", "Path", "load_weights"]
+__all__ = ["HUB_ARGUMENTS", "Path", "load_weights", "without_report"]
 
 Path = str | PathLike[str]
 
@@ -64,6 +66,25 @@ def load_weights(residual: AttentionResiduals, path: Path, **hub: Any) -> None:
     with torch.no_grad():
         for name, parameter in wanted.items():
             parameter.copy_(found[name])
+
+
+@contextmanager
+def without_report() -> Iterator[None]:
+    """Inside, a load report of transformers that lists nothing but the parameters of Attention
+    Residuals, which it cannot know, is not logged."""
+    # A key and its status, which terminals get in colour.
+    rows = re.compile(r"^(.+?)\s*\|\s*(?:\x1b\[[\d;]*m)*[A-Z]+\b", re.MULTILINE)
+
+    def tells_more(record: logging.LogRecord) -> bool:
+        listed = rows.findall(record.getMessage())
+        return not listed or not all(_KEY.search(key) for key in listed)
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(tells_more)
+    try:
+        yield
+    finally:
+        logger.removeFilter(tells_more)
 
 
 def _entries(path: Path, hub: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
