@@ -184,6 +184,10 @@ class TrainingState(_BlockState):
             self._forget()
         return hidden
 
+    def sources_with(self, delta: Tensor) -> list[Tensor]:
+        """What the next site would attend over, were ``delta`` ``[..., D]`` written; it is not."""
+        return [*self._blocks, delta if self._partial is None else self._partial + delta]
+
     def _sources(self) -> list[Tensor]:
         """What was read last; the last of them is the open sum, if there is one."""
         return self._blocks if self._partial is None else [*self._blocks, self._partial]

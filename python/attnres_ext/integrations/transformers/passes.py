@@ -36,21 +36,21 @@ class ForwardPass:
         self._last: Stream | None = None
         self._shown: Tensor | None = None
 
-    def enter(self, site: int, hidden: Tensor, replayed: bool = False) -> Stream:
+    def enter(self, site: int, hidden: Tensor, repeated: bool = False) -> Stream:
         """The stream for whoever reads ``site`` next and gets ``hidden`` ``[..., D]``."""
         last = self._last
-        turn = last.state.site if last else 0
+        turn = last.site if last else 0
         if turn != site:
             raise RuntimeError(
                 f"Attention Residuals: site {site} is read when site {turn} is next; layers were "
                 "left out or repeated (layerdrop, early exit), which moves every later site"
             )
         if last is None:
-            return Stream(self.residual, None, hidden, hidden.dtype, replayed)
+            return Stream(self.residual, None, hidden, hidden.dtype, repeated)
         if self._shown is not None:
             changed = hidden is not self._shown
             hidden = last.pending + (hidden - self._shown) if changed else last.pending
-        return Stream(self.residual, last.state, hidden, last.dtype, replayed)
+        return last.then(hidden, repeated)
 
     def leave(self, stream: Stream) -> Tensor:
         """What a layer that ends with ``stream`` returns, ``[..., D]``."""
@@ -107,7 +107,7 @@ class LayerRead:
             hidden = kwargs.pop(self._argument)
         else:
             hidden, *args = args
-        stream = current.enter(self._first_site, hidden, replayed=self._checkpoints())
+        stream = current.enter(self._first_site, hidden, repeated=self._checkpoints())
         if self.previous is None:
             output = type(self._layer).forward(self._layer, stream, *args, **kwargs)
         else:

@@ -8,18 +8,19 @@ copied.
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from attnres_ext import ops
+
 if TYPE_CHECKING:
     from attnres_ext.integrations.transformers.norms import NormRead
     from attnres_ext.residual import AttentionResiduals
-    from attnres_ext.residual_state import ResidualState
+    from attnres_ext.residual_training import TrainingState
 
-__all__ = ["MisfitError", "Stream", "StreamLike", "num_sources"]
+__all__ = ["MisfitError", "Stream", "StreamLike"]
 
 _ADDITIONS = (torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__)
 
@@ -74,29 +75,30 @@ class Stream(StreamLike):
         state: What was written before, or None at the embedding.
         pending: ``[..., D]``, to be written by the next read.
         dtype: Dtype of the stream. A sublayer's output is brought to it, as ``+`` would do.
-        replayed: Whether the layer may run again from here, for activation checkpointing. Reads
-            then leave ``state`` as it is.
+        repeated: Whether a layer under activation checkpointing begins here: it reads here once
+            more in the backward, when the state has what was pending.
     """
 
     def __init__(
         self,
         residual: AttentionResiduals,
-        state: ResidualState | None,
+        state: TrainingState | None,
         pending: Tensor,
         dtype: torch.dtype,
-        replayed: bool = False,
+        repeated: bool = False,
     ) -> None:
         self._residual = residual
         self._state = state
-        self._after: ResidualState | None = None
-        self._replayed = replayed
-        self._dtype = dtype
-        self.pending = pending
+        self._repeated = repeated
+        self._read = False
+        self._shape, self._dtype, self._device = pending.shape, dtype, pending.device
+        self._pending: Tensor | None = pending
+        self.site = 0 if state is None else state.site
 
     @property
     def shape(self) -> torch.Size:
         """Shape of the stream, ``[..., D]``."""
-        return self.pending.shape
+        return self._shape
 
     @property
     def dtype(self) -> torch.dtype:
@@ -106,30 +108,27 @@ class Stream(StreamLike):
     @property
     def device(self) -> torch.device:
         """Device of the stream."""
-        return self.pending.device
+        return self._device
 
     @property
-    def state(self) -> ResidualState | None:
-        """What was written before ``pending``."""
-        return self._state
+    def pending(self) -> Tensor:
+        """What waits to be written, ``[..., D]``."""
+        return self._pending
 
     def plus(self, delta: Tensor) -> Stream:
         """The stream after ``delta`` ``[..., D]`` is added."""
-        if self._after is None:
+        if not self._read:
             raise MisfitError(
                 "adds to the residual stream twice without a norm reading it in between"
             )
         dtype = torch.promote_types(self._dtype, delta.dtype)
-        return Stream(self._residual, self._after, delta.to(dtype), dtype)
+        after = Stream(self._residual, self._state, delta.to(dtype), dtype)
+        after.site = self.site + 1
+        return after
 
-    def _written(self, fresh: bool) -> ResidualState:
-        """A state that holds ``pending`` too, ready for the next read; ``fresh`` leaves the
-        stream's own as it is."""
-        if self._state is None:
-            return self._residual.start(self.pending)
-        state = fork(self._state) if fresh else self._state
-        state.write(self.pending)
-        return state
+    def then(self, pending: Tensor, repeated: bool) -> Stream:
+        """The same stream with something else to be written, for the next layer."""
+        return Stream(self._residual, self._state, pending, self._dtype, repeated)
 
     def read(self, norm: NormRead) -> Tensor:
         """What ``norm`` returns for the mix at the next site, ``[..., D]``.
@@ -138,34 +137,37 @@ class Stream(StreamLike):
         removes that factor, but for its epsilon: taken as ``eps / n²``, it acts as it did on the
         usual stream.
         """
-        if self._after is not None and not self._replayed:
+        if self._read and not self._repeated:
             raise MisfitError("reads the same residual stream with two norms (parallel sublayers)")
-        self._after = state = self._written(fresh=self._replayed)
-        n = num_sources(self._residual, state.site)
-        if norm.eps is None:
-            mix = self._read_next(state)
-            return norm.original(mix if n == 1 else mix * n)
-        return self._read_next(state, norm.gain(), norm.eps / n**2)
+        if not self._read:
+            if self._state is None:
+                self._state = self._residual.start(self._pending)
+            else:
+                self._state.write(self._pending)
+            # A checkpoint keeps this object: not what nobody needs again.
+            self._read, self._pending = True, None
+        n = num_sources(self._residual, self.site)
+        if norm.eps is not None:
+            return self._read_site(norm.gain(), norm.eps / n**2)
+        mix = self._read_site()
+        return norm.original(mix if n == 1 else mix * n)
+
+    def _read_site(self, *norm: Any) -> Tensor:
+        if self.site == self._residual.num_sublayers:
+            return self._state.read_output(*norm)
+        return self._state.read(self.site, *norm)
 
     def peek(self) -> Tensor:
-        """The usual stream's counterpart, ``[..., D]``: the mix at the next site, times ``n``."""
-        state = self._written(fresh=True)
-        n = num_sources(self._residual, state.site)
-        return self._read_next(state) * n
+        """The usual stream's counterpart, ``[..., D]``: the mix at the next site, times ``n``.
 
-    def _read_next(self, state: ResidualState, *norm: Any) -> Tensor:
-        if state.site == self._residual.num_sublayers:
-            return state.read_output(*norm)
-        return state.read(state.site, *norm)
+        Differentiable. Nothing is written or read by it.
+        """
+        query, key_weight = self._residual.queries[self.site], self._residual.key_weights[self.site]
+        sources = self._state.sources_with(self._pending)
+        mix = ops.depth_attention(sources, query, key_weight, eps=self._residual.eps)
+        return mix * len(sources)
 
 
 def num_sources(residual: AttentionResiduals, site: int) -> int:
     """Over how many sources ``site`` attends: ``len(residual.sources_at(site))``."""
     return 1 + -(-site // residual.sublayers_per_block)
-
-
-def fork(state: ResidualState) -> ResidualState:
-    """A state that can go on by itself from here; tensors and gradient buffers are shared."""
-    twin = copy.copy(state)
-    twin.__dict__.update({k: list(v) for k, v in vars(state).items() if isinstance(v, list)})
-    return twin
