@@ -20,13 +20,17 @@ import torch
 from torch import Tensor
 
 from attnres_ext import reference
-from attnres_ext.benchmarks.inputs import Inputs, arguments, as_tuple, map_leaves, take_rows
+from attnres_ext.benchmarks.inputs import (
+    WEIGHTS,
+    Inputs,
+    arguments,
+    as_tuple,
+    map_leaves,
+    take_rows,
+)
 from attnres_ext.benchmarks.registry import Case
 
 Forward = Callable[[Inputs], tuple[Tensor, ...]]
-
-#: Gradients that sum over all tokens.
-_WEIGHTS = ("query", "key_weight", "out_weight")
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class Gate:
             definition: what to hold them to, in plain PyTorch; the case's operator by default.
         """
         self.case = case
-        self._rows = sample_rows(case.tokens)
+        self._rows = sample_rows(case.tokens).to(inputs.query.device)
         sampled = take_rows(inputs, self._rows)
         self._inputs = replace(inputs, upstream=_only_rows(case, inputs.upstream, self._rows))
         definition = definition or _operator(case)
@@ -74,14 +78,13 @@ class Gate:
         try:
             actual = results(forward, self.case, self._inputs)
         except Exception as error:  # whatever a contestant throws, the others go on
-            first = str(error).strip().splitlines() or [""]
-            return Verdict(False, f"{type(error).__name__}: {first[0]}", failed=True)
+            return Verdict(False, f"{type(error).__name__}: {first_line(error)}", failed=True)
         worst = 0.0
         for name, exact in self._exact.items():
             tensor = actual.get(name)
             if tensor is None:
                 return Verdict(False, f"{name} is missing")
-            if name.removeprefix("gradient of ") not in _WEIGHTS:
+            if name.removeprefix("gradient of ") not in WEIGHTS:
                 complaint = self._complaint_about_other_rows(name, tensor)
                 if complaint is not None:
                     return Verdict(False, complaint)
@@ -115,9 +118,14 @@ class Gate:
     def _allowed(self, name: str, actual: Tensor, exact: Tensor) -> float:
         size = exact.abs().max().item() if exact.numel() else 0.0
         # A sum of n terms in another order walks away by about sqrt(n) roundings.
-        terms = len(self._rows) if name.removeprefix("gradient of ") in _WEIGHTS else 1
+        terms = len(self._rows) if name.removeprefix("gradient of ") in WEIGHTS else 1
         sums = torch.finfo(torch.float32).eps * (1 + math.sqrt(terms))
         return 2 * self._plain_error[name] + (torch.finfo(actual.dtype).eps + sums) * size
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without the trace that some add to it."""
+    return (str(error).strip().splitlines() or [""])[0]
 
 
 def sample_rows(tokens: int, ends: int = 32, between: int = 64) -> Tensor:

@@ -65,25 +65,31 @@ class Inputs:
         return replace(self, **changed)
 
 
+#: Tensors that all tokens share; their gradients sum over all tokens.
+WEIGHTS = ("query", "key_weight", "out_weight")
 #: Tensors that a single site reads: nothing has left a gradient for them before.
 _READ_ONCE = ("partial", "delta", "out", "lse")
 #: Tensors with a row per token.
 _ROWS = ("sources", *_READ_ONCE)
 
 
-def make_inputs(case: Case, seed: int = 0) -> Inputs:
-    """Random inputs on the CPU whose logits have a standard deviation of about 1.
+def make_inputs(case: Case, seed: int = 0, device: str = "cpu") -> Inputs:
+    """Random inputs whose logits have a standard deviation of about 1.
 
     Sources differ in size, as the outputs of shallow and deep layers do. Inputs require gradients
     where the case records a graph. Where it accumulates, blocks and weights, which many sites read,
     have a `.grad` already.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
     dtype = getattr(torch, case.dtype)
 
     def rows(size: float, dtype: torch.dtype = dtype) -> Tensor:
         width = case.hidden + (64 if case.layout == "padded" else 0)
-        values = torch.randn(case.tokens, width, generator=generator).mul_(size).to(dtype)
+        values = randn(case.tokens, width).mul_(size).to(dtype)
         return values[:, : case.hidden]
 
     def weight(mean: float, deviation: float) -> Tensor:
@@ -92,7 +98,7 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
             if case.operator == "inter_block_attention"
             else (case.hidden,)
         )
-        return torch.randn(shape, generator=generator).mul_(deviation).add_(mean)
+        return randn(*shape).mul_(deviation).add_(mean)
 
     inputs = Inputs(
         sources=[rows(0.5 + i % 4) for i in range(case.sources)],
@@ -105,25 +111,25 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
     if case.operator == "merge_partial":
         inputs.sources = []
         inputs.out = rows(1.0)
-        inputs.lse = torch.randn(case.tokens, generator=generator).add_(2.0)
+        inputs.lse = randn(case.tokens).add_(2.0)
     if case.gradients in ("fresh", "accumulate"):
-        inputs.upstream = _upstream(case, rows, generator)
+        inputs.upstream = _upstream(case, rows, randn)
     if case.gradients != "none":
         for name, leaf in inputs.leaves().items():
             leaf.requires_grad_()
             if case.gradients == "accumulate" and name not in _READ_ONCE:
-                leaf.grad = torch.randn(leaf.shape, generator=generator).to(leaf.dtype)
+                leaf.grad = randn(*leaf.shape).to(leaf.dtype)
     return inputs
 
 
 def _upstream(
-    case: Case, rows: Callable[[float], Tensor], generator: torch.Generator
+    case: Case, rows: Callable[[float], Tensor], randn: Callable[..., Tensor]
 ) -> tuple[Tensor, ...]:
     if case.operator == "depth_attention":
         return (rows(1.0),)
     if case.operator == "inter_block_attention":
         out = torch.stack([rows(1.0) for _ in range(case.queries)])
-        return (out, torch.randn(case.queries, case.tokens, generator=generator))
+        return (out, randn(case.queries, case.tokens))
     return (rows(1.0), rows(1.0))
 
 
@@ -143,10 +149,19 @@ def copy_inputs(inputs: Inputs) -> Inputs:
     """The same values elsewhere in memory, strides, gradients and all."""
 
     def copy(_: str, tensor: Tensor) -> Tensor:
-        made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+        made = torch.empty_strided(
+            tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+        )
         return made.copy_(tensor)
 
     return map_leaves(inputs, copy)
+
+
+def with_weights(inputs: Inputs, dtype: torch.dtype | None) -> Inputs:
+    """The same inputs with weights in another dtype; everything else stays where it is."""
+    if dtype is None:
+        return inputs
+    return map_leaves(inputs, lambda name, tensor: tensor.to(dtype) if name in WEIGHTS else tensor)
 
 
 def take_rows(inputs: Inputs, rows: Tensor) -> Inputs:

@@ -72,6 +72,14 @@ def caches() -> dict[str, int]:
     return sizes
 
 
+def last_cache(device: str) -> int:
+    """Bytes of the cache that is nearest to memory; 64 MiB where the system does not say."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    sizes = caches()
+    return sizes[max(sizes)] if sizes else 64 * 2**20
+
+
 def describe(device: str = "cpu") -> dict[str, Any]:
     """Processor, caches, memory and system, and the GPU where ``device`` is one."""
     return {

@@ -6,6 +6,8 @@ import ctypes
 import os
 from pathlib import Path
 
+import torch
+
 from attnres_ext.benchmarks.registry import Case
 
 # glibc's <malloc.h>.
@@ -13,8 +15,12 @@ _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
 
 
-def available_bytes() -> int | None:
+def available_bytes(device: str = "cpu") -> int | None:
     """Memory that can be had without swapping; None where the system does not say."""
+    if device.startswith("cuda"):
+        # What torch has reserved and does not use is free, too.
+        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + idle
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
@@ -24,7 +30,7 @@ def available_bytes() -> int | None:
     return None
 
 
-def missing_memory(case: Case) -> str | None:
+def missing_memory(case: Case, device: str) -> str | None:
     """Why plain PyTorch cannot run ``case`` on this machine, or None."""
     # Float32 copies of all sources; forward holds about five of them at its peak, backward eight.
     copies = 8 if case.gradients in ("fresh", "accumulate") else 5
@@ -32,7 +38,7 @@ def missing_memory(case: Case) -> str | None:
     if case.gradients in ("fresh", "accumulate"):
         copies *= case.queries
     needed = copies * case.sources * case.tokens * case.hidden * 4
-    available = available_bytes()
+    available = available_bytes(device)
     if available is not None and needed > 0.8 * available:
         return f"needs about {needed / 2**30:.0f} GiB, {available / 2**30:.0f} GiB are free"
     return None

@@ -17,6 +17,8 @@ ORIGINS = {
     "paper-194m": "smallest model of the paper's Table 2: D 896, 8 blocks, context 8192",
     "paper-528m": "largest model of the paper's Table 2: D 1264, 8 blocks, context 8192",
     "flaggems": "shapes of FlagGems-vllm's published H100 table (D 7168)",
+    "full": "full depth attention over 27 layers of Kimi Linear: 54 sublayers, D 2304",
+    "sweep": "sources and hidden sizes between the models', to see where a kernel's limits are",
     "fla": "hidden size and sources of flash-linear-attention's published figures; fewer tokens",
     "liger": "hidden size and sources of Liger's published figures; tokens chosen by us",
     "host": "tensors so small that only the cost of the call is left",
@@ -26,7 +28,12 @@ ORIGINS = {
 #: gradients are added to the `.grad` that every input has already.
 GRADIENTS = ("none", "graph", "fresh", "accumulate")
 
-SUITES = ("quick", "ops", "all")
+#: Operators in `quick`, `ops` and, with larger shapes, `all`; `model` and `decode` are whole models
+#: (:mod:`attnres_ext.benchmarks.model_registry`), which `all` runs, too.
+SUITES = ("quick", "ops", "model", "decode", "all")
+_OPERATOR_SUITES = ("quick", "ops", "all")
+#: Where there are other cases: a GPU is not filled by what a CPU has time for.
+DEVICES = ("cpu", "cuda")
 _SHORT_DTYPES = {"float32": "fp32", "float64": "fp64", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -50,7 +57,9 @@ class Case:
         norm: whether the following RMSNorm is fused.
         layout: "contiguous", or "padded" for rows of a wider tensor.
         origin: key of ORIGINS.
-        suite: the smallest suite that runs it; larger ones include smaller ones.
+        suite: the smallest suite that runs it on the CPU, None for none; larger ones include
+            smaller ones.
+        cuda: the same on a GPU.
         rivals: contestants it meets in the quick suite, which has a minute in all.
     """
 
@@ -64,7 +73,8 @@ class Case:
     norm: bool = False
     layout: str = "contiguous"
     origin: str = "kimi-linear-48b"
-    suite: str = "ops"
+    suite: str | None = "ops"
+    cuda: str | None = None
     rivals: tuple[str, ...] = ("ours", "eager")
 
     @property
@@ -97,6 +107,10 @@ class Case:
         if self.layout != "contiguous":
             parts.append(self.layout)
         return "/".join(parts)
+
+    def smallest_suite(self, device: str) -> str | None:
+        """The smallest suite that runs it on "cpu" or "cuda"."""
+        return self.cuda if device == "cuda" else self.suite
 
     @property
     def is_host(self) -> bool:
@@ -131,12 +145,16 @@ def _cases() -> list[Case]:
             gradients=gradients,
             origin="host",
             suite="quick",
+            cuda="quick",
         )
         for gradients in ("none", "graph", "fresh")
     ]
     cases += [
-        Case("accumulate_depth_attention", 8, 1, 64, "float32", norm=True, origin="host"),
-        Case("merge_partial", 8, 1, 64, "float32", norm=True, origin="host"),
+        Case(
+            "accumulate_depth_attention", 8, 1, 64, "float32", norm=True, origin="host", cuda="ops"
+        ),
+        Case("merge_partial", 8, 1, 64, "float32", norm=True, origin="host", cuda="ops"),
+        Case("inter_block_attention", 8, 1, 64, "float32", queries=6, origin="host", cuda="ops"),
     ]
 
     # One site and one block of Kimi Linear, every operator in every direction.
@@ -146,7 +164,9 @@ def _cases() -> list[Case]:
         replace(site, norm=True),
         replace(site, norm=True, gradients="fresh"),
         replace(site, layout="padded"),
-        replace(site, sources=10, tokens=8192),
+        replace(
+            site, sources=10, tokens=8192, cuda="quick", rivals=("ours", "eager", "compile", "fla")
+        ),
     ]
     for case in (add, inter, merge):
         cases += [
@@ -157,19 +177,21 @@ def _cases() -> list[Case]:
     cases += [replace(add, gradients="accumulate")]
 
     # Serving: one token to a few hundred at K3's width, as in the peers' tables.
-    decode = Case("depth_attention", sources=9, tokens=128, hidden=7168, origin="flaggems")
+    decode = Case(
+        "depth_attention", sources=9, tokens=128, hidden=7168, origin="flaggems", cuda="ops"
+    )
     cases += [
-        replace(decode, sources=2, tokens=1),
+        replace(decode, sources=2, tokens=1, cuda="quick"),
         replace(decode, sources=2, tokens=1, norm=True),
         replace(decode, sources=5),
         replace(decode, sources=5, norm=True),
-        decode,
+        replace(decode, cuda="quick"),
     ]
 
     # Everything that takes a while.
     everything = [
-        replace(decode, sources=5, tokens=1024),
-        replace(decode, tokens=8192),
+        replace(decode, sources=5, tokens=1024, cuda="ops"),
+        replace(decode, tokens=8192, cuda="quick", rivals=("ours", "eager", "fla")),
         Case("inter_block_attention", 8, 2048, 7168, queries=24, origin="kimi-k3"),
         Case("accumulate_depth_attention", 8, 2048, 7168, norm=True, origin="kimi-k3"),
         Case("depth_attention", 9, 2048, 7168, gradients="fresh", origin="kimi-k3"),
@@ -185,19 +207,85 @@ def _cases() -> list[Case]:
     return cases + [replace(case, suite="all") for case in everything]
 
 
-CASES: tuple[Case, ...] = tuple(_cases())
+def _cuda_cases() -> list[Case]:
+    everybody = ("ours", "eager", "fla")
+    site = Case("depth_attention", 9, 8192, 7168, origin="kimi-k3", suite=None)
+    layer = Case("depth_attention", 10, 8192, 2304, suite=None)
+    add = Case("accumulate_depth_attention", 8, 8192, 2304, norm=True, suite=None)
+    inter = Case("inter_block_attention", 9, 8192, 2304, queries=6, suite=None)
+    inter_k3 = replace(inter, sources=8, queries=24, hidden=7168, origin="kimi-k3")
+    merge = Case("merge_partial", 9, 8192, 2304, norm=True, suite=None)
+    full = Case("depth_attention", 54, 8192, 2304, origin="full", suite=None)
+    few = Case("depth_attention", 9, 128, 7168, origin="kimi-k3", suite=None)
+    headline = [
+        replace(site, gradients="fresh", rivals=everybody),
+        replace(layer, gradients="fresh", rivals=everybody),
+        replace(add, rivals=("ours", "eager", "standard")),
+        inter,
+        inter_k3,
+        replace(merge, rivals=("ours", "eager", "standard")),
+    ]
+    # What training and inference do with these, and existing gradients against none.
+    more = [
+        replace(site, gradients="accumulate"),
+        replace(layer, gradients="accumulate"),
+        replace(layer, norm=True),
+        replace(layer, norm=True, gradients="fresh"),
+        replace(layer, layout="padded"),
+        replace(layer, dtype="float32"),
+        replace(add, gradients="fresh"),
+        replace(add, gradients="accumulate"),
+        replace(inter, gradients="fresh"),
+        replace(inter_k3, gradients="fresh"),
+        replace(merge, gradients="fresh"),
+        replace(merge, hidden=7168, origin="kimi-k3"),
+        full,
+        replace(full, gradients="fresh"),
+    ]
+    # A token to a few hundred: latency.
+    more += [
+        replace(few, sources=sources, tokens=tokens)
+        for sources in (2, 5, 9)
+        for tokens in (1, 8, 32, 128)
+        if (sources, tokens) not in ((2, 1), (5, 128), (9, 128))  # the peers' own
+    ]
+    for case in (add, merge, inter):
+        more += [replace(case, tokens=tokens) for tokens in (1, 32, 128)]
+    sweep = [
+        Case("depth_attention", sources, 8192, hidden, gradients=gradients, origin="sweep")
+        for hidden in (2048, 4096)
+        for sources in (8, 12, 17)
+        for gradients in ("none", "fresh")
+    ]
+    return [
+        *(replace(case, cuda="quick") for case in headline),
+        *(replace(case, cuda="ops") for case in more),
+        *(replace(case, cuda="ops", suite=None) for case in sweep),
+    ]
 
 
-def select(suite: str = "all", pattern: str | None = None) -> list[Case]:
-    """The cases of a suite whose name contains, or matches as a shell pattern, ``pattern``.
+CASES: tuple[Case, ...] = (*_cases(), *_cuda_cases())
+
+
+def select(suite: str = "all", pattern: str | None = None, device: str | None = None) -> list[Case]:
+    """The operators' cases of a suite whose name contains, or matches as a shell pattern,
+    ``pattern``.
+
+    Args:
+        suite: one of SUITES; those of whole models have no operators.
+        pattern: a filter.
+        device: one of DEVICES; None takes the cases of all.
 
     Raises:
         UnknownCaseError: there is no such suite, or nothing matches.
     """
     if suite not in SUITES:
         raise UnknownCaseError(f"suite '{suite}' is not one of {', '.join(SUITES)}")
-    included = SUITES[: SUITES.index(suite) + 1]
-    cases = [case for case in CASES if case.suite in included]
+    included: tuple[str, ...] = ()
+    if suite in _OPERATOR_SUITES:
+        included = _OPERATOR_SUITES[: _OPERATOR_SUITES.index(suite) + 1]
+    devices = DEVICES if device is None else (device,)
+    cases = [case for case in CASES if any(case.smallest_suite(d) in included for d in devices)]
     if pattern is not None:
         cases = [case for case in cases if matches(case, pattern)]
         if not cases:
@@ -205,6 +293,13 @@ def select(suite: str = "all", pattern: str | None = None) -> list[Case]:
                 f"no case of suite '{suite}' matches '{pattern}'; names look like '{CASES[0].name}'"
             )
     return cases
+
+
+def most_wanted_first(cases: Sequence[Case], device: str) -> list[Case]:
+    """The same cases, those of smaller suites first: for runs that end before the last one."""
+    return sorted(
+        cases, key=lambda case: _OPERATOR_SUITES.index(case.smallest_suite(device) or "all")
+    )
 
 
 def matches(case: Case, pattern: str) -> bool:

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from attnres_ext.benchmarks import bandwidth, contestants, machine, traffic
-from attnres_ext.benchmarks.gate import Gate
-from attnres_ext.benchmarks.inputs import Inputs, copy_inputs, make_inputs
+from attnres_ext.benchmarks.cuda_timing import CudaTimer
+from attnres_ext.benchmarks.gate import Gate, first_line
+from attnres_ext.benchmarks.inputs import Inputs, copy_inputs, make_inputs, with_weights
 from attnres_ext.benchmarks.memory import available_bytes
 from attnres_ext.benchmarks.registry import Case
 from attnres_ext.benchmarks.results import Result
-from attnres_ext.benchmarks.timing import Action, Effort, Timing, measure
+from attnres_ext.benchmarks.timing import Action, Effort, HostTimer, Timer, Timing, measure
 
 Forward = Callable[[Inputs], tuple[Tensor, ...]]
 Report = Callable[[str], None]
@@ -27,12 +28,19 @@ Report = Callable[[str], None]
 #: Copies of inputs of a few kilobytes would take longer to make than to time.
 _MOST_SETS = 1024
 
-#: Effort by suite. `quick` is part of the demo and has a minute in all.
-EFFORTS = {
-    "quick": Effort(rounds=5, turn=3, budget=1.0),
-    "ops": Effort(rounds=9, turn=3, budget=6.0),
-    "all": Effort(rounds=9, turn=3, budget=6.0),
-}
+#: For what the machine reaches at best: copies and matrix products.
+_CEILINGS = Effort(rounds=3, turn=3, budget=0.3)
+
+_THOROUGH = Effort(rounds=9, turn=3, budget=6.0)
+#: Effort by suite on the CPU. `quick` is part of the demo and has a minute in all.
+_ON_CPU = {"quick": Effort(rounds=5, turn=3, budget=1.0)}
+#: On a GPU. Events have a resolution of half a microsecond, so a sample lasts a thousand of them.
+_ON_GPU = Effort(rounds=9, turn=3, shortest=5e-4, budget=1.0)
+
+
+def effort_for(suite: str, device: str) -> Effort:
+    """How long to measure in a suite on a device."""
+    return _ON_GPU if device.startswith("cuda") else _ON_CPU.get(suite, _THOROUGH)
 
 
 @dataclass(frozen=True)
@@ -41,21 +49,36 @@ class Options:
 
     Attributes:
         effort: how long to measure.
-        names: contestants; None takes each case's `rivals` ("quick") or all.
+        names: contestants; None takes each case's `rivals` ("quick") or the usual ones.
         quick: whether cases choose their rivals themselves.
         cold: whether inputs are rotated past the last-level cache.
+        device: "cpu" or a CUDA device.
     """
 
-    effort: Effort = EFFORTS["ops"]
+    effort: Effort = _THOROUGH
     names: tuple[str, ...] | None = None
     quick: bool = False
     cold: bool = False
+    device: str = "cpu"
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the device is a GPU."""
+        return self.device.startswith("cuda")
+
+    def timer(self, case: Case | None = None) -> Timer:
+        """How to time: what the host costs with its clock, everything else as the device can."""
+        if not self.on_gpu:
+            return HostTimer()
+        if case is not None and case.is_host:
+            return HostTimer(torch.cuda.synchronize)
+        return CudaTimer()
 
     def contestants(self, case: Case) -> tuple[str, ...]:
         """Who runs in ``case``."""
         if self.names is not None:
             return self.names
-        return case.rivals if self.quick else contestants.NAMES
+        return case.rivals if self.quick else contestants.USUAL
 
 
 def run_case(case: Case, options: Options, report: Report = lambda _: None) -> list[Result]:
@@ -67,27 +90,29 @@ def run_case(case: Case, options: Options, report: Report = lambda _: None) -> l
         report: told what is going on, for a progress display.
     """
     report("inputs")
-    inputs = make_inputs(case)
-    gates: dict[str, Gate] = {}
+    inputs = make_inputs(case, device=options.device)
+    gates: dict[object, Gate] = {}
     refused: dict[str, Result] = {}
     admitted: dict[str, Forward] = {}
     errors: dict[str, float] = {}
     names = options.contestants(case)
     for name in names:
         contestant = contestants.get(name)
-        reason = contestant.unavailable()
+        reason = contestant.unavailable(options.device)
         if reason is not None:
             refused[name] = _result(case, name, "absent", reason=reason)
             continue
-        reason = contestant.unsupported(case)
+        reason = contestant.unsupported(case, options.device)
         if reason is not None:
             refused[name] = _result(case, name, "unsupported", reason=reason)
             continue
         report(f"checking {name}")
         definition = getattr(contestant, "definition", None)
-        key = name if definition is not None else ""
+        dtype = weight_dtype(contestant)
+        key = (name if definition is not None else "", dtype)
         if key not in gates:
-            gates[key] = Gate(case, inputs, _definition(definition, case))
+            its_inputs = with_weights(inputs, dtype)
+            gates[key] = Gate(case, its_inputs, _definition(definition, case))
         forward = contestant.prepare(case)
         verdict = gates[key].check(forward)
         if verdict.passed:
@@ -99,19 +124,30 @@ def run_case(case: Case, options: Options, report: Report = lambda _: None) -> l
     gates.clear()
 
     report("timing " + ", ".join(admitted))
-    timings = _time(case, inputs, admitted, options)
+
+    def refuse(name: str, error: Exception) -> None:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        refused[name] = _result(case, name, "failed", reason=reason)
+
+    timings = _time(case, inputs, admitted, options, refuse)
+    if options.on_gpu:
+        # Graphs keep the memory they were captured with.
+        torch.cuda.empty_cache()
     results = []
     for name in ("copy", *names):
         if name in refused:
             results.append(refused[name])
         elif name in timings:
-            num_bytes = None if case.is_host else _bytes(name, case)
-            results.append(_result(case, name, "timed", timings[name], num_bytes, errors.get(name)))
+            results.append(_result(case, name, "timed", timings[name], error=errors.get(name)))
     return results
 
 
 def _time(
-    case: Case, inputs: Inputs, admitted: dict[str, Forward], options: Options
+    case: Case,
+    inputs: Inputs,
+    admitted: dict[str, Forward],
+    options: Options,
+    refuse: Callable[[str, Exception], None],
 ) -> dict[str, Timing]:
     if not admitted:
         return {}
@@ -122,17 +158,21 @@ def _time(
         effort = Effort(effort.rounds, effort.turn, shortest=5e-3, budget=effort.budget)
     elif options.cold:
         num_bytes = sum(t.numel() * t.element_size() for t in inputs.leaves().values())
-        sets += [copy_inputs(inputs) for _ in range(_sets_past_cache(num_bytes) - 1)]
-    actions = {name: _action(case, forward, sets) for name, forward in admitted.items()}
+        count = _sets_past_cache(num_bytes, options.device)
+        sets += [copy_inputs(inputs) for _ in range(count - 1)]
+    actions = {}
+    for name, forward in admitted.items():
+        dtype = weight_dtype(contestants.get(name))
+        actions[name] = _action(case, forward, [with_weights(one, dtype) for one in sets])
     if not case.is_host:
         num_bytes = traffic.bytes_moved(case)
-        pairs = _sets_past_cache(num_bytes) if options.cold else 1
-        actions["copy"] = bandwidth.copy_action(num_bytes, pairs)
+        pairs = _sets_past_cache(num_bytes, options.device) if options.cold else 1
+        actions["copy"] = bandwidth.copy_action(num_bytes, pairs, options.device)
     threads = torch.get_num_threads()
     try:
         if case.is_host:
             torch.set_num_threads(1)
-        return measure(actions, effort)
+        return measure(actions, effort, options.timer(case), refuse)
     finally:
         torch.set_num_threads(threads)
 
@@ -140,9 +180,9 @@ def _time(
 def _action(case: Case, forward: Forward, sets: Sequence[Inputs]) -> Action:
     count = len(sets)
     if case.gradients == "none":
-        return Action(lambda call: forward(sets[call % count]), context=torch.no_grad)
+        return Action(lambda call: forward(sets[call % count]), context=torch.no_grad, period=count)
     if case.gradients == "graph":
-        return Action(lambda call: forward(sets[call % count]))
+        return Action(lambda call: forward(sets[call % count]), period=count)
 
     if case.gradients == "fresh":
         leaves = [list(inputs.leaves().values()) for inputs in sets]
@@ -154,21 +194,28 @@ def _action(case: Case, forward: Forward, sets: Sequence[Inputs]) -> Action:
                 outputs, leaves[call % count], inputs.upstream, allow_unused=True
             )
 
-        return Action(run_and_return)
+        return Action(run_and_return, period=count)
 
     def run_and_add(call: int) -> object:
         inputs = sets[call % count]
         torch.autograd.backward(forward(inputs), inputs.upstream)
 
-    return Action(run_and_add, before=lambda call: sets[call % count].forget_gradients())
+    return Action(
+        run_and_add,
+        before=lambda call: sets[call % count].forget_gradients(),
+        period=count,
+    )
 
 
-def _sets_past_cache(num_bytes: int) -> int:
+def weight_dtype(contestant: Any) -> torch.dtype | None:
+    """The dtype that a contestant wants its weights in; None for float32, as they are."""
+    return getattr(contestant, "WEIGHT_DTYPE", None)
+
+
+def _sets_past_cache(num_bytes: int, device: str) -> int:
     """How many inputs of that size fill the caches twice over, from two to `_MOST_SETS`."""
-    sizes = machine.caches()
-    last = sizes[max(sizes)] if sizes else 64 * 2**20
-    wanted = 2 * last
-    available = available_bytes()
+    wanted = 2 * machine.last_cache(device)
+    available = available_bytes(device)
     if available is not None:
         wanted = min(wanted, available // 4)
     return min(max(2, -(-wanted // max(num_bytes, 1))), _MOST_SETS)
@@ -189,7 +236,6 @@ def _result(
     contestant: str,
     status: str,
     timing: Timing | None = None,
-    num_bytes: int | None = None,
     error: float | None = None,
     reason: str = "",
 ) -> Result:
@@ -201,7 +247,13 @@ def _result(
             "spread": timing.spread,
             "samples": tuple(timing.samples),
             "preemptions": timing.preemptions,
+            "timer": timing.timer,
         }
+        if not case.is_host:
+            # A yardstick moves less than the operator, and multiplies nothing.
+            own = contestant == "copy" or hasattr(contestants.get(contestant), "bytes_moved")
+            measured["bytes"] = _bytes(contestant, case)
+            measured["operations"] = None if own else traffic.operations(case)
     return Result(
         case=case.name,
         operator=case.operator,
@@ -211,7 +263,6 @@ def _result(
         contestant=contestant,
         status=status,
         reason=reason,
-        bytes=num_bytes,
         error=error,
         **measured,
     )
@@ -228,8 +279,17 @@ def describe_run(suite: str, device: str, options: Options, pages_kept: bool) ->
         "pages_kept": pages_kept,
         **machine.commit(),
         "csrc_sha256": machine.source_hash(),
-        "machine": machine.describe(),
+        "machine": machine.describe(options.device),
         "versions": machine.versions(),
+    }
+
+
+def ceilings(options: Options) -> dict[str, Any]:
+    """What the machine reaches at best, in this process: also in the first line of the file."""
+    copies = bandwidth.ladder(_CEILINGS, options.device, options.timer())
+    return {
+        "copy_gbps_by_mib": {size: rate for size, (rate, _) in copies.items()},
+        "matrix_tflops": bandwidth.matrix_rates(_CEILINGS, options.device, options.timer()),
     }
 
 

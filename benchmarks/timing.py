@@ -1,4 +1,8 @@
-"""Timing that is fair to everybody: warm-up, contestants in turns, medians with their spread."""
+"""Timing that is fair to everybody: warm-up, contestants in turns, medians with their spread.
+
+How a sample is taken is a timer's business: :class:`HostTimer` here, graphs and events in
+:mod:`attnres_ext.benchmarks.cuda_timing`.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Protocol
 
 try:
     import resource
@@ -27,11 +32,30 @@ class Action:
         run: the call; its argument counts calls, so that inputs can be rotated.
         before: what must happen before each call without being timed.
         context: what calls run in; entering and leaving it is not timed.
+        period: after how many calls their inputs come again.
     """
 
     run: Callable[[int], object]
     before: Callable[[int], object] | None = None
     context: Callable[[], AbstractContextManager[object]] = nullcontext
+    period: int = 1
+
+
+class Sampler(Protocol):
+    """Takes samples of one action."""
+
+    #: As in :attr:`attnres_ext.benchmarks.results.Result.timer`.
+    timer: str
+
+    def sample(self, repeats: int) -> float:
+        """Seconds per call over about ``repeats`` calls, one after the other."""
+
+
+class Timer(Protocol):
+    """A way to take samples."""
+
+    def load(self, action: Action, shortest: float) -> Sampler:
+        """Prepares to time ``action`` in samples of at least ``shortest`` seconds."""
 
 
 @dataclass
@@ -41,10 +65,12 @@ class Timing:
     Attributes:
         samples: seconds per call; several calls go into a sample when one is too short to time.
         preemptions: how often the system took a core away from this process meanwhile.
+        timer: how samples were taken.
     """
 
     samples: list[float] = field(default_factory=list)
     preemptions: int = 0
+    timer: str = "clock"
 
     @property
     def median(self) -> float:
@@ -83,23 +109,87 @@ class Effort:
     budget: float = 6.0
 
 
-def measure(actions: Mapping[str, Action], effort: Effort) -> dict[str, Timing]:
-    """Times ``actions`` in turns, so that a machine that slows down slows all of them down."""
-    calls = dict.fromkeys(actions, 0)
+class HostTimer:
+    """The host's clock.
 
-    def sample(name: str, repeats: int) -> float:
-        first = calls[name]
-        calls[name] += repeats
-        with actions[name].context():
-            return _seconds(actions[name], range(first, first + repeats)) / repeats
+    Args:
+        wait: called before the clock is read; for a device that works on its own, its barrier.
+    """
 
-    timings = {name: Timing() for name in actions}
+    def __init__(self, wait: Callable[[], object] | None = None):
+        self._wait = wait
+
+    def load(self, action: Action, shortest: float) -> Sampler:
+        """Nothing is prepared: a sample calls the action."""
+        return _HostSampler(action, self._wait)
+
+
+class _HostSampler:
+    timer = "clock"
+
+    def __init__(self, action: Action, wait: Callable[[], object] | None):
+        self._action = action
+        self._wait = wait
+        self._calls = 0
+
+    def sample(self, repeats: int) -> float:
+        calls = range(self._calls, self._calls + repeats)
+        self._calls += repeats
+        with self._action.context():
+            return self._seconds(calls) / repeats
+
+    def _seconds(self, calls: range) -> float:
+        run, before = self._action.run, self._action.before
+        if before is None:
+            start = self._now()
+            for call in calls:
+                run(call)
+            return self._now() - start
+        seconds = 0.0
+        for call in calls:
+            before(call)
+            start = self._now()
+            run(call)
+            seconds += self._now() - start
+        return seconds
+
+    def _now(self) -> float:
+        if self._wait is not None:
+            self._wait()
+        return time.perf_counter()
+
+
+def measure(
+    actions: Mapping[str, Action],
+    effort: Effort,
+    timer: Timer | None = None,
+    refuse: Callable[[str, Exception], None] | None = None,
+) -> dict[str, Timing]:
+    """Times ``actions`` in turns, so that a machine that slows down slows all of them down.
+
+    Args:
+        actions: what to time, by name.
+        effort: how long.
+        timer: how to take a sample; the host's clock by default.
+        refuse: told of an action that cannot be loaded (its memory may not suffice for one more
+            contestant), which is then left out; without it such an error is raised.
+    """
+    timer = timer or HostTimer()
+    samplers: dict[str, Sampler] = {}
+    for name, action in actions.items():
+        try:
+            samplers[name] = timer.load(action, effort.shortest)
+        except Exception as error:  # whatever a contestant throws, the others go on
+            if refuse is None:
+                raise
+            refuse(name, error)
+    timings = {name: Timing(timer=sampler.timer) for name, sampler in samplers.items()}
     turns: dict[str, tuple[int, int, int, bool]] = {}
-    for name in actions:
+    for name, sampler in samplers.items():
         # The gate has run everything once, so this call is a fair estimate.
-        once = sample(name, 1)
+        once = sampler.sample(1)
         if once < effort.shortest:
-            once = sample(name, 10)
+            once = sampler.sample(10)
         repeats = max(1, math.ceil(effort.shortest / max(once, 1e-9)))
         turn, warm = effort.turn, once < _SLOW
         if effort.rounds * (turn + warm) * repeats * once > effort.budget:
@@ -107,7 +197,7 @@ def measure(actions: Mapping[str, Action], effort: Effort) -> dict[str, Timing]:
         affordable = int(effort.budget / ((turn + warm) * repeats * once))
         turns[name] = (max(2, min(effort.rounds, affordable)), turn, repeats, warm)
 
-    names = list(actions)
+    names = list(samplers)
     for round_ in range(effort.rounds):
         # Nobody always runs after the same predecessor.
         for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
@@ -115,28 +205,13 @@ def measure(actions: Mapping[str, Action], effort: Effort) -> dict[str, Timing]:
             # Slow ones sit out, evenly: they run in `rounds` of all rounds.
             if (round_ + 1) * rounds // effort.rounds == round_ * rounds // effort.rounds:
                 continue
+            sampler = samplers[name]
             if warm:
-                sample(name, 1)
+                sampler.sample(1)
             before = _preemptions()
-            timings[name].samples += [sample(name, repeats) for _ in range(turn)]
+            timings[name].samples += [sampler.sample(repeats) for _ in range(turn)]
             timings[name].preemptions += _preemptions() - before
     return timings
-
-
-def _seconds(action: Action, calls: range) -> float:
-    run, before = action.run, action.before
-    if before is None:
-        start = time.perf_counter()
-        for call in calls:
-            run(call)
-        return time.perf_counter() - start
-    seconds = 0.0
-    for call in calls:
-        before(call)
-        start = time.perf_counter()
-        run(call)
-        seconds += time.perf_counter() - start
-    return seconds
 
 
 def _preemptions() -> int:

@@ -29,6 +29,18 @@ def bytes_moved(case: Case) -> int:
     )
 
 
+def operations(case: Case) -> int | None:
+    """Multiplications and additions on matrices of one timed call; None for what has no matrices.
+
+    Phase 1 multiplies ``[S, D]`` queries with ``[D, N]`` sources for each token, and ``[S, N]``
+    weights with ``[N, D]`` sources; its backward makes four such products.
+    """
+    if case.operator != "inter_block_attention":
+        return None
+    product = 2 * case.queries * case.sources * case.hidden * case.tokens
+    return (2 + (4 if case.gradients in ("fresh", "accumulate") else 0)) * product
+
+
 def standard_bytes_moved(case: Case) -> int:
     """Bytes of a standard residual's site: stream and delta in, stream and its norm out."""
     x = case.tokens * case.hidden * getattr(torch, case.dtype).itemsize

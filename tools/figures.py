@@ -77,7 +77,7 @@ def best_run(
     The run with most of these cases, so that a filtered one does not hide the others; then that of
     the largest suite, which meets most rivals; then the newest.
     """
-    cases = registry.select(suite)
+    cases = registry.select(suite, device=device)
     names = {case.name for case in cases}
 
     def rank(run: tuple[dict[str, Any], list[Any]]) -> tuple[int, int, str]:

@@ -14,14 +14,14 @@ from attnres_ext.benchmarks.registry import Case
 ABOUT = "attnres_ext.reference, eager PyTorch"
 
 
-def unavailable() -> str | None:
+def unavailable(device: str) -> str | None:
     """PyTorch is always there."""
     return None
 
 
-def unsupported(case: Case) -> str | None:
+def unsupported(case: Case, device: str) -> str | None:
     """Stacked float32 copies of all sources, and products as large, must fit into memory."""
-    return missing_memory(case)
+    return missing_memory(case, device)
 
 
 def prepare(case: Case) -> Callable[[Inputs], tuple[Tensor, ...]]:

@@ -13,14 +13,14 @@ from attnres_ext.benchmarks.registry import Case
 ABOUT = "attnres_ext, compiled"
 
 
-def unavailable() -> str | None:
+def unavailable(device: str) -> str | None:
     """Without ``_ops.so`` there is nothing to time."""
     if ops.depth_attention is reference.depth_attention:
         return "the compiled operators are not built"
     return None
 
 
-def unsupported(case: Case) -> str | None:
+def unsupported(case: Case, device: str) -> str | None:
     """Every case of the registry is ours."""
     return None
 

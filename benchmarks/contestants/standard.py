@@ -19,12 +19,12 @@ from attnres_ext.benchmarks.registry import Case
 ABOUT = "yardstick: x + f(x), then RMSNorm, in eager PyTorch (no depth attention)"
 
 
-def unavailable() -> str | None:
+def unavailable(device: str) -> str | None:
     """PyTorch is always there."""
     return None
 
 
-def unsupported(case: Case) -> str | None:
+def unsupported(case: Case, device: str) -> str | None:
     """Only sites that add a delta and normalise have a counterpart in a standard model."""
     if case.operator not in ("accumulate_depth_attention", "merge_partial") or not case.norm:
         return "a standard model has no such operation"

@@ -21,6 +21,7 @@ TINY = (
 def _tiny_benchmark(monkeypatch: pytest.MonkeyPatch, num_threads: None) -> None:
     monkeypatch.setattr(registry, "CASES", TINY)
     monkeypatch.setattr(bandwidth, "LADDER", (1,))
+    monkeypatch.setitem(bandwidth.MATRIX_SIZES, "cpu", 64)
     monkeypatch.setattr(runner, "_MOST_SETS", 3)
     # The allocator's settings cannot be taken back; other tests share this process.
     monkeypatch.setattr(memory, "keep_pages", lambda: True)
@@ -88,6 +89,8 @@ def test_list_names_the_cases_and_runs_none(capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
+        (["--device", "tpu"], "--device is tpu, expected cpu, cuda or cuda:1"),
+        (["--device", "cuda"], "--device cuda cannot be used: "),
         (["--filter", "nothing"], "no case of suite 'quick' matches 'nothing'"),
         (["--contestants", "ours,fastest"], "contestant 'fastest' is not one of ours, eager"),
         (["--threads", "100000"], "--threads is 100000, but this machine has"),
@@ -113,7 +116,6 @@ def test_out_must_be_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     "arguments",
     [
         ["--suite", "slow"],
-        ["--device", "tpu"],
         ["--threads", "0"],
         ["--repeats", "one"],
         ["--repeats", "1"],

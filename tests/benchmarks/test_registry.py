@@ -6,7 +6,7 @@ import pytest
 
 from attnres_ext.benchmarks import contestants, registry
 from attnres_ext.benchmarks.inputs import arguments, make_inputs
-from attnres_ext.benchmarks.registry import CASES, GRADIENTS, ORIGINS, SUITES, UnknownCaseError
+from attnres_ext.benchmarks.registry import CASES, DEVICES, GRADIENTS, ORIGINS, UnknownCaseError
 from tests.benchmarks.shapes import SMALL_CASES
 
 
@@ -18,7 +18,8 @@ def test_every_case_once() -> None:
 def test_cases_speak_the_known_words() -> None:
     for case in CASES:
         assert case.origin in ORIGINS
-        assert case.suite in SUITES
+        assert {case.suite, case.cuda} <= {"quick", "ops", "all", None}
+        assert case.suite or case.cuda
         assert case.gradients in GRADIENTS
         assert set(case.rivals) <= set(contestants.NAMES)
         assert " " not in case.name
@@ -28,9 +29,32 @@ def test_every_origin_is_used() -> None:
     assert {case.origin for case in CASES} == set(ORIGINS)
 
 
-def test_suites_contain_the_smaller_ones() -> None:
-    quick, ops, everything = (set(registry.select(suite)) for suite in SUITES)
-    assert quick < ops < everything == set(CASES)
+@pytest.mark.parametrize("kind", DEVICES)
+def test_suites_contain_the_smaller_ones(kind: str) -> None:
+    quick, ops, everything = (
+        set(registry.select(suite, device=kind)) for suite in ("quick", "ops", "all")
+    )
+    assert quick < ops <= everything < set(CASES)
+
+
+def test_suites_of_models_have_no_operators() -> None:
+    assert registry.select("model") == registry.select("decode") == []
+
+
+def test_runs_that_may_end_early_begin_with_the_headline() -> None:
+    cases = registry.most_wanted_first(registry.select("ops", device="cuda"), "cuda")
+    quick = registry.select("quick", device="cuda")
+    assert cases[: len(quick)] == quick
+    assert len(cases) == len(registry.select("ops", device="cuda"))
+
+
+def test_a_gpu_runs_the_peers_published_table() -> None:
+    """Its forward cases without and with the output norm, in sources and tokens."""
+    names = {case.name for case in registry.select("ops", device="cuda")}
+    for sources, tokens in ((2, 1), (5, 128), (5, 1024), (9, 128), (9, 8192)):
+        assert f"depth_attention/N{sources}-M{tokens}-D7168-bf16/none" in names
+    for sources, tokens in ((2, 1), (5, 128)):
+        assert f"depth_attention/N{sources}-M{tokens}-D7168-bf16/none/norm" in names
 
 
 def test_every_operator_runs_in_every_suite() -> None:
@@ -40,8 +64,10 @@ def test_every_operator_runs_in_every_suite() -> None:
         "inter_block_attention",
         "merge_partial",
     }
-    for suite in SUITES:
-        assert set(registry.operators(registry.select(suite))) == expected
+    for suite in ("quick", "ops", "all"):
+        for device in DEVICES:
+            found = registry.operators(registry.select(suite, device=device))
+            assert set(found) == expected
 
 
 @pytest.mark.parametrize("pattern", ["merge_partial", "merge*", "*D2304-bf16/none/norm", "M2048"])
@@ -59,7 +85,9 @@ def test_filter_without_match_says_what_names_look_like() -> None:
 
 
 def test_unknown_suite() -> None:
-    with pytest.raises(UnknownCaseError, match="suite 'slow' is not one of quick, ops, all"):
+    with pytest.raises(
+        UnknownCaseError, match="suite 'slow' is not one of quick, ops, model, decode, all"
+    ):
         registry.select("slow")
 
 

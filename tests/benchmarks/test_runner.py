@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
-from attnres_ext.benchmarks import bandwidth, contestants, runner
+from attnres_ext.benchmarks import bandwidth, contestants, runner, traffic
 from attnres_ext.benchmarks.contestants import eager
 from attnres_ext.benchmarks.inputs import Inputs
 from attnres_ext.benchmarks.registry import Case
-from attnres_ext.benchmarks.timing import Effort
+from attnres_ext.benchmarks.timing import Action, Effort, HostTimer, Sampler
 
 EFFORT = Effort(rounds=2, turn=1, shortest=1e-5, budget=0.1)
 CASE = Case("depth_attention", sources=3, tokens=200, hidden=32, dtype="float32")
@@ -22,8 +23,8 @@ def contestant(**changes: object) -> SimpleNamespace:
     """Eager PyTorch, with changes."""
     parts = {
         "ABOUT": "a test's",
-        "unavailable": lambda: None,
-        "unsupported": lambda case: None,
+        "unavailable": lambda device: None,
+        "unsupported": lambda case, device: None,
         "prepare": eager.prepare,
     }
     return SimpleNamespace(**{**parts, **changes})
@@ -71,8 +72,8 @@ def test_only_the_right_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         right=contestant(),
         wrong=contestant(prepare=wrong),
         failing=contestant(prepare=failing),
-        absent=contestant(unavailable=lambda: "it is not installed"),
-        other=contestant(unsupported=lambda case: "it does something else"),
+        absent=contestant(unavailable=lambda device: "it is not installed"),
+        other=contestant(unsupported=lambda case, device: "it does something else"),
     )
     options = runner.Options(EFFORT, names=tuple(crowd.calls))
     rows = {row.contestant: row for row in runner.run_case(CASE, options)}
@@ -96,6 +97,77 @@ def test_only_the_right_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert crowd.calls["absent"] == crowd.calls["other"] == 0
 
 
+def test_a_contestant_that_cannot_be_loaded_leaves_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    Crowd(monkeypatch, right=contestant(), greedy=contestant())
+
+    class Small(HostTimer):
+        """Has no memory for a second contestant."""
+
+        def load(self, action: Action, shortest: float) -> Sampler:
+            loaded.append(action)
+            if len(loaded) == 2:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 GiB\nmore")
+            return super().load(action, shortest)
+
+    loaded: list[Action] = []
+    monkeypatch.setattr(runner.Options, "timer", lambda self, case=None: Small())
+    options = runner.Options(EFFORT, names=("right", "greedy"))
+    rows = {row.contestant: row for row in runner.run_case(CASE, options)}
+    assert rows["right"].status == rows["copy"].status == "timed"
+    assert rows["greedy"].status == "failed"
+    assert rows["greedy"].reason == (
+        "OutOfMemoryError: CUDA out of memory. Tried to allocate 7 GiB"
+    )
+
+
+def test_weights_come_in_the_dtype_that_a_contestant_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[tuple[torch.dtype, torch.dtype]] = []
+
+    def noting(case: Case):
+        forward = eager.prepare(case)
+
+        def call(inputs: Inputs) -> tuple[Tensor, ...]:
+            seen.append((inputs.query.dtype, inputs.sources[0].dtype))
+            return forward(inputs)
+
+        return call
+
+    Crowd(
+        monkeypatch,
+        narrow=contestant(prepare=noting, WEIGHT_DTYPE=torch.bfloat16),
+        wide=contestant(),
+    )
+    case = Case("depth_attention", 3, 150, 32, gradients="fresh")
+    rows = runner.run_case(case, runner.Options(EFFORT, names=("narrow", "wide")))
+    assert [row.status for row in rows] == ["timed"] * 3
+    assert set(seen) == {(torch.bfloat16, torch.bfloat16)}
+
+
+def test_phase_one_counts_its_products() -> None:
+    case = Case("inter_block_attention", 3, 20, 16, "float32", queries=4)
+    rows = runner.run_case(case, runner.Options(EFFORT, names=("eager",)))
+    product = 2 * 3 * 4 * 20 * 16
+    assert [(row.contestant, row.operations) for row in rows] == [
+        ("copy", None),
+        ("eager", 2 * product),
+    ]
+    fresh = replace(case, gradients="fresh")
+    assert traffic.operations(fresh) == 6 * product
+    assert traffic.operations(CASE) is None
+
+
+def test_packages_for_gpus_say_why_they_are_absent() -> None:
+    for name in ("fla", "fla-keep", "fla-gluon", "liger", "flash-attn-res", "fast-attnres"):
+        assert "CUDA kernels alone" in contestants.get(name).unavailable("cpu")
+        # Not installed where tests run without a GPU; where it is, it says nothing.
+        reason = contestants.get(name).unavailable("cuda")
+        assert reason is None or "pip install attnres-ext[rivals]" in reason or "Triton" in reason
+
+
 def test_nobody_left_means_no_copy_either(monkeypatch: pytest.MonkeyPatch) -> None:
     Crowd(monkeypatch, wrong=contestant(prepare=wrong))
     rows = runner.run_case(CASE, runner.Options(EFFORT, names=("wrong",)))
@@ -108,7 +180,7 @@ def test_nobody_left_means_no_copy_either(monkeypatch: pytest.MonkeyPatch) -> No
 def test_every_way_to_handle_gradients(
     monkeypatch: pytest.MonkeyPatch, operator: str, gradients: str, cold: bool
 ) -> None:
-    monkeypatch.setattr(runner, "_sets_past_cache", lambda num_bytes: 3)
+    monkeypatch.setattr(runner, "_sets_past_cache", lambda num_bytes, device: 3)
     case = Case(operator, 2, 10, 16, "bfloat16", gradients=gradients, norm=True)
     rows = runner.run_case(case, runner.Options(EFFORT, names=("eager",), cold=cold))
     assert [(row.contestant, row.status) for row in rows] == [("copy", "timed"), ("eager", "timed")]
@@ -140,18 +212,18 @@ def test_host_overhead_is_measured_on_one_thread(
 def test_quick_cases_choose_their_rivals() -> None:
     quick = runner.Options(quick=True)
     assert quick.contestants(CASE) == CASE.rivals
-    assert runner.Options().contestants(CASE) == contestants.NAMES
+    assert runner.Options().contestants(CASE) == contestants.USUAL
     assert runner.Options(quick=True, names=("ours",)).contestants(CASE) == ("ours",)
 
 
 def test_inputs_past_the_cache_exceed_it_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner.machine, "caches", lambda: {"L1d": 10, "L2": 100, "L3": 1000})
-    monkeypatch.setattr(runner, "available_bytes", lambda: None)
-    assert runner._sets_past_cache(1) == 1024
-    assert runner._sets_past_cache(300) == 7
-    assert runner._sets_past_cache(5000) == 2
-    monkeypatch.setattr(runner, "available_bytes", lambda: 4000)
-    assert runner._sets_past_cache(100) == 10
+    monkeypatch.setattr(runner, "available_bytes", lambda device: None)
+    assert runner._sets_past_cache(1, "cpu") == 1024
+    assert runner._sets_past_cache(300, "cpu") == 7
+    assert runner._sets_past_cache(5000, "cpu") == 2
+    monkeypatch.setattr(runner, "available_bytes", lambda device: 4000)
+    assert runner._sets_past_cache(100, "cpu") == 10
 
 
 def test_copy_moves_what_it_says() -> None:
@@ -163,9 +235,14 @@ def test_copy_moves_what_it_says() -> None:
     assert all(rate > 0 for rate, _ in rates.values())
 
 
+def test_matrix_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(bandwidth.MATRIX_SIZES, "cpu", 64)
+    assert bandwidth.matrix_rates(Effort(rounds=2, turn=1, budget=0.01))["float32"] > 0
+
+
 def test_torch_compile_is_a_contestant() -> None:
     compiled = contestants.get("compile")
-    reason = compiled.unavailable()
+    reason = compiled.unavailable("cpu")
     if reason is not None:
         pytest.skip(reason)
     case = Case("merge_partial", 2, 8, 16, "float32")
@@ -177,6 +254,6 @@ def test_torch_compile_is_a_contestant() -> None:
 
 
 def test_plain_pytorch_is_left_out_where_it_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("attnres_ext.benchmarks.memory.available_bytes", lambda: 2**20)
-    reason = eager.unsupported(Case("depth_attention", 9, 2048, 2304))
+    monkeypatch.setattr("attnres_ext.benchmarks.memory.available_bytes", lambda device: 2**20)
+    reason = eager.unsupported(Case("depth_attention", 9, 2048, 2304), "cpu")
     assert reason == "needs about 1 GiB, 0 GiB are free"

@@ -25,7 +25,7 @@ def load_tool() -> ModuleType:
 
 
 tool = load_tool()
-QUICK = tool.registry.select("quick")
+QUICK = tool.registry.select("quick", device="cpu")
 DATES = ("2026-01-01T00:00:00+00:00", "2026-02-01T00:00:00+00:00")
 
 

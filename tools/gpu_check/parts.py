@@ -17,6 +17,11 @@ from tools.gpu_check.python import Python
 
 #: Exit code by which compute-sanitizer tells what it found from a program that failed.
 _FOUND = 77
+#: Compiling the definition anew for each case would take all the time there is.
+_RIVALS = (
+    "ours", "standard", "eager", "fla", "fla-keep", "fla-gluon", "liger", "flash-attn-res",
+    "fast-attnres",
+)  # fmt: skip
 #: Kernels of this library, by a part of their names: what torch's own kernels do is not ours.
 _OURS = "attnres"
 
@@ -195,7 +200,8 @@ def run_benchmark(setting: Setting, seconds: float) -> dict[str, Any]:
     command = [
         setting.python.path, "-m", "attnres_ext", "bench", "--device", setting.device,
         "--suite", "ops" if setting.device == "cuda" else "quick",
-        "--seconds", str(int(0.9 * seconds)), "--out", str(out),
+        "--contestants", ",".join(_RIVALS),
+        "--seconds", str(max(1, int(0.9 * seconds))), "--out", str(out),
     ]  # fmt: skip
     finished = setting.start("bench", command, seconds)
     files = sorted(out.glob("*.jsonl")) if out.is_dir() else []

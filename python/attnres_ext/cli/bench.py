@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,7 +47,9 @@ def add_parser(subparsers: Any) -> None:
         epilog=_EXAMPLES,
         formatter_class=HelpFormatter,
     )
-    parser.add_argument("--device", choices=["cpu"], default="cpu", help="where to run")
+    parser.add_argument(
+        "--device", default="cpu", metavar="DEVICE", help="where to run: cpu, cuda or cuda:1"
+    )
     parser.add_argument(
         "--suite",
         choices=["quick", "ops", "all"],
@@ -60,7 +63,7 @@ def add_parser(subparsers: Any) -> None:
         "--contestants",
         metavar="NAMES",
         type=list_of(str),
-        help="of ours, eager, compile, standard; separated by commas",
+        help="of ours, eager and others, separated by commas; `--list` names them all",
     )
     parser.add_argument(
         "--threads", type=number(int, least=1), help="threads of PyTorch (default: one per core)"
@@ -87,7 +90,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="folder for the results as JSON lines"
     )
-    parser.add_argument("--list", action="store_true", help="name the cases and stop")
+    parser.add_argument(
+        "--list", action="store_true", help="name the cases and contestants, and stop"
+    )
     bench_report.add_parser(parser.add_subparsers(dest="action", metavar="[report DIR]"))
 
 
@@ -98,17 +103,29 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from attnres_ext.benchmarks import contestants, registry
+    from attnres_ext.cli.devices import check_device
     from attnres_ext.training.errors import UserError
 
+    if args.device.split(":")[0] not in registry.DEVICES:
+        raise UserError(f"--device is {args.device}, expected cpu, cuda or cuda:1")
+    check_device(args.device)
     try:
-        cases = registry.select(args.suite, args.filter)
+        kind = "cuda" if args.device.startswith("cuda") else "cpu"
+        cases = registry.select(args.suite, args.filter, kind)
+        if args.seconds is not None:
+            cases = registry.most_wanted_first(cases, kind)
         for name in args.contestants or ():
-            contestants.get(name)
+            contestants.check(name)
     except (registry.UnknownCaseError, contestants.UnknownContestantError) as error:
         raise UserError(str(error)) from None
     if args.list:
         for case in cases:
             print(f"{case.name}  ({registry.ORIGINS[case.origin]})")
+        # Not cases, so not among them where a script reads the list.
+        for name in contestants.NAMES:
+            reason = contestants.get(name).unavailable(args.device)
+            note = f" [{reason}]" if reason else ""
+            print(f"contestant {name}: {contestants.get(name).ABOUT}{note}", file=sys.stderr)
         return 0
     cores = os.cpu_count() or 1
     if args.threads is not None and args.threads > cores:
@@ -133,21 +150,27 @@ def _bench(args: argparse.Namespace, cases: list[Case], console: Console) -> Non
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from attnres_ext.benchmarks import bandwidth, memory, results, runner
-    from attnres_ext.benchmarks.timing import Effort
+    from attnres_ext.benchmarks import memory, results, runner
 
+    on_gpu = args.device.startswith("cuda")
+    if on_gpu:
+        torch.cuda.set_device(args.device)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     pages_kept = args.allocator == "keep" and memory.keep_pages()
-    effort = runner.EFFORTS[args.suite]
+    effort = runner.effort_for(args.suite, args.device)
     if args.repeats is not None:
         effort = replace(effort, rounds=args.repeats)
     options = runner.Options(
-        effort=effort, names=args.contestants, quick=args.suite == "quick", cold=args.cold
+        effort=effort,
+        names=args.contestants,
+        quick=args.suite == "quick",
+        # What a GPU's cache holds is gone by the time a model comes back to it.
+        cold=args.cold or on_gpu,
+        device=args.device,
     )
     run_facts = runner.describe_run(args.suite, args.device, options, pages_kept)
-    ladder = bandwidth.ladder(Effort(rounds=3, turn=3, budget=0.3))
-    run_facts["copy_gbps_by_mib"] = {size: rate for size, (rate, _) in ladder.items()}
+    run_facts.update(runner.ceilings(options))
     path = None
     if args.out is not None:
         stamp = run_facts["date"].replace(":", "").replace("+0000", "Z")
@@ -204,6 +227,8 @@ def _add_rows(table: Table, case: Case, rows: list[Result]) -> None:
     copy, ours = by_name.get("copy"), by_name.get("ours")
     labels = [f"[bold]{case.operator}[/bold]", case.shape, case.work]
     for row in rows:
+        if row.status == "absent":
+            continue  # said once, below the table
         label = labels.pop(0) if labels else ""
         if row.status != "timed":
             table.add_row(label, row.contestant, f"[dim]{row.status}[/dim]", "", "", "", "")
@@ -240,8 +265,13 @@ def _print_notes(console: Console, run_facts: dict[str, Any], rows: list[Result]
     from attnres_ext.benchmarks import contestants
 
     machine = run_facts["machine"]
+    where = (
+        f"{machine['gpu']}, driver {machine['driver']}, CUDA {run_facts['versions'].get('cuda')}"
+        if "gpu" in machine
+        else f"{machine['processor']}, {run_facts['threads']} threads, {machine['instructions']}"
+    )
     console.print(
-        f"{machine['processor']}, {run_facts['threads']} threads, {machine['instructions']}, "
+        f"{where}, "
         f"torch {run_facts['versions']['torch']}; caches {run_facts['cache']}, "
         f"memory {'kept' if run_facts['pages_kept'] else 'returned to the system after each call'}",
         highlight=False,
@@ -251,6 +281,17 @@ def _print_notes(console: Console, run_facts: dict[str, Any], rows: list[Result]
         f"{size} MiB {rate:.1f}" for size, rate in run_facts["copy_gbps_by_mib"].items()
     )
     console.print(f"copy by buffer size, GB/s: {rates}", highlight=False, soft_wrap=True)
+    products = ", ".join(
+        f"{dtype} {rate:.2f}" for dtype, rate in run_facts["matrix_tflops"].items()
+    )
+    console.print(f"matrix products, TFLOP/s: {products}", highlight=False, soft_wrap=True)
+    plain = sum(1 for row in rows if row.timer == "events")
+    if plain:
+        console.print(
+            f"[yellow]{plain} contestants could not be captured in a CUDA graph; their times hold "
+            "the host's launches, too[/yellow]",
+            soft_wrap=True,
+        )
     for name in dict.fromkeys(row.contestant for row in rows if row.contestant != "copy"):
         console.print(f"{name}: {contestants.get(name).ABOUT}", highlight=False, soft_wrap=True)
     excuses = dict.fromkeys(
