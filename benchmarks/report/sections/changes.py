@@ -32,7 +32,7 @@ def _place(kept: Kept, place: Place) -> Html | None:
         return None
     order = {history.SLOWER: 0, history.FASTER: 1, history.STEADY: 2}
     found.sort(key=lambda one: order[one.verdict])
-    header = ["case", "so far", "commits", "now", "against the best before", "verdict"]
+    header = ["case", "so far", "now", "against the best before", "verdict"]
     drawn = table(
         header, [_row(one) for one in found], numbers=3, caption=f"History: {place.label}"
     )
@@ -49,12 +49,14 @@ def _row(one: history.Series) -> list[Content]:
         + ("" if verdict == history.STEADY else f" ({verdict})")
         for point, verdict in zip(one.points, one.verdicts, strict=True)
     )
-    commits = [(point.run.facts.get("commit") or "unknown")[:7] for point in one.points]
+    first, last = ((one.points[end].run.facts.get("commit") or "unknown")[:7] for end in (0, -1))
     change = one.changes[-1]
     return [
         one.label,
-        lines.sparkline(f"{one.label}: {said}", times, one.verdicts),
-        tag("small", " → ".join(commits)),
+        [
+            lines.sparkline(f"{one.label}: {said}", times, one.verdicts),
+            tag("small", f"{first} → {last}, {len(times)} runs"),
+        ],
         value(times[-1], wording.seconds(times[-1])),
         value(change, wording.percent(change, 0)),
         tag("b", _WORDS[one.verdict], class_=f"verdict {one.verdict}"),

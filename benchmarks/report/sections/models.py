@@ -48,7 +48,8 @@ def _table(kept: Kept, place: Place, work: str) -> Html:
 def _row(row: ModelResult) -> list[Content]:
     names: list[Content] = [row.shape, row.residual, wording.contestant(row.contestant)]
     if row.seconds is None:
-        return [*names, reason(row.status, row.reason), "–", "–", "–"]
+        why = tag("small", reason(row.status, row.reason))
+        return [*names[:2], [names[2], why], "–", "–", "–", "–"]
     over: Content = "–"
     if row.overhead is not None and row.residual != "standard":
         over = tag("b", value(row.overhead, wording.percent(row.overhead)))

@@ -41,7 +41,8 @@ def _row(row: Result | ModelResult) -> list[Content]:
     if isinstance(row, ModelResult):
         who = [who, f" {row.residual}"]
     if row.seconds is None:
-        return [code(row.case), who, reason(row.status, row.reason), *["–"] * 6]
+        why = tag("small", reason(row.status, row.reason))
+        return [code(row.case), [who, why], *["–"] * 7]
     rate = row.bandwidth if isinstance(row, Result) else None
     return [
         code(row.case),
