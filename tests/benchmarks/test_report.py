@@ -12,7 +12,7 @@ import pytest
 from attnres_ext.benchmarks.report import kept, notices, page
 from attnres_ext.benchmarks.report.html import tag, text
 from attnres_ext.benchmarks.report.page import CONTENTS
-from attnres_ext.benchmarks.report.sections import roof
+from attnres_ext.benchmarks.report.sections import build, roof
 from attnres_ext.cli.main import main
 from tests.benchmarks import made_up
 
@@ -171,6 +171,24 @@ def test_checks_on_a_gpu_are_shown_part_by_part(parsed: Page) -> None:
     assert "not everything passed" in parsed.text
     assert ["racecheck", "failed", "–", "a race & more", "9.00 s"] in parsed.rows
     assert ["tests", "passed", "400 passed, 3 skipped", "–", "61.0 s"] in parsed.rows
+
+
+def test_builds_that_grew_are_marked() -> None:
+    def cells(*made: dict[str, object]) -> list[str]:
+        records = tuple({**one, "name": "build.json"} for one in made)
+        page = Page(str(build.section(kept.Kept(Path(), (), (), records))))
+        (newest,) = [row for row in page.rows if row[0] == made[-1]["date"][:10]]
+        return newest[5:7]
+
+    first = made_up.build("2026-01-01", 100.0)
+    second = made_up.build("2026-02-01", 109.0, size=6_500_000)
+    assert cells(first, second) == ["1 min 49 s", "6.50 MB"]
+    # In small steps: against the best, not against the last.
+    third = made_up.build("2026-03-01", 118.0, size=7_000_000)
+    assert cells(first, second, third) == ["1 min 58 s +18 %", "7.00 MB +17 %"]
+    # With other sets or at another pace nothing can be said.
+    assert cells(first, {**third, "jobs": 1}) == ["1 min 58 s", "7.00 MB +17 %"]
+    assert cells(first, {**third, "cuda_archs": []}) == ["1 min 58 s", "7.00 MB"]
 
 
 def test_every_figure_names_its_command(source: str) -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from attnres_ext.benchmarks import wording
 from attnres_ext.benchmarks.report.bars import Axis, Bar, Row, chart
 from attnres_ext.benchmarks.report.frame import code, figure, source
 from attnres_ext.benchmarks.report.frame import section as part
+from attnres_ext.benchmarks.report.history import THRESHOLD
 from attnres_ext.benchmarks.report.html import Content, Html, table, tag, value
 from attnres_ext.benchmarks.report.kept import Kept
 from attnres_ext.benchmarks.report.scales import Scale, linear_ticks
 
 #: Steps that take less than this share of the longest one are summed up in a row.
 _SMALL = 0.02
+_LIBRARIES = ("_ops.so", "_C.so")
 
 
 def section(kept: Kept) -> Html | None:
@@ -45,7 +48,7 @@ def _steps(record: dict[str, Any]) -> Html:
     drawn = chart(
         "Time of each compilation and link", ("step", "takes", "makes"), axis, [(None, rows)]
     )
-    archs = ", ".join(f"sm{arch}" for arch in record.get("cuda_archs", ()))
+    archs = ", ".join(f"sm{arch}" for arch in record["cuda_archs"])
     heading = [
         f"{wording.duration(record['seconds'])} with {record['jobs']} at once",
         tag("small", f"CUDA sets {archs}" if archs else "without CUDA"),
@@ -84,24 +87,55 @@ def _libraries(record: dict[str, Any]) -> Html:
     )
 
 
-def _all(records: tuple[dict[str, Any], ...]) -> Html:
+def _all(records: Sequence[dict[str, Any]]) -> Html:
     rows = []
-    for record in reversed(records):
-        sizes = {library["name"]: library["bytes"] for library in record["libraries"]}
+    for index, record in reversed(list(enumerate(records))):
+        alike = [one for one in records[:index] if one["cuda_archs"] == record["cuda_archs"]]
+        same = [one for one in alike if _conditions(one) == _conditions(record)]
         rows.append(
             [
                 record["date"][:10],
                 wording.version(record),
                 wording.processor(record),
-                ", ".join(record.get("cuda_archs", ())) or "none",
+                ", ".join(record["cuda_archs"]) or "none",
                 str(record["jobs"]),
-                value(record["seconds"], wording.duration(record["seconds"])),
+                _against(record["seconds"], [one["seconds"] for one in same], wording.duration),
                 *(
-                    value(sizes[name], wording.size(sizes[name])) if name in sizes else "–"
-                    for name in ("_ops.so", "_C.so")
+                    _against(_size(record, name), [_size(one, name) for one in alike], wording.size)
+                    for name in _LIBRARIES
                 ),
             ]
         )
-    header = ["date", "code", "machine", "CUDA sets", "at once", "whole build"]
-    drawn = table([*header, "_ops.so", "_C.so"], rows, numbers=4, caption="Every build kept")
-    return figure("Builds over time", drawn, source(records[-1], records[-1]["name"]))
+    header = ["date", "code", "machine", "CUDA sets", "at once", "whole build", *_LIBRARIES]
+    note = tag(
+        "p",
+        f"A mark says that a figure grew by {100 * THRESHOLD:.0f} % or more over the best build "
+        "before it of the same CUDA sets, for times also on the same processor with as many steps "
+        "at once.",
+        class_="source",
+    )
+    drawn = table(header, rows, numbers=4, caption="Every build kept")
+    return figure("Builds over time", drawn, note, source(records[-1], records[-1]["name"]))
+
+
+def _conditions(record: dict[str, Any]) -> tuple[str, int]:
+    """What a time depends on, besides the code."""
+    return wording.processor(record), record["jobs"]
+
+
+def _size(record: dict[str, Any], name: str) -> int | None:
+    sizes = {library["name"]: library["bytes"] for library in record["libraries"]}
+    return sizes.get(name)
+
+
+def _against(
+    now: float | None, before: Sequence[float | None], shown: Callable[[float], str]
+) -> Content:
+    """A figure, marked where it grew."""
+    if now is None:
+        return "–"
+    best = min((one for one in before if one is not None), default=None)
+    if best is None or now < (1 + THRESHOLD) * best:
+        return value(now, shown(now))
+    growth = tag("b", wording.percent(now / best - 1, 0), class_="verdict slower")
+    return [value(now, shown(now)), " ", growth]
