@@ -16,6 +16,8 @@ CONTESTANTS = {
     "standard": "standard residual",
     "copy": "copy",
     "fla": "flash-linear-attention",
+    "fla-keep": "flash-linear-attention, level 0",
+    "fla-gluon": "flash-linear-attention, Gluon",
     "liger": "Liger",
     "flash-attn-res": "flash-attn-res",
     "fast-attnres": "fast-attnres",

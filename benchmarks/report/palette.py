@@ -10,6 +10,7 @@ _SERIES = {
     "standard": "s-standard",
     "copy": "s-standard",
     "fla": "s-triton",
+    "fla-keep": "s-triton",
     "fla-gluon": "s-triton",
     "liger": "s-liger",
 }

@@ -12,7 +12,7 @@ import pytest
 from attnres_ext.benchmarks.report import kept, notices, page
 from attnres_ext.benchmarks.report.html import tag, text
 from attnres_ext.benchmarks.report.page import CONTENTS
-from attnres_ext.benchmarks.report.sections import build, roof
+from attnres_ext.benchmarks.report.sections import build, rivals, roof
 from attnres_ext.cli.main import main
 from tests.benchmarks import made_up
 
@@ -125,6 +125,23 @@ def test_who_was_not_timed_is_named_with_the_reason(parsed: Page) -> None:
     assert "flash-linear-attention not here: fla is not installed & <never> was" in parsed.text
     assert "Liger refused: wrong results: gradient of the query is off" in parsed.text
     assert "failed: RuntimeError: no device" in parsed.text
+
+
+def test_who_is_nowhere_is_named_once() -> None:
+    rows = (
+        *(made_up.timed(case, "ours", 1e-3) for case in (made_up.MIX, made_up.ADD)),
+        *(made_up.timed(case, "eager", 5e-3) for case in (made_up.MIX, made_up.ADD)),
+        *(made_up.refused(c, "fla", "absent", "no Triton") for c in (made_up.MIX, made_up.ADD)),
+        made_up.refused(made_up.MIX, "liger", "absent", "too many sources"),
+        made_up.timed(made_up.ADD, "liger", 2e-3),
+    )
+    run = kept.Run("a.jsonl", made_up.facts("2026-01-01"), rows, ())
+    page = Page(str(rivals.section(kept.Kept(Path(), (run,)))))
+    assert page.text.count("no Triton") == 1
+    cells = ["".join(row) for row in page.rows]
+    assert not any("no Triton" in cell for cell in cells)
+    assert sum("Liger not here: too many sources" in cell for cell in cells) == 1
+    assert sum("2.0 × Liger" in cell for cell in cells) == 1
 
 
 def test_overhead_over_depth_is_drawn_and_said(parsed: Page) -> None:

@@ -10,6 +10,7 @@ from attnres_ext.benchmarks.report.html import Html, tag, value
 from attnres_ext.benchmarks.report.kept import Kept, Place
 from attnres_ext.benchmarks.report.palette import series
 from attnres_ext.benchmarks.report.scales import Scale, logarithmic_ticks
+from attnres_ext.benchmarks.report.sections.rivals import absent, absent_notes
 
 
 def section(kept: Kept) -> Html | None:
@@ -28,10 +29,11 @@ def section(kept: Kept) -> Html | None:
 
 def _place(kept: Kept, place: Place) -> Html | None:
     runs, groups, times = [], {}, []
+    nowhere = absent(kept, place)
     for case, run in kept.newest(place).items():
         rows = {name: row for name, row in run.by_case[case].items() if row.origin == "host"}
         for name, row in rows.items():
-            if row.status == "unsupported":
+            if row.status == "unsupported" or name in nowhere:
                 continue
             heading = wording.contestant(name)
             if row.seconds is None:
@@ -59,4 +61,4 @@ def _place(kept: Kept, place: Place) -> Html | None:
         axis,
         [([code(operator), tag("small", what)], rows) for (operator, what), rows in groups.items()],
     )
-    return figure(place.label, drawn, *sources(runs))
+    return figure(place.label, drawn, *absent_notes(kept, place), *sources(runs))

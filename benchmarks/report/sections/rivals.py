@@ -42,8 +42,35 @@ def rivals(rows: Mapping[str, Result]) -> dict[str, Result]:
     }
 
 
+def absent(kept: Kept, place: Place) -> dict[str, Result]:
+    """Who was in none of a place's cases, so that saying it once is enough; a row of each."""
+    rows: dict[str, list[Result]] = {}
+    for case, run in kept.newest(place).items():
+        for name, row in rivals(run.by_case[case]).items():
+            rows.setdefault(name, []).append(row)
+    return {
+        name: found[0]
+        for name, found in rows.items()
+        if all(row.status == "absent" for row in found)
+    }
+
+
+def absent_notes(kept: Kept, place: Place) -> list[Html]:
+    """Sentences about them, for below a chart."""
+    return [
+        tag(
+            "p",
+            f"{wording.contestant(name)} ",
+            reason(row.status, row.reason),
+            class_="source",
+        )
+        for name, row in absent(kept, place).items()
+    ]
+
+
 def _place(kept: Kept, place: Place) -> Html | None:
     runs, groups, ratios = [], {}, [1.0, 2.0]
+    nowhere = absent(kept, place)
     for case, run in kept.newest(place).items():
         rows = run.by_case[case]
         ours, others = rows.get("ours"), rivals(rows)
@@ -58,8 +85,10 @@ def _place(kept: Kept, place: Place) -> Html | None:
                 if ratio < 1:
                     label.append(", faster than ours")
                 bars.append(Bar(ratio, series(name), label))
-            else:
-                bars.append(_absent(name, row, ours))
+            elif name not in nowhere:
+                bars.append(_refused(name, row, ours))
+        if not bars:
+            continue
         heading = [ours.shape, tag("small", ours.work)]
         mine = value(ours.seconds, wording.seconds(ours.seconds)) if ours.seconds else "–"
         groups.setdefault(ours.operator, []).append(Row(heading, bars, [mine]))
@@ -75,10 +104,10 @@ def _place(kept: Kept, place: Place) -> Html | None:
         axis,
         [(code(operator), rows) for operator, rows in groups.items()],
     )
-    return figure(place.label, drawn, *sources(runs))
+    return figure(place.label, drawn, *absent_notes(kept, place), *sources(runs))
 
 
-def _absent(name: str, row: Result, ours: Result) -> Html:
+def _refused(name: str, row: Result, ours: Result) -> Html:
     if row.seconds:
         why: str | Html = (
             f"takes {wording.seconds(row.seconds)}; ours was not timed ({ours.status})"
