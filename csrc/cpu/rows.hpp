@@ -91,6 +91,12 @@ struct Mixed {
   }
 };
 
+// Whether every row that an Access reads holds values of the compute type.
+template <typename Access>
+constexpr bool kIsCompute = false;
+template <typename A>
+constexpr bool kIsCompute<Uniform<A, A>> = true;
+
 // `kVectors` whole vectors from column c on, or the partial vector at the end of a row. Loops over
 // a row are written once, as a function of a tile.
 template <typename Access, int kVectors>
