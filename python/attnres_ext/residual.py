@@ -51,8 +51,8 @@ class AttentionResiduals(nn.Module):
         eps: Epsilon of the key RMSNorm, and of the fused output norm where a read gives none.
         two_phase: Whether a block's sites read its finished blocks all at once (paper, Algorithm
             1). ``"auto"`` asks the traffic plan. Results are the same up to rounding.
-        save: What the single pass keeps for its backward: ``"nothing"``, ``"stats"`` or
-            ``"output"``.
+        save: What reads keep for their backward besides their sources: ``"nothing"``, ``"stats"``
+            or ``"output"``. Two phases keep phase 1's results, unless it is ``"nothing"``.
         device: Where the parameters are made.
 
     Raises:

@@ -100,7 +100,8 @@ class ResidualState(ABC):
             raise RuntimeError(
                 f"read: site {site} was asked for, but {turn}; sites are read once and in order. "
                 "Under activation checkpointing, reads inside of the checkpointed function need "
-                "torch.utils.checkpoint with use_reentrant=False"
+                "torch.utils.checkpoint with use_reentrant=False, and must not be compiled: "
+                "compile around the checkpoint, or the sublayers alone"
             )
         if self._pending is None:
             raise RuntimeError(

@@ -128,7 +128,7 @@ class TrainingState(_BlockState):
         return self._pending is None and self._site < self._residual.num_sites
 
     def _take_turn(self, site: int, norm_weight: Tensor | None, norm_eps: float | None) -> Tensor:
-        if site < self._site:
+        if site < self._site and not torch.compiler.is_compiling():
             repetition = self._repeat(site)
             if repetition is not None:
                 return repetition._take_turn(site, norm_weight, norm_eps)

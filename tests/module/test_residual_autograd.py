@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -298,30 +297,6 @@ def test_bfloat16(options):
     assert all(
         grad.dtype == torch.float32 for name, grad in grads.items() if name.startswith("residual")
     )
-
-
-@pytest.mark.slow
-@every_mode
-def test_compiles_as_one_graph(options):
-    model = toy(4, **options)
-    expected = gradients(model, embed(4), model)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    assert_same(gradients(model, embed(4), compiled), expected)
-
-
-@pytest.mark.slow
-def test_compiles_for_any_number_of_tokens():
-    model = toy(4, sublayers_per_block=2)
-    torch._dynamo.reset()
-    backend = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
-    compilations = set()
-    for tokens in (4, 7, 11):
-        x = embed(tokens)
-        assert_same(gradients(model, x, compiled), gradients(model, x, model))
-        compilations.add(backend.frame_count)
-    assert len(compilations) == 1, "another number of tokens compiled again"
 
 
 @every_mode
