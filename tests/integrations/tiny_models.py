@@ -47,6 +47,7 @@ FITTING = {
     "stablelm": {},
     "nemotron": {},  # LayerNorm with a gain of 1 + weight
     "glm": {"head_dim": 8},
+    "nanochat": {},  # its last norm is also its first, on the embedding
     "gpt2": {},
     "gpt_neox": {"use_parallel_residual": False},  # sublayer + stream, in this order
     "bloom": {},  # the addition is inside of the sublayer; layers return tuples

@@ -191,5 +191,8 @@ def test_python_layers() -> None:
     for path in (package / "models").rglob("*.py"):
         for name in ("cli", "training", "benchmarks"):
             assert not any(m.startswith(f"attnres_ext.{name}") for m in imported(path)), path.name
+    for path in package.rglob("*.py"):
+        if "integrations" not in path.parts:
+            assert not {"transformers", "peft", "accelerate"} & imported(path), path.name
     # The definition depends on nothing but torch.
     assert not any(m.startswith("attnres_ext") for m in imported(package / "reference.py"))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from attnres_ext.integrations.transformers.norms import NormRead
 from attnres_ext.integrations.transformers.stream import Stream
+from attnres_ext.recomputation import Region
 from attnres_ext.residual import AttentionResiduals
 
 __all__ = ["MODULE", "FinalRead", "LayerRead", "begin", "end"]
@@ -35,6 +38,11 @@ class ForwardPass:
         self._shows_hidden_states = hidden_states
         self._last: Stream | None = None
         self._shown: Tensor | None = None
+
+    @property
+    def entered(self) -> bool:
+        """Whether a layer has run."""
+        return self._last is not None
 
     def enter(self, site: int, hidden: Tensor, repeated: bool = False) -> Stream:
         """The stream for whoever reads ``site`` next and gets ``hidden`` ``[..., D]``."""
@@ -62,6 +70,9 @@ class ForwardPass:
 
 
 _running = threading.local()
+
+#: Input of a layer under a checkpoint that wraps it -> what to repeat in the backward.
+_checkpointed: MutableMapping[Tensor, tuple[ForwardPass, Stream]] = WeakIdKeyDictionary()
 
 
 def _current() -> ForwardPass | None:
@@ -96,18 +107,18 @@ class LayerRead:
 
     def forward(self, *args, **kwargs) -> Any:
         """The layer's forward; tensors in, tensors out."""
-        current = _current()
-        if current is None:
-            raise RuntimeError(
-                f"{type(self._layer).__name__} runs outside of its model's forward, where there "
-                "are no sources to attend over. Activation checkpointing is the model's to do "
-                "(activation_checkpointing_enable), and modules are compiled with the whole model"
-            )
         if self._argument in kwargs:
             hidden = kwargs.pop(self._argument)
         else:
             hidden, *args = args
-        stream = current.enter(self._first_site, hidden, repeated=self._checkpoints())
+        current = _current()
+        if current is None:
+            current, stream = self._again(hidden)
+        else:
+            stream = current.enter(self._first_site, hidden, self._checkpoints())
+            if not torch.compiler.is_compiling() and Region.hook() is not None:
+                stream.repeated = True
+                _checkpointed[hidden] = current, stream
         if self.previous is None:
             output = type(self._layer).forward(self._layer, stream, *args, **kwargs)
         else:
@@ -115,6 +126,15 @@ class LayerRead:
         if isinstance(output, tuple):
             return (current.leave(output[0]), *output[1:])
         return current.leave(output)
+
+    def _again(self, hidden: Tensor) -> tuple[ForwardPass, Stream]:
+        """The forward that a checkpoint around the layer repeats."""
+        if hidden not in _checkpointed:
+            raise RuntimeError(
+                f"{type(self._layer).__name__} runs outside of its model's forward, where there "
+                "are no sources to attend over; a checkpoint may wrap a layer, but not several"
+            )
+        return _checkpointed[hidden]
 
     def _checkpoints(self) -> bool:
         layer = self._layer
@@ -133,8 +153,9 @@ class FinalRead(NormRead):
     """In the place of the ``forward`` of the norm behind the last layer."""
 
     def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
-        """Reads the output site; outside of a forward pass it is the norm."""
+        """Reads the output site; before the first layer and outside of a forward it is the
+        norm."""
         current = _current()
-        if current is None:
+        if current is None or not current.entered:
             return self.original(hidden_states, *args, **kwargs)
         return current.enter(current.residual.num_sublayers, hidden_states).read(self)

@@ -89,7 +89,7 @@ class Stream(StreamLike):
     ) -> None:
         self._residual = residual
         self._state = state
-        self._repeated = repeated
+        self.repeated = repeated
         self._read = False
         self._shape, self._dtype, self._device = pending.shape, dtype, pending.device
         self._pending: Tensor | None = pending
@@ -137,7 +137,7 @@ class Stream(StreamLike):
         removes that factor, but for its epsilon: taken as ``eps / n²``, it acts as it did on the
         usual stream.
         """
-        if self._read and not self._repeated:
+        if self._read and not self.repeated:
             raise MisfitError("reads the same residual stream with two norms (parallel sublayers)")
         if not self._read:
             if self._state is None:
