@@ -2,9 +2,11 @@
 
 import json
 import re
+import weakref
 
 import pytest
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from attnres_ext.models.kimi_linear import (
@@ -139,6 +141,134 @@ def test_public_variants_are_read(tmp_path):
     other = make_model(seed=1)
     load_weights(other, tmp_path / "public.safetensors")
     assert_same(model, other)
+
+
+def test_large_models_are_saved_in_several_files(tmp_path):
+    model = make_model()
+    save_weights(model, tmp_path)
+    path = save_weights(model, tmp_path, max_shard_bytes=50_000)
+    assert path.name == "model.safetensors.index.json"
+    weight_map = json.loads(path.read_text())["weight_map"]
+    assert weight_map.keys() == public_names()
+    files = sorted(set(weight_map.values()))
+    count = len(files)
+    assert count > 2
+    assert files == [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    for file in files:
+        tensors = load_file(tmp_path / file)
+        assert set(tensors) == {name for name, place in weight_map.items() if place == file}
+        assert sum(tensor.nbytes for tensor in tensors.values()) <= 50_000
+    # Nothing is left of the single file, nor of the several once there is a single one again.
+    assert {file.name for file in tmp_path.iterdir()} == {*files, "config.json", path.name}
+    assert_same(model, load_model(tmp_path))
+    other = make_model(seed=3)
+    save_weights(other, tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    assert_same(other, load_model(tmp_path))
+
+
+def test_a_failed_save_in_several_files_leaves_the_old_ones(tmp_path, monkeypatch):
+    save_weights(make_model(), tmp_path, max_shard_bytes=50_000)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    calls = []
+
+    def fail(tensors, path, **kwargs):
+        calls.append(path)
+        if len(calls) == 3:
+            raise OSError("disk full")
+        save_file(tensors, path, **kwargs)
+
+    monkeypatch.setattr("attnres_ext.models.kimi_linear.weights.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_weights(make_model(seed=1), tmp_path, max_shard_bytes=50_000)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("spelling", "names"),
+    [
+        ("fla", {"layers.2.attn_res_proj", "layers.0.mlp_res_norm", "res_proj", "res_norm"}),
+        ("torchtitan", {"layers.2.attention_res_norm", "layers.3.ffn_res_proj", "output_res_norm"}),
+        ("k3", {"layers.2.self_attention_res_proj", "output_attn_res_norm"}),
+    ],
+)
+def test_residual_parameters_in_every_spelling(tmp_path, spelling, names):
+    model = make_model()
+    path = save_weights(model, tmp_path, residual_names=spelling)
+    assert {f"model.{name}.weight" for name in names} <= load_file(path).keys()
+    assert len(load_file(path)) == len(public_names())
+    assert_same(model, load_model(tmp_path))
+
+
+def test_an_unknown_spelling_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match=r"spelt 'jax'; they can be spelt k3, fla, torchtitan"):
+        save_weights(make_model(), tmp_path / "new", residual_names="jax")
+    assert not (tmp_path / "new").exists()
+
+
+def test_loading_holds_one_file_and_one_tensor_at_a_time(tmp_path, monkeypatch):
+    """Beside the model itself; counted in what safetensors hands out."""
+    save_weights(make_model(), tmp_path, max_shard_bytes=50_000)
+    files, tensors, most = [], [], 0
+
+    class Counting:
+        def __init__(self, path, **kwargs):
+            self._file = safe_open(path, **kwargs)
+
+        def __enter__(self):
+            files.append(self)
+            assert len(files) == 1
+            self._opened = self._file.__enter__()
+            return self
+
+        def __exit__(self, *error):
+            files.remove(self)
+            return self._file.__exit__(*error)
+
+        def __getattr__(self, name):
+            return getattr(self._opened, name)
+
+        def get_tensor(self, name):
+            nonlocal most
+            # Storages, whose clones and views die with them.
+            tensors[:] = [alive for alive in tensors if alive() is not None]
+            tensor = self._opened.get_tensor(name)
+            tensors.append(weakref.ref(tensor))
+            most = max(most, len(tensors))
+            return tensor
+
+    monkeypatch.setattr("attnres_ext.models.kimi_linear.weights.safe_open", Counting)
+    load_model(tmp_path)
+    # The one just handed out, and at most the one that its variable still held.
+    assert most <= 2
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: next(folder.glob("model-00002*")).unlink(), "names files that are missing"),
+        (lambda folder: (folder / "model.safetensors.index.json").write_text("[]"), "no index"),
+        (lambda folder: (folder / "model.safetensors.index.json").write_text("{"), "no index"),
+    ],
+    ids=["shard", "list", "half"],
+)
+def test_damaged_sets_of_files_give_sentences(tmp_path, damage, message):
+    save_weights(make_model(), tmp_path, max_shard_bytes=50_000)
+    damage(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load_weights(make_model(), tmp_path)
+
+
+def test_a_truncated_file_is_found_before_anything_is_loaded(tmp_path):
+    save_weights(make_model(), tmp_path, max_shard_bytes=50_000)
+    (last,) = tmp_path.glob("model-00003-*")
+    last.write_bytes(last.read_bytes()[:-5])
+    model = make_model(seed=1)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(SafetensorError):
+        load_weights(model, tmp_path)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
 
 
 def test_sharded_checkpoints_are_read(tmp_path):

@@ -17,6 +17,17 @@ class Given(argparse.Action):
         namespace.given = {**given, self.dest: option_string}
 
 
+class GivenFlag(Given):
+    """A switch, off unless named; remembers that the user named it."""
+
+    def __init__(self, option_strings, dest, help=None):
+        super().__init__(option_strings, dest, nargs=0, default=False, help=help)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        """Switches on."""
+        super().__call__(parser, namespace, True, option_string)
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows defaults, and the epilog as it was typed."""
 

@@ -74,7 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return module.run(args)
     except UserError as error:
-        print(f"attnres {args.command}: {error}", file=sys.stderr)
+        # Under torchrun all processes find the same mistake; one of them says so.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"attnres {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"attnres {args.command}: interrupted", file=sys.stderr)

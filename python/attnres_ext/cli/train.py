@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from attnres_ext.cli.arguments import Given, HelpFormatter, list_of, number, one_of
+from attnres_ext.cli.arguments import Given, GivenFlag, HelpFormatter, list_of, number, one_of
 
 _EXAMPLES = """\
 examples:
@@ -15,6 +15,10 @@ examples:
   # All three modes, two seeds each, byte-pair encoding, on a folder of text.
   attnres train --text books/ --tokenizer bpe --residual standard,block,full --seeds 0,1 \\
       --steps 2000 --out runs/books
+
+  # Four GPUs of one machine: every model and optimizer is sharded over them (FSDP2).
+  torchrun --nproc-per-node 4 -m attnres_ext train --device cuda --precision bfloat16 \\
+      --preset small --batch-size 64 --sequence-length 2048 --compile --out runs/small
 
   # After a kill: continues from the last checkpoint, with the settings the run began with.
   attnres train --out runs/books --resume
@@ -38,6 +42,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     _add_text_arguments(parser)
     _add_model_arguments(parser)
     _add_optimization_arguments(parser)
+    _add_machine_arguments(parser)
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,7 +69,28 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--validation-batches", type=number(int, least=1), default=8, action=Given, metavar="N",
         help="batches of a validation, spread over the held-out text",
     )  # fmt: skip
-    group.add_argument("--device", default="cpu", action=Given, help="cpu, cuda, cuda:1, ...")
+
+
+def _add_machine_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("machine")
+    group.add_argument(
+        "--device", default="cpu", action=Given,
+        help="cpu, cuda, cuda:1, ...; under torchrun each process takes its own",
+    )  # fmt: skip
+    group.add_argument(
+        "--precision", type=one_of("float32", "bfloat16"), default="float32", action=Given,
+        metavar="DTYPE", help="float32, or bfloat16 by autocast (weights stay float32)",
+    )  # fmt: skip
+    group.add_argument(
+        "--gradient-accumulation", type=number(int, least=1), default=1, action=Given, metavar="N",
+        help="compute a batch in N parts, one after the other: less memory, same values",
+    )  # fmt: skip
+    group.add_argument(
+        "--activation-checkpointing",
+        action=GivenFlag,
+        help="compute sublayers again in the backward: less memory, same values",
+    )
+    group.add_argument("--compile", action=GivenFlag, help="compile sublayers with torch.compile")
 
 
 def _add_text_arguments(parser: argparse.ArgumentParser) -> None:

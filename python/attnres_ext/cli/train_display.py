@@ -25,9 +25,11 @@ class Display:
     Args:
         settings: The run's settings.
         done: Steps done when the display begins.
+        quiet: Show nothing: another process does.
     """
 
-    def __init__(self, settings: Settings, done: int):
+    def __init__(self, settings: Settings, done: int, quiet: bool = False):
+        self._quiet = quiet
         console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("step"),
@@ -36,7 +38,7 @@ class Display:
             TimeRemainingColumn(),
             TextColumn("{task.fields[losses]}"),
             console=console,
-            disable=not console.is_terminal,
+            disable=quiet or not console.is_terminal,
         )
         self._task = self._progress.add_task(
             "train", total=settings.steps, completed=done, losses=""
@@ -63,7 +65,7 @@ class Display:
             if record.loss is not None
         )
         self._progress.update(self._task, completed=step, losses=losses)
-        if records[0].val_loss is not None:
+        if records[0].val_loss is not None and not self._quiet:
             validation = "  ".join(
                 f"{name} {record.val_loss:.4f}" for name, record in zip(names, records, strict=True)
             )

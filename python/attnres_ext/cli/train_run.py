@@ -7,6 +7,7 @@ import dataclasses
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from attnres_ext.cli.train_display import Display, print_table
 from attnres_ext.models.kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
 from attnres_ext.training.checkpoint import ArmState, load_arm
 from attnres_ext.training.data import Corpus, check_utf8, read_text, tokenize
+from attnres_ext.training.distributed import World, as_shards, joined
 from attnres_ext.training.errors import UserError
 from attnres_ext.training.files import write_json
 from attnres_ext.training.loop import Arm, Settings, build_arms, depth_weights, train
@@ -34,6 +36,12 @@ def start_run(args: argparse.Namespace) -> int:
 
     Everything that can be wrong with the request is found before anything is written.
     """
+    check_device(args.device)
+    with joined(args.device) as world:
+        return _start(args, world)
+
+
+def _start(args: argparse.Namespace, world: World) -> int:
     check_vacant(args.out, args.overwrite)
     settings = _settings(args)
     text = read_text(args.text, args.validation_fraction)
@@ -51,7 +59,7 @@ def start_run(args: argparse.Namespace) -> int:
         args.sublayers_per_block,
         settings.sequence_length,
     )
-    arms = _build(settings, config)
+    arms = _build(settings, config, world)
     description = {
         "format": FORMAT,
         "attnres_ext": _C.version,
@@ -67,18 +75,24 @@ def start_run(args: argparse.Namespace) -> int:
             "fingerprint": text.fingerprint,
         },
     }
-    run = Run.create(args.out, description, tokenizer, args.overwrite)
-    with run.lock():
-        return _train(run, description, settings, config, tokenizer, corpus, arms, 0)
+    # Nothing is created while another process may still be looking for an empty directory.
+    world.wait()
+    if world.leads:
+        run = Run.create(args.out, description, tokenizer, args.overwrite)
+    else:
+        run = Run(args.out.absolute())
+    with _locked(run, world):
+        return _train(run, description, settings, config, tokenizer, corpus, arms, 0, world)
 
 
 def resume_run(args: argparse.Namespace) -> int:
     """Continues the run in ``args.out`` from its last checkpoint; returns the exit code."""
     run = Run.open(args.out)
-    with run.lock():
-        description = run.description
-        _check_unchanged(args, description)
-        settings = _stored_settings(description)
+    description = run.description
+    _check_unchanged(args, description)
+    settings = _stored_settings(description)
+    check_device(settings.device)
+    with joined(settings.device) as world, _locked(run, world):
         config = KimiLinearConfig.from_dict(description["config"])
         tokenizer = run.tokenizer
         stored = description["text"]
@@ -91,16 +105,21 @@ def resume_run(args: argparse.Namespace) -> int:
             )
         corpus = tokenize(text, tokenizer, settings.sequence_length)
         step, checkpoint = run.latest_checkpoint()
-        arms = _build(settings, config)
+        arms = _build(settings, config, world)
         if checkpoint is not None:
             for arm in arms:
                 load_arm(checkpoint, _state(arm))
-        run.rewind(step if checkpoint else None)
-        return _train(run, description, settings, config, tokenizer, corpus, arms, step)
+        world.wait()
+        if world.leads:
+            run.rewind(step if checkpoint else None)
+        return _train(run, description, settings, config, tokenizer, corpus, arms, step, world)
+
+
+def _locked(run: Run, world: World) -> AbstractContextManager[None]:
+    return run.lock() if world.leads else nullcontext()
 
 
 def _settings(args: argparse.Namespace) -> Settings:
-    check_device(args.device)
     named = {
         field.name: getattr(args, field.name)
         for field in dataclasses.fields(Settings)
@@ -144,11 +163,11 @@ def _shown(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _build(settings: Settings, config: KimiLinearConfig) -> list[Arm]:
+def _build(settings: Settings, config: KimiLinearConfig, world: World) -> list[Arm]:
     def make_model(residual: str) -> KimiLinearForCausalLM:
         return KimiLinearForCausalLM(config.replace(residual=residual))
 
-    return build_arms(settings, make_model)
+    return build_arms(settings, make_model, world)
 
 
 def _state(arm: Arm) -> ArmState:
@@ -164,27 +183,36 @@ def _train(
     corpus: Corpus,
     arms: list[Arm],
     done: int,
+    world: World,
 ) -> int:
     states = [_state(arm) for arm in arms]
     title = _title(description, settings, corpus)
-    print(title, file=sys.stderr)
+    if world.leads:
+        print(title, file=sys.stderr)
     saved = done
-    with _StopRequest() as stop, Display(settings, done) as display:
-        for records in train(arms, corpus, settings, first_step=done + 1):
-            run.append(records)
+    with _StopRequest() as stop, Display(settings, done, quiet=not world.leads) as display:
+        for records in train(arms, corpus, settings, done + 1, world):
             done = records[0].step
+            if world.leads:
+                run.append(records)
             display.show(records)
+            stopping = world.any(stop.requested)
             wanted = done % settings.checkpoint_every == 0 or done == settings.steps
-            if done > saved and (wanted or stop.requested):
-                run.save(done, states, tokenizer)
+            if done > saved and (wanted or stopping):
+                for arm in arms:
+                    as_shards(arm.model)
+                run.save(done, states, tokenizer, write=world.leads)
                 saved = done
-            if stop.requested and done < settings.steps:
+            if stopping and done < settings.steps:
                 break
     if done < settings.steps:
-        command = f"attnres train --out {run.path} --resume"
-        print(f"stopped after step {done}; continue with: {command}", file=sys.stderr)
+        if world.leads:
+            command = f"attnres train --out {run.path} --resume"
+            print(f"stopped after step {done}; continue with: {command}", file=sys.stderr)
         return 130
-    _report(run, settings, config, corpus, arms, title)
+    depth = _depth(arms, config, corpus, settings, world)
+    if world.leads:
+        _report(run, arms, corpus, depth, title)
     return 0
 
 
@@ -196,26 +224,30 @@ def _title(description: dict[str, Any], settings: Settings, corpus: Corpus) -> s
     )
 
 
-def _report(
-    run: Run,
-    settings: Settings,
+def _depth(
+    arms: Sequence[Arm],
     config: KimiLinearConfig,
     corpus: Corpus,
-    arms: Sequence[Arm],
-    title: str,
-) -> None:
-    parameters = {arm.residual: arm.num_parameters for arm in arms}
-    records = run.records()
-    rows = summarize(records, parameters, corpus.bytes_per_token)
-    depth = {
+    settings: Settings,
+    world: World,
+) -> dict[str, dict[str, Any]]:
+    return {
         arm.name: {
             "sites": site_names(config),
             "sources": source_names(config, arm.model.residual),
-            "weights": depth_weights(arm, corpus, settings),
+            "weights": depth_weights(arm, corpus, settings, world),
         }
         for arm in arms
         if arm.residual != "standard"
     }
+
+
+def _report(
+    run: Run, arms: Sequence[Arm], corpus: Corpus, depth: dict[str, dict[str, Any]], title: str
+) -> None:
+    parameters = {arm.residual: arm.num_parameters for arm in arms}
+    records = run.records()
+    rows = summarize(records, parameters, corpus.bytes_per_token)
     summary = {"arms": [dataclasses.asdict(row) for row in rows], "depth_attention": depth}
     write_json(run.path / "summary.json", summary)
     _plot(run, records, depth, title)

@@ -23,7 +23,7 @@ import os
 import re
 import shutil
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from torch import nn
 
 from attnres_ext.models.kimi_linear.configuration import KimiLinearConfig
 from attnres_ext.models.kimi_linear.modeling import KimiLinearForCausalLM
+from attnres_ext.models.kimi_linear.shards import gathered, share_of
 from attnres_ext.models.kimi_linear.weights import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -67,7 +68,12 @@ class ArmState:
 
 
 def save_checkpoint(
-    folder: Path, step: int, arms: Sequence[ArmState], tokenizer: Tokenizer, keep: int = 1
+    folder: Path,
+    step: int,
+    arms: Sequence[ArmState],
+    tokenizer: Tokenizer,
+    keep: int = 1,
+    write: bool = True,
 ) -> Path:
     """Writes ``folder/step-N`` and removes all but the newest ``keep`` checkpoints.
 
@@ -77,23 +83,31 @@ def save_checkpoint(
         arms: Every arm of the run.
         tokenizer: Saved with each arm, so that an arm's folder is all that inference needs.
         keep: How many checkpoints stay.
+        write: False only takes part in gathering what is spread over processes, all of which have
+            to call this; one of them writes.
 
     Returns:
         The checkpoint's folder.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder)
     target = folder / f"step-{step:06d}"
     building = folder / f".{target.name}.tmp"
+    if write:
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
     files = {}
     for arm in arms:
         arm_folder = building / arm.name
-        save_weights(arm.model, arm_folder)
-        save_file(_optimizer_tensors(arm.model, arm.optimizer), arm_folder / _OPTIMIZER)
+        save_weights(arm.model, arm_folder, write=write)
+        moments = _optimizer_tensors(arm.model, arm.optimizer)
+        if not write:
+            continue
+        save_file(moments, arm_folder / _OPTIMIZER)
         save_tokenizer(tokenizer, arm_folder / _TOKENIZER)
         for path in sorted(arm_folder.iterdir()):
             files[f"{arm.name}/{path.name}"] = _describe(path, sync=True)
         sync_directory(arm_folder)
+    if not write:
+        return target
     manifest = {"step": step, "arms": [arm.name for arm in arms], "files": files}
     write_json(building / _MANIFEST, manifest)
     sync_directory(building)
@@ -141,7 +155,7 @@ def load_arm(checkpoint: Path, arm: ArmState) -> None:
     index = {id(parameter): i for i, parameter in enumerate(_optimizer_parameters(arm.optimizer))}
     for name, parameter in arm.model.named_parameters():
         entries = {
-            key.removeprefix(f"{name}:"): tensor
+            key.removeprefix(f"{name}:"): share_of(tensor, parameter) if tensor.ndim else tensor
             for key, tensor in tensors.items()
             if key.startswith(f"{name}:")
         }
@@ -273,11 +287,6 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
         raise UserError(f"{path} is damaged: {error}") from error
 
 
-def _contiguous(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    # safetensors refuses tensors that share storage; a clone of tied weights is what it wants.
-    return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
-
-
 def _optimizer_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
@@ -285,13 +294,12 @@ def _optimizer_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter
 def _optimizer_tensors(
     model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> dict[str, torch.Tensor]:
-    return _contiguous(
-        {
-            f"{name}:{key}": value
-            for name, parameter in model.named_parameters()
-            for key, value in optimizer.state.get(parameter, {}).items()
-        }
-    )
+    # safetensors refuses tensors that share storage: each is a copy.
+    return {
+        f"{name}:{key}": gathered(value.detach()).cpu().clone()
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
 
 
 def _describe(path: Path, sync: bool = False) -> dict[str, Any]:

@@ -16,8 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from attnres_ext.models.kimi_linear.shards import gathered
 from attnres_ext.training.data import Corpus, step_seed
+from attnres_ext.training.distributed import (
+    World,
+    add_router_loads,
+    synchronize_gradients,
+)
 from attnres_ext.training.errors import UserError
+from attnres_ext.training.preparation import prepare
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,13 @@ class Settings:
         validation_batches: Batches of a validation.
         checkpoint_every: Steps between checkpoints.
         device: Where to train, as torch names it.
+        precision: "float32", or "bfloat16": products and the residual's sums in bfloat16 by
+            autocast; parameters and optimizer stay float32.
+        compile: Whether sublayers go through ``torch.compile``.
+        activation_checkpointing: Whether sublayers are computed again in the backward instead of
+            keeping what it needs.
+        gradient_accumulation: In how many parts a batch is computed, one after the other. Values
+            are those of the whole batch up to rounding.
     """
 
     residuals: tuple[str, ...] = ("standard", "block")
@@ -55,6 +69,10 @@ class Settings:
     validation_batches: int = 8
     checkpoint_every: int = 50
     device: str = "cpu"
+    precision: str = "float32"
+    compile: bool = False
+    activation_checkpointing: bool = False
+    gradient_accumulation: int = 1
 
 
 @dataclass
@@ -111,26 +129,42 @@ class Record:
     ms: float | None
 
 
-def build_arms(settings: Settings, make_model: Callable[[str], nn.Module]) -> list[Arm]:
+def build_arms(
+    settings: Settings, make_model: Callable[[str], nn.Module], world: World | None = None
+) -> list[Arm]:
     """Builds every arm; arms of one seed start from the same weights.
 
     Args:
         settings: The run's settings.
         make_model: Gives a freshly initialised model for a residual mode. Parameters that two
             modes share by name and shape are copied from the first mode's model.
+        world: The processes that train it; None is this one alone.
+
+    Raises:
+        UserError: A batch cannot be shared out evenly.
     """
+    world = world or World(device=settings.device)
+    parts = world.size * settings.gradient_accumulation
+    if settings.batch_size % parts:
+        raise UserError(
+            f"--batch-size {settings.batch_size} cannot be shared out evenly: {world.size} "
+            f"processes times --gradient-accumulation {settings.gradient_accumulation} are "
+            f"{parts} parts"
+        )
     arms = []
     for seed in settings.seeds:
         first: dict[str, torch.Tensor] | None = None
         for residual in settings.residuals:
             torch.manual_seed(seed)
-            model = make_model(residual).to(settings.device)
+            model = make_model(residual).to(world.device)
             state = model.state_dict()
             if first is None:
-                first = state
+                # Sharding leaves nothing in the model's own tensors.
+                first = {name: tensor.clone() for name, tensor in state.items()}
             for name, tensor in state.items():
                 if name in first and first[name].shape == tensor.shape:
                     tensor.copy_(first[name])
+            prepare(model, world, settings.compile, settings.activation_checkpointing)
             arms.append(Arm(residual, seed, model, make_optimizer(model, settings)))
     return arms
 
@@ -158,7 +192,11 @@ def learning_rate(settings: Settings, step: int) -> float:
 
 
 def train(
-    arms: Sequence[Arm], corpus: Corpus, settings: Settings, first_step: int
+    arms: Sequence[Arm],
+    corpus: Corpus,
+    settings: Settings,
+    first_step: int,
+    world: World | None = None,
 ) -> Iterator[list[Record]]:
     """Trains all arms side by side.
 
@@ -167,6 +205,8 @@ def train(
         corpus: Where batches come from.
         settings: The run's settings.
         first_step: 1-based step to begin with; 1 also validates the untrained arms.
+        world: The processes that train; None is this one alone. Each computes its share of every
+            batch, and all yield the same losses.
 
     Yields:
         The records of each step, one per arm in the order of ``arms``. Between two yields the arms
@@ -175,12 +215,16 @@ def train(
     Raises:
         UserError: A loss is no longer finite.
     """
+    world = world or World(device=settings.device)
     tokens = settings.batch_size * settings.sequence_length
     if first_step == 1:
         yield [
-            Record(arm.residual, arm.seed, 0, 0, None, validate(arm, corpus, settings), *[None] * 3)
+            Record(
+                arm.residual, arm.seed, 0, 0, None, validate(arm, corpus, settings, world),
+                lr=None, grad_norm=None, ms=None,
+            )
             for arm in arms
-        ]
+        ]  # fmt: skip
     for step in range(first_step, settings.steps + 1):
         rate = learning_rate(settings, step)
         records: dict[str, Record] = {}
@@ -192,29 +236,42 @@ def train(
             )
             torch.manual_seed(step_seed(arm.seed, step))
             start = time.perf_counter()
-            loss, norm = _step(arm, inputs, targets, rate, settings)
+            loss, norm = _step(arm, inputs, targets, rate, settings, world)
+            if world.device.startswith("cuda"):
+                torch.cuda.synchronize()
             elapsed = (time.perf_counter() - start) * 1e3
             records[arm.name] = Record(
                 arm.residual, arm.seed, step, step * tokens, loss, None, rate, norm, elapsed
             )
         if step % settings.validate_every == 0 or step == settings.steps:
             for arm in arms:
-                value = validate(arm, corpus, settings)
+                value = validate(arm, corpus, settings, world)
                 records[arm.name] = _with_validation(records[arm.name], value)
         yield [records[arm.name] for arm in arms]
 
 
 def _step(
-    arm: Arm, inputs: torch.Tensor, targets: torch.Tensor, rate: float, settings: Settings
+    arm: Arm,
+    inputs: torch.Tensor,
+    targets: torch.Tensor,
+    rate: float,
+    settings: Settings,
+    world: World,
 ) -> tuple[float, float]:
     for group in arm.optimizer.param_groups:
         group["lr"] = rate
     arm.model.train()
-    loss = _loss(arm.model, inputs.to(settings.device), targets.to(settings.device))
-    loss.backward()
-    norm = nn.utils.clip_grad_norm_(arm.model.parameters(), settings.gradient_clip)
+    total = torch.zeros((), device=world.device)
+    count = settings.gradient_accumulation
+    parts = zip(world.share(inputs).chunk(count), world.share(targets).chunk(count), strict=True)
+    for i, part in enumerate(parts):
+        synchronize_gradients(arm.model, wanted=i == count - 1)
+        loss = _loss(arm.model, *part, settings, world) / count
+        loss.backward()
+        total += loss.detach()
+    norm = gathered(nn.utils.clip_grad_norm_(arm.model.parameters(), settings.gradient_clip))
     # One wait for the device instead of two.
-    loss_value, norm_value = torch.stack([loss.detach().float(), norm.float()]).tolist()
+    loss_value, norm_value = torch.stack([world.mean(total), norm.float()]).tolist()
     if not math.isfinite(loss_value) or not math.isfinite(norm_value):
         raise UserError(
             f"arm {arm.name}: the loss is {loss_value} and the gradient norm {norm_value} at a "
@@ -222,13 +279,27 @@ def _step(
         )
     arm.optimizer.step()
     arm.optimizer.zero_grad(set_to_none=True)
+    add_router_loads(arm.model, world)
     arm.model.update_router_bias()
     return loss_value, norm_value
 
 
-def _loss(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    logits = model(inputs).logits
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+def _loss(
+    model: nn.Module,
+    inputs: torch.Tensor,
+    targets: torch.Tensor,
+    settings: Settings,
+    world: World,
+) -> torch.Tensor:
+    with _autocast(settings, world):
+        logits = model(inputs.to(world.device)).logits
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.to(world.device).flatten())
+
+
+def _autocast(settings: Settings, world: World) -> torch.autocast:
+    device = world.device.partition(":")[0]
+    narrow = settings.precision == "bfloat16"
+    return torch.autocast(device, dtype=torch.bfloat16, enabled=narrow)
 
 
 def _with_validation(record: Record, value: float) -> Record:
@@ -236,27 +307,32 @@ def _with_validation(record: Record, value: float) -> Record:
 
 
 @torch.no_grad()
-def validate(arm: Arm, corpus: Corpus, settings: Settings) -> float:
+def validate(arm: Arm, corpus: Corpus, settings: Settings, world: World | None = None) -> float:
     """Mean cross entropy on the held-out text, nats a token."""
+    world = world or World(device=settings.device)
     arm.model.eval()
     losses = [
-        _loss(arm.model, inputs.to(settings.device), targets.to(settings.device))
+        _loss(arm.model, world.share(inputs), world.share(targets), settings, world)
         for inputs, targets in _validation(corpus, settings)
     ]
-    return torch.stack(losses).double().mean().item()
+    return world.mean(torch.stack(losses).double().mean()).item()
 
 
 @torch.no_grad()
-def depth_weights(arm: Arm, corpus: Corpus, settings: Settings) -> list[list[float]]:
+def depth_weights(
+    arm: Arm, corpus: Corpus, settings: Settings, world: World | None = None
+) -> list[list[float]]:
     """Mean depth-attention weights over the held-out text.
 
     Returns:
         One list per site, output site last, with a weight for each of its sources.
     """
+    world = world or World(device=settings.device)
     arm.model.eval()
-    with arm.model.residual.recording() as record:
+    # Every process looks at all of the text: it is little, and their counts need no adding up.
+    with arm.model.residual.recording() as record, _autocast(settings, world):
         for inputs, _ in _validation(corpus, settings):
-            arm.model(inputs.to(settings.device))
+            arm.model(inputs.to(world.device))
     return [weights.tolist() for _, weights in sorted(record.weights.items())]
 
 

@@ -16,7 +16,6 @@ from attnres_ext.training.checkpoint import (
     ArmState,
     checkpoints,
     read_json_object,
-    remove_leftovers,
     save_checkpoint,
     verify,
 )
@@ -131,7 +130,6 @@ class Run:
             return 0, None
         step, path = found[-1]
         verify(path)
-        remove_leftovers(self.checkpoints)
         return step, path
 
     def append(self, records: Sequence[Record]) -> None:
@@ -142,8 +140,12 @@ class Run:
         with open(self.path / _METRICS, "a") as file:
             file.write("".join(json.dumps(asdict(record)) + "\n" for record in records))
 
-    def save(self, step: int, arms: Sequence[ArmState], tokenizer: Tokenizer) -> Path:
-        """Writes a checkpoint of all arms and returns its folder."""
+    def save(
+        self, step: int, arms: Sequence[ArmState], tokenizer: Tokenizer, write: bool = True
+    ) -> Path:
+        """Writes a checkpoint of all arms and returns its folder; see :func:`save_checkpoint`."""
+        if not write:
+            return save_checkpoint(self.checkpoints, step, arms, tokenizer, write=False)
         # After a power cut the metrics must reach at least as far as the checkpoint.
         descriptor = os.open(self.path / _METRICS, os.O_RDONLY)
         try:

@@ -124,30 +124,40 @@ class KimiDeltaAttention(nn.Module):
         Returns:
             ``[B, T, D]``.
         """
-        dtype = torch.promote_types(x.dtype, torch.float32)  # of decays, recurrence and norms
-        heads = (self.num_heads, self.head_dim)
         past = (None, None, None) if state is None else state.convolutions.unbind(0)
-        q = self.q_conv1d(self.q_proj(x), past[0]).unflatten(-1, heads).to(dtype)
-        k = self.k_conv1d(self.k_proj(x), past[1]).unflatten(-1, heads).to(dtype)
-        v = self.v_conv1d(self.v_proj(x), past[2]).unflatten(-1, heads).to(dtype)
+        q = self.q_conv1d(self.q_proj(x), past[0])
+        k = self.k_conv1d(self.k_proj(x), past[1])
+        v = self.v_conv1d(self.v_proj(x), past[2])
+        z, beta = self.f_b_proj(self.f_a_proj(x)), self.b_proj(x)
+        gate = self.g_proj(x) if hasattr(self, "g_proj") else self.g_b_proj(self.g_a_proj(x))
+        # Decays multiply up over a sequence: autocast must not narrow what follows.
+        with torch.autocast(x.device.type, enabled=False):
+            out = self._recurrence(q, k, v, z, beta, state)
+            normed = F.rms_norm(
+                out, self.o_norm.normalized_shape, self.o_norm.weight.to(out.dtype), self.o_norm.eps
+            )
+            gated = normed.flatten(-2) * gate.to(out.dtype).sigmoid()
+        return self.o_proj(gated.to(x.dtype))
+
+    def _recurrence(
+        self, q: Tensor, k: Tensor, v: Tensor, z: Tensor, beta: Tensor, state: KimiDeltaState | None
+    ) -> Tensor:
+        """What the delta rule reads ``[B, T, H, V]``, float32 or wider, of raw projections."""
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        heads = (self.num_heads, self.head_dim)
+        q, k, v = (x.unflatten(-1, heads).to(dtype) for x in (q, k, v))
         q = q * torch.rsqrt(q.square().sum(-1, keepdim=True) + _L2_EPS)
         k = k * torch.rsqrt(k.square().sum(-1, keepdim=True) + _L2_EPS)
-        g = self._log_decay(self.f_b_proj(self.f_a_proj(x)).to(dtype)).unflatten(-1, heads)
-        beta = self.b_proj(x).to(dtype).sigmoid()
-
+        g = self._log_decay(z.to(dtype)).unflatten(-1, heads)
+        beta = beta.to(dtype).sigmoid()
         memory = None if state is None else state.memory
-        if x.shape[1] < _SHORTEST_CHUNK:
+        if q.shape[1] < _SHORTEST_CHUNK:
             out, memory = recurrent_gated_delta_rule(q, k, v, g, beta, memory)
         else:
             out, memory = chunk_gated_delta_rule(q, k, v, g, beta, memory, self.chunk_size)
         if state is not None:
             state.memory.copy_(memory)
-
-        gate = self.g_proj(x) if hasattr(self, "g_proj") else self.g_b_proj(self.g_a_proj(x))
-        normed = F.rms_norm(
-            out, self.o_norm.normalized_shape, self.o_norm.weight.to(dtype), self.o_norm.eps
-        )
-        return self.o_proj((normed.flatten(-2) * gate.to(dtype).sigmoid()).to(x.dtype))
+        return out
 
     def _log_decay(self, z: Tensor) -> Tensor:
         """Log-decay of every channel ``[B, T, H * K]``, at most 0."""

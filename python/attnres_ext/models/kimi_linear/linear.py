@@ -1,10 +1,11 @@
-"""The matrices of the model."""
+"""The matrices and norms of the model."""
 
 from __future__ import annotations
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-__all__ = ["Linear"]
+__all__ = ["Linear", "RMSNorm"]
 
 
 class Linear(nn.Linear):
@@ -19,3 +20,15 @@ class Linear(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Nothing: see ``KimiLinearForCausalLM.reset_parameters``."""
+
+
+class RMSNorm(nn.RMSNorm):
+    """An ``nn.RMSNorm`` that returns its input's dtype, whatever that of its gain.
+
+    Under autocast a norm's input is narrower than its gain; PyTorch then takes a slow path, and
+    returns the wider dtype.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalises the last dimension of ``x``."""
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)

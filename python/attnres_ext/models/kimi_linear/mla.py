@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnres_ext.models.kimi_linear.configuration import KimiLinearConfig
-from attnres_ext.models.kimi_linear.linear import Linear
+from attnres_ext.models.kimi_linear.linear import Linear, RMSNorm
 
 __all__ = ["KimiLatentState", "KimiMLAAttention"]
 
@@ -66,10 +66,10 @@ class KimiMLAAttention(nn.Module):
             self.q_proj = Linear(config.hidden_size, query_channels)
         else:
             self.q_a_proj = Linear(config.hidden_size, config.q_lora_rank)
-            self.q_a_layernorm = nn.RMSNorm(config.q_lora_rank, eps=_LATENT_NORM_EPS)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, eps=_LATENT_NORM_EPS)
             self.q_b_proj = Linear(config.q_lora_rank, query_channels)
         self.kv_a_proj_with_mqa = Linear(config.hidden_size, self.rank + self.rope_dim)
-        self.kv_a_layernorm = nn.RMSNorm(self.rank, eps=_LATENT_NORM_EPS)
+        self.kv_a_layernorm = RMSNorm(self.rank, eps=_LATENT_NORM_EPS)
         self.kv_b_proj = Linear(self.rank, self.num_heads * (self.nope_dim + self.value_dim))
         if config.mla_use_output_gate:
             self.g_proj = Linear(config.hidden_size, self.num_heads * self.value_dim)

@@ -9,13 +9,14 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from attnres_ext.cache import BlockCache
 from attnres_ext.models.kimi_linear.configuration import KimiLinearConfig
 from attnres_ext.models.kimi_linear.kda import KimiDeltaAttention, KimiDeltaState
 from attnres_ext.models.kimi_linear.linear import Linear
 from attnres_ext.models.kimi_linear.mla import KimiLatentState, KimiMLAAttention
-from attnres_ext.models.kimi_linear.moe import KimiMLP, KimiRouter, KimiSparseMoE
+from attnres_ext.models.kimi_linear.moe import KimiExperts, KimiMLP, KimiRouter, KimiSparseMoE
 from attnres_ext.residual import AttentionResiduals
 
 __all__ = ["KimiLinearForCausalLM", "KimiLinearModel", "KimiLinearOutput", "KimiLinearState"]
@@ -83,10 +84,15 @@ class KimiLinearModel(nn.Module):
 
     The residual reads are the norms: ``residual.read`` returns the mix over depth, already
     normalised for the sublayer.
+
+    Attributes:
+        checkpoint_sublayers: Whether a sublayer keeps nothing but its input for the backward, which
+            then computes it once more (activation checkpointing). Same values, less memory.
     """
 
     def __init__(self, config: KimiLinearConfig) -> None:
         super().__init__()
+        self.checkpoint_sublayers = False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             KimiDecoderLayer(config, index) for index in range(config.num_hidden_layers)
@@ -103,9 +109,15 @@ class KimiLinearModel(nn.Module):
     def forward(self, input_ids: Tensor, state: KimiLinearState | None = None) -> Tensor:
         """Hidden states ``[B, T, D]`` of ``[B, T]`` tokens, continuing what ``state`` has seen."""
         embedding = self.embed_tokens(input_ids)
+        device = embedding.device.type
+        if torch.is_autocast_enabled(device):
+            # What sublayers write then is of autocast's dtype; so the sums are, as Kimi K3's.
+            embedding = embedding.to(torch.get_autocast_dtype(device))
         residual = self.residual.start(embedding, cache=self._block_cache(embedding, state))
+        recompute = self.checkpoint_sublayers and state is None and torch.is_grad_enabled()
         for site, (norm, sublayer) in enumerate(self._sublayers(state)):
-            residual.write(sublayer(residual.read(site, norm.weight, norm.eps)))
+            x = residual.read(site, norm.weight, norm.eps)
+            residual.write(_checkpoint(sublayer, x) if recompute else sublayer(x))
         return residual.read_output(self.norm.weight, self.norm.eps)
 
     def _sublayers(
@@ -124,6 +136,10 @@ class KimiLinearModel(nn.Module):
         return self.residual.new_cache(
             embedding.shape[:-1], dtype=embedding.dtype, device=embedding.device
         )
+
+
+# Sublayers draw no random numbers, so there is no generator's state to bring back.
+_checkpoint = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 class KimiLinearForCausalLM(nn.Module):
@@ -160,6 +176,9 @@ class KimiLinearForCausalLM(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding | KimiRouter):
                 nn.init.normal_(module.weight, std=deviation)
+            elif isinstance(module, KimiExperts):
+                for weight in module.parameters():
+                    nn.init.normal_(weight, std=deviation)
             elif isinstance(module, nn.RMSNorm | KimiDeltaAttention | AttentionResiduals):
                 module.reset_parameters()
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from attnres_ext.models.kimi_linear.configuration import KimiLinearConfig
 from attnres_ext.models.kimi_linear.linear import Linear
 
-__all__ = ["KimiMLP", "KimiRouter", "KimiSparseMoE"]
+__all__ = ["KimiExperts", "KimiMLP", "KimiRouter", "KimiSparseMoE", "has_grouped_products"]
 
 
 class KimiMLP(nn.Module):
@@ -26,18 +26,69 @@ class KimiMLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class KimiExpert(nn.Module):
-    """The network of :class:`KimiMLP` under experts' names: gate w1, up w3, down w2."""
+class KimiExperts(nn.Module):
+    """The networks of :class:`KimiMLP`, one per expert, stacked: gate w1, up w3, down w2.
 
-    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+    Attributes:
+        w1: ``[E, I, D]``.
+        w2: ``[E, D, I]``.
+        w3: ``[E, I, D]``.
+    """
+
+    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
-        self.w1 = Linear(hidden_size, intermediate_size)
-        self.w2 = Linear(intermediate_size, hidden_size)
-        self.w3 = Linear(hidden_size, intermediate_size)
+        self.w1 = nn.Parameter(torch.empty(num_experts, intermediate_size, hidden_size))
+        self.w2 = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
+        self.w3 = nn.Parameter(torch.empty(num_experts, intermediate_size, hidden_size))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Applies the network to each token of ``x`` ``[M, D]``."""
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+    def forward(self, x: Tensor, load: Tensor) -> Tensor:
+        """Sends rows through their experts.
+
+        Args:
+            x: ``[R, D]``, the rows of the first expert, then those of the second, and so on.
+            load: ``[E]``, int64: how many rows each expert has.
+        """
+        return self.grouped(x, load) if _fits_grouped(x, self.w1) else self.one_by_one(x, load)
+
+    def grouped(self, x: Tensor, load: Tensor) -> Tensor:
+        """All experts in one product each way, in kernels that read where groups end: nothing
+        waits for the device to say how many rows an expert has."""
+        ends = load.cumsum(0, dtype=torch.int32)
+        gate, up, down = (
+            weight.to(x.dtype).transpose(-2, -1) for weight in (self.w1, self.w3, self.w2)
+        )
+        inner = F.silu(F.grouped_mm(x, gate, offs=ends)) * F.grouped_mm(x, up, offs=ends)
+        return F.grouped_mm(inner, down, offs=ends)
+
+    def one_by_one(self, x: Tensor, load: Tensor) -> Tensor:
+        """An expert's work is one slice of the rows and three matrix products."""
+        outs = [
+            F.linear(F.silu(F.linear(rows, gate)) * F.linear(rows, up), down)
+            for rows, gate, down, up in zip(
+                x.split(load.tolist()),
+                # Unbound together: their gradients are stacked once.
+                self.w1.unbind(0),
+                self.w2.unbind(0),
+                self.w3.unbind(0),
+                strict=True,
+            )
+            if rows.shape[0]
+        ]
+        return torch.cat(outs)
+
+
+def has_grouped_products(device: torch.device | str) -> bool:
+    """Whether ``device`` has kernels for grouped matrix products (CUDA, 8.0 and later)."""
+    device = torch.device(device)
+    if device.type != "cuda" or not hasattr(F, "grouped_mm"):
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _fits_grouped(x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernels take these: bfloat16, and rows that begin at multiples of 16 bytes."""
+    aligned = all(size % 8 == 0 for size in weight.shape[1:])
+    return x.dtype == torch.bfloat16 and aligned and has_grouped_products(x.device)
 
 
 class KimiRouter(nn.Module):
@@ -64,7 +115,9 @@ class KimiRouter(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Experts ``[M, k]`` (int64) and weights ``[M, k]`` (float32 or wider) of ``[M, D]``."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        scores = F.linear(x.to(dtype), self.weight.to(dtype)).sigmoid()
+        # Close scores must not tie because autocast rounds them.
+        with torch.autocast(x.device.type, enabled=False):
+            scores = F.linear(x.to(dtype), self.weight.to(dtype)).sigmoid()
         experts = (
             (scores + self.e_score_correction_bias).topk(self.top_k, dim=-1, sorted=False).indices
         )
@@ -90,9 +143,7 @@ class KimiSparseMoE(nn.Module):
         super().__init__()
         hidden, intermediate = config.hidden_size, config.moe_intermediate_size
         self.gate = KimiRouter(config)
-        self.experts = nn.ModuleList(
-            KimiExpert(hidden, intermediate) for _ in range(config.num_experts)
-        )
+        self.experts = KimiExperts(config.num_experts, hidden, intermediate)
         self.shared_experts = (
             KimiMLP(hidden, intermediate * config.num_shared_experts)
             if config.num_shared_experts
@@ -102,27 +153,22 @@ class KimiSparseMoE(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Sends each token through its experts; no token is dropped.
 
-        Tokens are sorted by expert, so that an expert's work is one slice and three matrix
-        products.
+        Tokens are sorted by expert, so that an expert's rows lie together.
         """
         tokens = x.flatten(0, -2)  # [M, D]
         experts, weights = self.gate(tokens)
         top_k = experts.shape[-1]
-        order = experts.flatten().argsort(stable=True)  # [M * k]: (token, choice) pairs, by expert
-        load = torch.bincount(experts.flatten(), minlength=len(self.experts))
+        chosen = experts.flatten()
+        order = chosen.argsort(stable=True)  # [M * k]: (token, choice) pairs, by expert
+        load = torch.zeros_like(self.gate.load, dtype=torch.int64)
+        load.scatter_add_(0, chosen, torch.ones_like(chosen))
         if self.training:
             self.gate.load += load
-        counts = load.tolist()
-        gathered = tokens.index_select(0, order // top_k).split(counts)
-        outs = [
-            expert(part)
-            for expert, part in zip(self.experts, gathered, strict=True)
-            if part.shape[0]
-        ]
+        rows = self.experts(tokens.index_select(0, order // top_k), load)
         # Back to token order by the inverse permutation: a gather, where adding by index would have
         # to be in order.
         inverse = torch.empty_like(order)
         inverse[order] = torch.arange(order.numel(), device=order.device)
-        chosen = torch.cat(outs).index_select(0, inverse).unflatten(0, (-1, top_k))  # [M, k, D]
-        out = (weights.unsqueeze(-1) * chosen).sum(1).to(x.dtype).view_as(x)
+        rows = rows.index_select(0, inverse).unflatten(0, (-1, top_k))  # [M, k, D]
+        out = (weights.unsqueeze(-1) * rows).sum(1).to(x.dtype).view_as(x)
         return out if self.shared_experts is None else out + self.shared_experts(x)

@@ -1,8 +1,7 @@
-"""Weights on disk under the names of Kimi Linear's and, for residuals, Kimi K3's checkpoints.
+"""Weights on disk: safetensors, in one file or several, under the names in ``names.py``.
 
-Every tensor of a model but the residual's is already named as in the checkpoints.
-:func:`checkpoint_names` is the one table that renames and reshapes the rest; saving, loading and
-checking all go through it.
+Loading is checked as a whole first, by names and shapes alone, and then goes from file to file and
+tensor to tensor: no more than one tensor is in memory beside the model.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +20,10 @@ from torch import Tensor
 
 from attnres_ext.models.kimi_linear.configuration import KimiLinearConfig
 from attnres_ext.models.kimi_linear.modeling import KimiLinearForCausalLM
+from attnres_ext.models.kimi_linear.names import checkpoint_names, spelling_of, stored_names
+from attnres_ext.models.kimi_linear.shards import gathered, is_shard, share_of
 
-__all__ = ["checkpoint_names", "load_model", "load_weights", "save_weights"]
+__all__ = ["load_model", "load_weights", "save_weights"]
 
 WEIGHTS_FILE, INDEX_FILE, CONFIG_FILE = (
     "model.safetensors",
@@ -32,48 +32,70 @@ WEIGHTS_FILE, INDEX_FILE, CONFIG_FILE = (
 )
 # Kimi K3's language model sits inside a larger one.
 _OUTER_PREFIX = "language_model."
+# What public checkpoints have in a file.
+_SHARD_BYTES = 5 * 10**9
 
 
-def checkpoint_names(config: KimiLinearConfig) -> dict[str, str]:
-    """Module name -> Kimi K3's name of each Attention Residuals parameter.
+def save_weights(
+    model: KimiLinearForCausalLM,
+    folder: str | Path,
+    *,
+    max_shard_bytes: int = _SHARD_BYTES,
+    residual_names: str = "k3",
+    write: bool = True,
+) -> Path:
+    """Writes a model and its ``config.json`` into ``folder``.
 
-    Site ``2 i`` is read before layer ``i``'s attention, site ``2 i + 1`` before its feed-forward
-    network, the last one before the output. Queries are stored as ``[1, D]``, the weight of a
-    projection to one logit; key gains as ``[D]``. Layer 0's attention site has a single source,
-    hence no effect; its parameters are stored all the same.
-    """
-    if config.residual == "standard":
-        return {}
-    sites = [
-        f"model.layers.{index}.{site}"
-        for index in range(config.num_hidden_layers)
-        for site in ("self_attention_res", "mlp_res")
-    ]
-    sites.append("model.output_attn_res")
-    return {
-        f"model.residual.{ours}.{number}": f"{site}_{theirs}.weight"
-        for number, site in enumerate(sites)
-        for ours, theirs in (("queries", "proj"), ("key_weights", "norm"))
-    }
+    One file ``model.safetensors``, or where that would be too large, ``model-00001-of-...`` and an
+    index of them. A folder holds either the model that was there before, or none that could be
+    loaded, or this one.
 
-
-def save_weights(model: KimiLinearForCausalLM, folder: str | Path) -> Path:
-    """Writes ``model.safetensors`` and ``config.json`` into ``folder``, each at once or not at all.
+    Args:
+        model: The model. If its parameters are spread over processes, all have to call this.
+        folder: Created when missing.
+        max_shard_bytes: Largest file, but for a tensor that alone is larger.
+        residual_names: Spelling of the residual's parameters: "k3", "fla" or "torchtitan".
+        write: False only takes part in gathering; one process writes.
 
     Returns:
-        The path of the weights.
+        The path of the weights, or of their index.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        slot.name: slot.tensor.detach().reshape(slot.shape).cpu().contiguous()
-        for slot in _slots(model)
-    }
-    with _replacing(folder / CONFIG_FILE) as temporary:
-        temporary.write_text(json.dumps(model.config.to_dict(), indent=2) + "\n", encoding="utf-8")
-    with _replacing(folder / WEIGHTS_FILE) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
-    return folder / WEIGHTS_FILE
+    slots = list(_slots(model, residual_names))
+    shards = _shards(slots, max_shard_bytes)
+    names = [WEIGHTS_FILE]
+    if len(shards) > 1:
+        count = len(shards)
+        names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    if write:
+        folder.mkdir(parents=True, exist_ok=True)
+    with _Replacements(folder) as files:
+        for name, shard in zip(names, shards, strict=True):
+            # Gathered by all, one file's worth at a time.
+            tensors = {stored: tensor for slot in shard for stored, tensor in slot.stored()}
+            if write:
+                save_file(tensors, files.new(name), metadata={"format": "pt"})
+        if not write:
+            return folder / names[0]
+        config = json.dumps(model.config.to_dict(), indent=2) + "\n"
+        files.new(CONFIG_FILE).write_text(config, encoding="utf-8")
+        if len(shards) > 1:
+            weight_map = {
+                stored: name
+                for name, shard in zip(names, shards, strict=True)
+                for slot in shard
+                for stored in slot.names
+            }
+            total = sum(slot.tensor.numel() * slot.tensor.element_size() for slot in slots)
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            files.new(INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        # An index names what belongs together: without one nothing is loaded by halves.
+        for stale in (INDEX_FILE, *((WEIGHTS_FILE,) if len(shards) > 1 else ())):
+            (folder / stale).unlink(missing_ok=True)
+    for path in folder.glob("model-*-of-*.safetensors"):
+        if path.name not in names:
+            path.unlink()
+    return folder / (INDEX_FILE if len(shards) > 1 else WEIGHTS_FILE)
 
 
 def load_weights(model: KimiLinearForCausalLM, path: str | Path) -> None:
@@ -81,10 +103,11 @@ def load_weights(model: KimiLinearForCausalLM, path: str | Path) -> None:
 
     Values are cast to the model's dtypes. Checkpoints may carry the prefix ``language_model.``,
     ``A_log`` as ``[H]`` or padded beyond its ``H`` heads (Kimi K3) in place of ``[1, 1, H, 1]``
-    (Kimi Linear), and pseudo-queries as ``[D]`` in place of ``[1, D]``.
+    (Kimi Linear), pseudo-queries as ``[D]`` in place of ``[1, D]``, and any spelling of the
+    residual's parameters in ``names.py``.
 
     Raises:
-        FileNotFoundError: No weights at ``path``.
+        FileNotFoundError: No weights at ``path``, or not all the files of an index.
         ValueError: Tensors are missing, unexpected or of the wrong shape; all of them are named,
             and nothing was loaded.
     """
@@ -93,27 +116,22 @@ def load_weights(model: KimiLinearForCausalLM, path: str | Path) -> None:
             "load_weights: the model is on the meta device; give it memory first, "
             "model.to_empty(device=...)"
         )
-    with ExitStack() as stack:
-        files = [
-            stack.enter_context(safe_open(file, framework="pt"))
-            for file in _weight_files(Path(path))
-        ]
-        found = {
-            key.removeprefix(_OUTER_PREFIX): (file, key)
-            for file in files
-            for key in file.keys()  # noqa: SIM118
-        }
-        slots = list(_slots(model))
-        _check(
-            slots,
-            {name: tuple(file.get_slice(key).get_shape()) for name, (file, key) in found.items()},
-            path,
-        )
-        with torch.no_grad():
-            for slot in slots:
-                file, key = found[slot.name]
-                values = file.get_tensor(key)
-                slot.tensor.copy_(values.flatten()[: slot.tensor.numel()].view(slot.tensor.shape))
+    files = _weight_files(Path(path))
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        # Reads the header, and finds a file that is shorter than it says.
+        with safe_open(file, framework="pt") as opened:
+            for key in opened.keys():  # noqa: SIM118
+                shapes[_plain(key)] = tuple(opened.get_slice(key).get_shape())
+    slots = list(_slots(model, spelling_of(shapes)))
+    _check(slots, shapes, path)
+    places = {name: (slot, i) for slot in slots for i, name in enumerate(slot.names)}
+    with torch.no_grad():
+        for file in files:
+            with safe_open(file, framework="pt") as opened:
+                for key in opened.keys():  # noqa: SIM118
+                    slot, index = places[_plain(key)]
+                    slot.fill(index, opened.get_tensor(key))
 
 
 def load_model(folder: str | Path) -> KimiLinearForCausalLM:
@@ -123,47 +141,106 @@ def load_model(folder: str | Path) -> KimiLinearForCausalLM:
     return model
 
 
+def _plain(key: str) -> str:
+    return key.removeprefix(_OUTER_PREFIX)
+
+
 @dataclass
 class _Slot:
-    """A tensor of the model, and its name and shape in a checkpoint."""
+    """A tensor of the model, and what it is in a checkpoint.
 
-    name: str
+    Attributes:
+        names: Its name there; several if it is stored apart, by its first dimension.
+        shape: Shape there, of each.
+        tensor: The model's.
+    """
+
+    names: list[str]
     shape: tuple[int, ...]
     tensor: Tensor
 
+    def __post_init__(self) -> None:
+        self._waiting: dict[int, Tensor] = {}
+
+    @property
+    def part_shape(self) -> tuple[int, ...]:
+        """Shape of each part in the model."""
+        return tuple(self.tensor.shape[1:] if len(self.names) > 1 else self.tensor.shape)
+
     def accepts(self, shape: tuple[int, ...]) -> bool:
-        if shape in (self.shape, tuple(self.tensor.shape)):
+        if shape in (self.shape, self.part_shape):
             return True
         padded = len(shape) == 1 and shape[0] > self.tensor.numel()
-        return self.name.endswith(".A_log") and padded
+        return self.names[0].endswith(".A_log") and padded
+
+    def stored(self) -> Iterator[tuple[str, Tensor]]:
+        """Names and values for a file; gathers a tensor that is spread over processes."""
+        whole = gathered(self.tensor.detach()).cpu()
+        parts = whole.unbind(0) if len(self.names) > 1 else [whole]
+        for name, part in zip(self.names, parts, strict=True):
+            yield name, part.reshape(self.shape).contiguous()
+
+    def fill(self, index: int, values: Tensor) -> None:
+        """Puts the part ``index`` in its place."""
+        values = values.flatten()[: _numel(self.part_shape)].view(self.part_shape)
+        if len(self.names) == 1:
+            self.tensor.copy_(share_of(values, self.tensor))
+        elif not is_shard(self.tensor):
+            self.tensor[index].copy_(values)
+        else:
+            # Shards are cut from the whole.
+            self._waiting[index] = values.clone()
+            if len(self._waiting) == len(self.names):
+                whole = torch.stack([self._waiting.pop(i) for i in range(len(self.names))])
+                self.tensor.copy_(share_of(whole, self.tensor))
 
 
-def _slots(model: KimiLinearForCausalLM) -> Iterator[_Slot]:
-    names = checkpoint_names(model.config)
+def _slots(model: KimiLinearForCausalLM, spelling: str) -> Iterator[_Slot]:
+    renamed = checkpoint_names(model.config, spelling)
     for key, tensor in model.state_dict(keep_vars=True).items():
         if key == "lm_head.weight" and model.config.tie_word_embeddings:
             continue
-        name = names.get(key, key)
-        yield _Slot(name, _stored_shape(name, tensor), tensor)
+        if key in renamed:
+            query = key.startswith("model.residual.queries.")  # a projection of D to one logit
+            yield _Slot(
+                [renamed[key]], (1, *tensor.shape) if query else tuple(tensor.shape), tensor
+            )
+        elif key.endswith(".A_log"):  # broadcasts over batch, tokens and channels
+            yield _Slot([key], (1, 1, *tensor.shape, 1), tensor)
+        else:
+            names = stored_names(key, len(tensor) if tensor.ndim else 0)
+            apart = names != [key]
+            yield _Slot(names, tuple(tensor.shape[1:] if apart else tensor.shape), tensor)
 
 
-def _stored_shape(name: str, tensor: Tensor) -> tuple[int, ...]:
-    if name.endswith("_res_proj.weight"):  # a projection of D channels to one logit
-        return 1, *tensor.shape
-    if name.endswith(".A_log"):  # broadcasts over batch, tokens and channels
-        return 1, 1, *tensor.shape, 1
-    return tuple(tensor.shape)
+def _numel(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()
+
+
+def _shards(slots: list[_Slot], most: int) -> list[list[_Slot]]:
+    """Slots in their order, in files of at most ``most`` bytes."""
+    shards: list[list[_Slot]] = [[]]
+    filled = 0
+    for slot in slots:
+        size = slot.tensor.numel() * slot.tensor.element_size()
+        if shards[-1] and filled + size > most:
+            shards.append([])
+            filled = 0
+        shards[-1].append(slot)
+        filled += size
+    return shards
 
 
 def _check(slots: list[_Slot], found: dict[str, tuple[int, ...]], path: str | Path) -> None:
-    expected = {slot.name for slot in slots}
+    expected = {name for slot in slots for name in slot.names}
     problems = {
         "missing": sorted(expected - found.keys()),
         "unexpected": sorted(found.keys() - expected),
         "wrongly shaped": [
-            f"{slot.name} is {list(found[slot.name])}, the model has {list(slot.shape)}"
+            f"{name} is {list(found[name])}, the model has {list(slot.shape)}"
             for slot in slots
-            if slot.name in found and not slot.accepts(found[slot.name])
+            for name in slot.names
+            if name in found and not slot.accepts(found[name])
         ],
     }
     if any(problems.values()):
@@ -181,8 +258,14 @@ def _weight_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if (path / INDEX_FILE).is_file():
-        index = json.loads((path / INDEX_FILE).read_text(encoding="utf-8"))
-        return [path / name for name in sorted(set(index["weight_map"].values()))]
+        try:
+            index = json.loads((path / INDEX_FILE).read_text(encoding="utf-8"))
+            files = [path / name for name in sorted(set(index["weight_map"].values()))]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path / INDEX_FILE} is no index of weights: {error}") from error
+        if missing := [file.name for file in files if not file.is_file()]:
+            raise FileNotFoundError(f"{path / INDEX_FILE} names files that are missing: {missing}")
+        return files
     if (path / WEIGHTS_FILE).is_file():
         return [path / WEIGHTS_FILE]
     raise FileNotFoundError(
@@ -190,20 +273,27 @@ def _weight_files(path: Path) -> list[Path]:
     )
 
 
-class _replacing:  # noqa: N801
-    """``with _replacing(path) as temporary``: at the end it becomes ``path``, if nothing failed."""
+class _Replacements:
+    """``with _Replacements(folder) as files``: at the end, files take their names, if nothing
+    failed; in the order in which they were asked for."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files: list[tuple[Path, str]] = []
 
-    def __enter__(self) -> Path:
-        handle, name = tempfile.mkstemp(dir=self._path.parent, prefix=f".{self._path.name}.")
+    def __enter__(self) -> _Replacements:
+        return self
+
+    def new(self, name: str) -> Path:
+        """A temporary file that will be called ``name``."""
+        handle, path = tempfile.mkstemp(dir=self._folder, prefix=f".{name}.")
         os.close(handle)
-        self._temporary = Path(name)
-        return self._temporary
+        self._files.append((Path(path), name))
+        return Path(path)
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        if kind is None:
-            os.replace(self._temporary, self._path)
-        else:
-            self._temporary.unlink(missing_ok=True)
+        for path, name in self._files:
+            if kind is None:
+                os.replace(path, self._folder / name)
+            else:
+                path.unlink(missing_ok=True)
