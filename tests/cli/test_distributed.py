@@ -2,13 +2,13 @@
 
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
 
 import pytest
 import torch
+from torch.distributed import TCPStore
 
 from attnres_ext.cli import train_run
 from attnres_ext.cli.main import main
@@ -23,13 +23,15 @@ from .conftest import TINY, metrics, tree, write_text
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks processes")
 
+STORES = []
+
 
 def start(function, size=2):
     """Forks ``size`` processes with torchrun's environment: importing torch takes longer than
     training what is small."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    # As torchrun does, the parent keeps the store: a process that leaves early takes nothing along.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    STORES.append(store)
     children = []
     for rank in range(size):
         child = os.fork()
@@ -39,8 +41,9 @@ def start(function, size=2):
         code = 1
         try:
             os.environ.update(
-                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_PORT=str(port),
-                MASTER_ADDR="127.0.0.1", TORCHELASTIC_RUN_ID="test", GLOO_SOCKET_IFNAME="lo",
+                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size),
+                MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port), GLOO_SOCKET_IFNAME="lo",
+                TORCHELASTIC_RUN_ID="test", TORCHELASTIC_USE_AGENT_STORE="True",
             )  # fmt: skip
             code = function() or 0
         except BaseException:
@@ -53,7 +56,9 @@ def start(function, size=2):
 
 
 def finish(children):
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    STORES.clear()
+    return codes
 
 
 def make_model(residual, **changes):
