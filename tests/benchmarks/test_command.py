@@ -43,6 +43,7 @@ def test_prints_a_table_and_writes_json_lines(
     assert str(path) in printed
     run, rows = results.read(path)
     assert run["suite"] == "quick"
+    assert run["command"] == f"attnres bench --repeats 2 --out {out}"
     assert run["threads"] >= 1
     assert run["pages_kept"] is True
     assert run["copy_gbps_by_mib"]["1"] > 0

@@ -170,6 +170,7 @@ def _bench(args: argparse.Namespace, cases: list[Case], console: Console) -> Non
         device=args.device,
     )
     run_facts = runner.describe_run(args.suite, args.device, options, pages_kept)
+    run_facts["command"] = args.command_line
     run_facts.update(runner.ceilings(options))
     path = None
     if args.out is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +39,8 @@ def run(args: argparse.Namespace) -> int:
     from attnres_ext.training.files import write_text
 
     path = args.html or args.folder / "report.html"
-    command = f"attnres bench report {shlex.quote(str(args.folder))}"
     try:
-        page = render(load(args.folder), machine.source_hash(), command)
+        page = render(load(args.folder), machine.source_hash(), args.command_line)
     except ReportError as error:
         raise UserError(str(error)) from None
     try:

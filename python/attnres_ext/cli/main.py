@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -70,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # The file of a subcommand that is not asked for is not imported, so it cannot be in the way.
     named = argv[:1] if argv and argv[0] in _SUBCOMMANDS else _SUBCOMMANDS
     args = make_parser(named).parse_args(argv)
+    args.command_line = shlex.join(["attnres", *argv])
     module = importlib.import_module(f"attnres_ext.cli.{args.command}")
     try:
         return module.run(args)
