@@ -93,7 +93,10 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--list", action="store_true", help="name the cases and contestants, and stop"
     )
-    bench_report.add_parser(parser.add_subparsers(dest="action", metavar="[report DIR]"))
+    instead = parser.add_subparsers(
+        dest="action", metavar="[report DIR]", help="instead of measuring:"
+    )
+    bench_report.add_parser(instead)
 
 
 def run(args: argparse.Namespace) -> int:
