@@ -6,6 +6,8 @@ results, and
 
 ``seconds``, ``jobs``
     from the first compiler call to the last link, and how many ran at once;
+``processor_seconds``
+    that compilers and linkers computed, all cores together: hardly depends on what else runs;
 ``cuda_archs``
     the sets of CUDA kernels that were built, for example ``["80", "90"]``;
 ``steps``

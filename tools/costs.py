@@ -105,6 +105,7 @@ def build(record: dict[str, Any], wording: ModuleType) -> Table:
         together = wording.duration(sum(step["seconds"] for step in rest))
         rows.append([f"{len(rest)} more together", together, "–"])
     rows.append(["**all of it**", f"**{wording.duration(record['seconds'])}**", "–"])
+    rows.append(["processor time", wording.duration(record["processor_seconds"]), "–"])
     for library in record["libraries"]:
         rows.append([f"**`{library['name']}`**", "–", f"**{wording.size(library['bytes'])}**"])
         for code in library["device_code"]:

@@ -14,6 +14,7 @@ import datetime
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -27,8 +28,12 @@ from attnres_ext.training.files import write_text
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def build(folder: Path, jobs: int) -> None:
-    """Configures and builds everything in ``folder``, and installs it in ``folder/installed``."""
+def build(folder: Path, jobs: int) -> float:
+    """Configures and builds everything in ``folder``, and installs it in ``folder/installed``.
+
+    Returns:
+        Seconds of processor time that compilers and linkers took, all cores together.
+    """
     environment = {
         **os.environ,
         # cmake and ninja come from the environment's own folder of programs.
@@ -44,12 +49,20 @@ def build(folder: Path, jobs: int) -> None:
     ]
     subprocess.run(configure, env=environment, check=True, stdout=sys.stderr)
     run = ["cmake", "--build", folder, "-j", str(jobs)]
+    before = _processor_seconds()
     subprocess.run(run, env=environment, check=True, stdout=sys.stderr)
+    spent = _processor_seconds() - before
     install = ["cmake", "--install", folder, "--prefix", folder / "installed", "--strip"]
     subprocess.run(install, env=environment, check=True, stdout=sys.stderr)
+    return spent
 
 
-def describe(folder: Path, jobs: int) -> dict[str, Any]:
+def _processor_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def describe(folder: Path, jobs: int, processor_seconds: float) -> dict[str, Any]:
     """The record of what :func:`build` made in ``folder``."""
     steps = builds.read_ninja_log(folder / ".ninja_log")
     libraries = sorted((folder / "installed").glob("*.so"))
@@ -60,6 +73,7 @@ def describe(folder: Path, jobs: int) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": f"python tools/time_build.py --jobs {jobs}",
         "seconds": max(step.end for step in steps) - min(step.begin for step in steps),
+        "processor_seconds": processor_seconds,
         "jobs": jobs,
         "cuda_archs": archs[1].split(";") if archs and with_cuda else [],
         **machine.commit(),
@@ -96,11 +110,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="attnres-build-") as name:
         folder = Path(name)
         try:
-            build(folder, arguments.jobs)
+            spent = build(folder, arguments.jobs)
         except subprocess.CalledProcessError as error:
             print(f"time_build: {error.cmd[1]} failed with {error.returncode}", file=sys.stderr)
             return 2
-        record = describe(folder, arguments.jobs)
+        record = describe(folder, arguments.jobs, spent)
     stamp = record["date"].replace("+00:00", "Z").replace(":", "")
     path = arguments.out / builds.PATTERN.replace("*", stamp)
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,14 @@ from attnres_ext.benchmarks import builds, results, wording
 from attnres_ext.benchmarks.results import ModelResult, Result
 
 #: Files of one record each: how they are called, and what they must hold.
-_RECORDS = (("training-*.json", "arms"), (builds.PATTERN, "steps"), ("gpu-check-*.json", "parts"))
+_RECORDS = (
+    ("training-*.json", ("arms", "steps", "text", "tokens_per_step")),
+    (
+        builds.PATTERN,
+        ("steps", "libraries", "seconds", "processor_seconds", "jobs", "cuda_archs"),
+    ),
+    ("gpu-check-*.json", ("parts", "device")),
+)
 
 
 class ReportError(ValueError):
@@ -133,8 +140,8 @@ def load(folder: Path) -> Kept:
     try:
         runs = [_read_run(path) for path in results.files(folder)]
         records = [
-            tuple(sorted(_read_records(folder, pattern, essential), key=lambda one: one["date"]))
-            for pattern, essential in _RECORDS
+            tuple(sorted(_read_records(folder, pattern, names), key=lambda one: one["date"]))
+            for pattern, names in _RECORDS
         ]
     except OSError as error:
         raise ReportError(f"{error.filename} cannot be read: {error.strerror}") from None
@@ -157,17 +164,20 @@ def _read_run(path: Path) -> Run:
     return Run(path.name, facts, tuple(rows), tuple(models))
 
 
-def _read_records(folder: Path, pattern: str, essential: str) -> list[dict[str, Any]]:
-    return [_read_record(path, essential) for path in sorted(folder.glob(pattern))]
+def _read_records(folder: Path, pattern: str, names: Sequence[str]) -> list[dict[str, Any]]:
+    return [_read_record(path, names) for path in sorted(folder.glob(pattern))]
 
 
-def _read_record(path: Path, essential: str) -> dict[str, Any]:
+def _read_record(path: Path, names: Sequence[str]) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text("utf-8", errors="replace"))
     except json.JSONDecodeError as error:
         raise ReportError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from None
-    if not isinstance(record, dict) or not {"date", "command", essential} <= record.keys():
-        raise ReportError(f"{path}: not a record with a date, a command and {essential}")
+    if not isinstance(record, dict):
+        raise ReportError(f"{path}: not a record of results")
+    for name in ("date", "command", *names):
+        if name not in record:
+            raise ReportError(f"{path}: does not say its {name}")
     return {**record, "name": path.name}
 
 

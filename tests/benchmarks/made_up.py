@@ -156,6 +156,7 @@ def build(date: str, seconds: float, size: int = 6_000_000) -> dict[str, Any]:
         "command": "python tools/time_build.py --jobs 2",
         **facts(date),
         "seconds": seconds,
+        "processor_seconds": 2 * seconds,
         "jobs": 2,
         "cuda_archs": ["80", "90"],
         "steps": [

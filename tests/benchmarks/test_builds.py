@@ -114,7 +114,8 @@ def test_a_build_tree_becomes_a_record(tmp_path: Path) -> None:
     cache = "ATTNRES_CUDA_ARCHS:STRING=80;90\nCMAKE_CUDA_COMPILER:FILEPATH=/a/nvcc\n"
     (tmp_path / "CMakeCache.txt").write_text(cache)
 
-    record = tool.describe(tmp_path, jobs=3)
+    record = tool.describe(tmp_path, jobs=3, processor_seconds=4.5)
+    assert record["processor_seconds"] == 4.5
     assert record["seconds"] == pytest.approx(1.695)
     assert (record["jobs"], record["cuda_archs"]) == (3, ["80", "90"])
     assert {step["bytes"] for step in record["steps"]} == {50}
@@ -126,4 +127,4 @@ def test_a_build_tree_becomes_a_record(tmp_path: Path) -> None:
     (tmp_path / "CMakeCache.txt").write_text(
         cache.replace("/a/nvcc", "CMAKE_CUDA_COMPILER-NOTFOUND")
     )
-    assert tool.describe(tmp_path, jobs=3)["cuda_archs"] == []
+    assert tool.describe(tmp_path, 3, 4.5)["cuda_archs"] == []

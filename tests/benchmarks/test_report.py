@@ -195,16 +195,17 @@ def test_builds_that_grew_are_marked() -> None:
         records = tuple({**one, "name": "build.json"} for one in made)
         page = Page(str(build.section(kept.Kept(Path(), (), (), records))))
         (newest,) = [row for row in page.rows if row[0] == made[-1]["date"][:10]]
-        return newest[5:7]
+        return newest[6:8]
 
-    first = made_up.build("2026-01-01", 100.0)
-    second = made_up.build("2026-02-01", 109.0, size=6_500_000)
+    first = made_up.build("2026-01-01", 50.0)
+    second = made_up.build("2026-02-01", 54.5, size=6_500_000)
     assert cells(first, second) == ["1 min 49 s", "6.50 MB"]
     # In small steps: against the best, not against the last.
-    third = made_up.build("2026-03-01", 118.0, size=7_000_000)
+    third = made_up.build("2026-03-01", 59.0, size=7_000_000)
     assert cells(first, second, third) == ["1 min 58 s +18 %", "7.00 MB +17 %"]
-    # With other sets or at another pace nothing can be said.
-    assert cells(first, {**third, "jobs": 1}) == ["1 min 58 s", "7.00 MB +17 %"]
+    # Of other sets or on another machine nothing can be said.
+    elsewhere = {**third, "machine": {"processor": "B"}}
+    assert cells(first, elsewhere) == ["1 min 58 s", "7.00 MB +17 %"]
     assert cells(first, {**third, "cuda_archs": []}) == ["1 min 58 s", "7.00 MB"]
 
 
@@ -314,9 +315,9 @@ def test_a_failed_write_leaves_the_old_page(
         (
             "gpu-check-1.json",
             "{}",
-            "gpu-check-1.json: not a record with a date, a command and parts",
+            "gpu-check-1.json: does not say its date",
         ),
-        ("training-1.json", "[]", "training-1.json: not a record with a date"),
+        ("training-1.json", "[]", "training-1.json: not a record of results"),
         ("a.jsonl", b"\xff\xfe", "a.jsonl, line 1: not a line"),
     ],
 )

@@ -249,6 +249,7 @@ def test_builds_show_the_longest_steps_and_the_rest_together(tmp_path: Path) -> 
         "machine": {"processor": "A Processor"},
         "versions": {"torch": "2.13.0"},
         "seconds": 130.0,
+        "processor_seconds": 240.0,
         "steps": [{"target": f"step {i}", "seconds": 10.0 - i} for i in range(8)],
         "libraries": [
             {
@@ -263,6 +264,7 @@ def test_builds_show_the_longest_steps_and_the_rest_together(tmp_path: Path) -> 
     assert "| `step 5` | 5.00 s | – |" in table
     assert "| 2 more together | 7.00 s | – |" in table
     assert "| **all of it** | **2 min 10 s** | – |" in table
+    assert "| processor time | 4 min 0 s | – |" in table
     assert "| of it sm_90, machine code | – | 700 kB |" in table
     assert "`python tools/time_build.py --jobs 2`, 2026-01-01" in table
 

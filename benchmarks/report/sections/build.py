@@ -51,7 +51,11 @@ def _steps(record: dict[str, Any]) -> Html:
     archs = ", ".join(f"sm{arch}" for arch in record["cuda_archs"])
     heading = [
         f"{wording.duration(record['seconds'])} with {record['jobs']} at once",
-        tag("small", f"CUDA sets {archs}" if archs else "without CUDA"),
+        tag(
+            "small",
+            f"{wording.duration(record['processor_seconds'])} of processor time, ",
+            f"CUDA sets {archs}" if archs else "without CUDA",
+        ),
     ]
     return figure(heading, drawn, source(record, record["name"]))
 
@@ -91,7 +95,7 @@ def _all(records: Sequence[dict[str, Any]]) -> Html:
     rows = []
     for index, record in reversed(list(enumerate(records))):
         alike = [one for one in records[:index] if one["cuda_archs"] == record["cuda_archs"]]
-        same = [one for one in alike if _conditions(one) == _conditions(record)]
+        same = [one for one in alike if wording.processor(one) == wording.processor(record)]
         rows.append(
             [
                 record["date"][:10],
@@ -99,28 +103,28 @@ def _all(records: Sequence[dict[str, Any]]) -> Html:
                 wording.processor(record),
                 ", ".join(record["cuda_archs"]) or "none",
                 str(record["jobs"]),
-                _against(record["seconds"], [one["seconds"] for one in same], wording.duration),
+                value(record["seconds"], wording.duration(record["seconds"])),
+                _against(
+                    record["processor_seconds"],
+                    [one["processor_seconds"] for one in same],
+                    wording.duration,
+                ),
                 *(
                     _against(_size(record, name), [_size(one, name) for one in alike], wording.size)
                     for name in _LIBRARIES
                 ),
             ]
         )
-    header = ["date", "code", "machine", "CUDA sets", "at once", "whole build", *_LIBRARIES]
+    header = ["date", "code", "machine", "CUDA sets", "at once", "took"]
+    header += ["processor time", *_LIBRARIES]
     note = tag(
         "p",
         f"A mark says that a figure grew by {100 * THRESHOLD:.0f} % or more over the best build "
-        "before it of the same CUDA sets, for times also on the same processor with as many steps "
-        "at once.",
+        "before it of the same CUDA sets, for processor time also on the same processor.",
         class_="source",
     )
-    drawn = table(header, rows, numbers=4, caption="Every build kept")
+    drawn = table(header, rows, numbers=5, caption="Every build kept")
     return figure("Builds over time", drawn, note, source(records[-1], records[-1]["name"]))
-
-
-def _conditions(record: dict[str, Any]) -> tuple[str, int]:
-    """What a time depends on, besides the code."""
-    return wording.processor(record), record["jobs"]
 
 
 def _size(record: dict[str, Any], name: str) -> int | None:
