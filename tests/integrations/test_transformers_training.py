@@ -10,6 +10,8 @@ pytest.importorskip("accelerate")
 pytest.importorskip("peft")
 
 import peft
+from torch import distributed
+from torch.distributed.fsdp import fully_shard
 from transformers import Trainer, TrainingArguments
 
 from attnres_ext.integrations.transformers import (
@@ -149,3 +151,27 @@ def test_virtual_tokens(model, kind):
     losses, moved = steps(adapter, ids)
     assert moved
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_sharded_layers_have_the_same_gradients(model, checkpointing):
+    """One process stands for many: parameters are gathered and freed around each layer all the
+    same."""
+    tiny_models.randomise(attention_residuals(model))
+    ids = tiny_models.tokens()
+    sharded = copy.deepcopy(model)
+    model(ids, labels=ids).loss.backward()
+    if checkpointing:
+        sharded.train().activation_checkpointing_enable()
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = distributed.init_device_mesh("cpu", (1,))
+        for layer in sharded.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(sharded, mesh=mesh)
+        sharded(ids, labels=ids).loss.backward()
+        found = {name: p.grad.full_tensor() for name, p in sharded.named_parameters()}
+    finally:
+        distributed.destroy_process_group()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(found[name], parameter.grad), name
