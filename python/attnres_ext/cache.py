@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from copy import copy
 
 import torch
 from torch import Tensor
 
 from attnres_ext import _C
+from attnres_ext.side_stream import SideStream
 
 __all__ = ["BlockCache"]
 
@@ -19,7 +21,8 @@ class BlockCache:
     Slot 0 .. are finished blocks; the next one is *open*: it is the running sum of the block being
     computed. Closing it is counting one up, not a copy. The reciprocal RMS of a block is computed
     when it is written and reused by every later read. Nothing is allocated after construction,
-    except the results of reads and, once, the scratch memory of two phases.
+    except, once, the scratch memory of two phases, and the results of reads that are not given an
+    ``out``: steps can be captured in CUDA graphs.
 
     Blocks live within one forward of the current tokens: nothing is kept from one decoding step to
     the next.
@@ -31,9 +34,11 @@ class BlockCache:
         dtype: Dtype of the slots.
         device: Device of the slots; None means the default device.
         eps: Epsilon of the key RMSNorm.
+        side_stream: Where phase 1 runs, beside the stream that reads and writes; None means on that
+            stream.
 
     Raises:
-        ValueError: For a capacity, shape, size or dtype that cannot be.
+        ValueError: For a capacity, shape, size, dtype or stream that cannot be.
     """
 
     def __init__(
@@ -45,6 +50,7 @@ class BlockCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
         eps: float = 1e-6,
+        side_stream: torch.cuda.Stream | None = None,
     ) -> None:
         self._state = _C.CacheState(capacity)
         self._leading = (shape,) if isinstance(shape, int) else tuple(shape)
@@ -63,8 +69,15 @@ class BlockCache:
         num_tokens = math.prod(self._leading)
         self._slots = torch.empty(capacity, num_tokens, hidden_size, dtype=dtype, device=device)
         self._rstd = torch.empty(capacity, num_tokens, dtype=torch.float32, device=device)
+        if side_stream is not None and side_stream.device != self._slots.device:
+            raise ValueError(
+                f"BlockCache: side_stream is on {side_stream.device}, "
+                f"expected {self._slots.device} as the slots"
+            )
+        self._side = SideStream(side_stream)
         self._phase1: tuple[Tensor, Tensor] | None = None
         self._phase1_queries = 0  # rows of it that belong to the open block
+        self._vectors: Tensor | None = None
 
     @property
     def capacity(self) -> int:
@@ -102,6 +115,7 @@ class BlockCache:
 
     def reset(self) -> None:
         """Opens slot 0 again. Contents are left to be overwritten."""
+        self._side.join()
         self._state.reset()
         self._phase1_queries = 0
 
@@ -135,6 +149,7 @@ class BlockCache:
         out_weight: Tensor | None = None,
         out_eps: float | None = None,
         scale: float = 1.0,
+        out: Tensor | None = None,
     ) -> Tensor:
         """Adds ``delta`` to the open slot and attends over all slots in use, in one kernel (paper,
         Eq. 5-6).
@@ -146,9 +161,10 @@ class BlockCache:
             out_weight: Gain ``[D]`` of the following RMSNorm, fused when given.
             out_eps: Its epsilon; None takes the cache's.
             scale: Factor on the logits.
+            out: Where the result goes; None allocates it.
 
         Returns:
-            The mix ``[..., D]`` in the cache's dtype.
+            The mix ``[..., D]`` in the cache's dtype, or ``out``.
 
         Raises:
             RuntimeError: If every slot is closed and ``delta`` is given or asks for a gradient, or
@@ -162,7 +178,7 @@ class BlockCache:
         else:
             self.check_fits("delta", delta)
             slot, add = self._open()
-        out = self._new_result()
+        out = self._result(out)
         torch.ops.attnres.block_cache_attend(
             self._slots,
             self._rstd,
@@ -187,7 +203,9 @@ class BlockCache:
         """Phase 1: attends over the sealed slots for all ``S`` queries ``[S, D]`` of the open block
         (paper, Algorithm 1).
 
-        The results stay in the cache's scratch memory, for :meth:`merge`.
+        The results stay in the cache's scratch memory, for :meth:`merge`. With a side stream this
+        returns at once, and the first merge waits: call it when the block before is closed, and
+        what the current stream does until then hides it.
 
         Raises:
             RuntimeError: If no slot is sealed.
@@ -202,8 +220,12 @@ class BlockCache:
                 self._slots.new_empty(num_queries, self._slots.shape[1], dtype=wide),
             )
         out, lse = (scratch[:num_queries] for scratch in self._phase1)
-        torch.ops.attnres.block_cache_inter(
+        arguments = (
             self._slots, self._rstd, self._state.sealed, queries, key_weights, scale, out, lse
+        )  # fmt: skip
+        self._side.run(
+            lambda: torch.ops.attnres.block_cache_inter(*arguments),
+            [argument for argument in arguments if isinstance(argument, Tensor)],
         )
         self._phase1_queries = num_queries
 
@@ -217,6 +239,7 @@ class BlockCache:
         out_weight: Tensor | None = None,
         out_eps: float | None = None,
         scale: float = 1.0,
+        out: Tensor | None = None,
     ) -> Tensor:
         """Phase 2: adds ``delta`` to the open slot and merges it with row ``index`` of the last
         :meth:`inter`.
@@ -230,12 +253,13 @@ class BlockCache:
             )
         self.check_fits("delta", delta)
         slot, add = self._open()
-        out, lse = self._phase1
-        hidden = self._new_result()
+        mixes, lse = self._phase1
+        hidden = self._result(out)
+        self._side.join()
         torch.ops.attnres.block_cache_merge(
             self._slots,
             self._rstd,
-            out[index],
+            mixes[index],
             lse[index],
             delta,
             slot,
@@ -279,8 +303,63 @@ class BlockCache:
                 "keeps none; run under torch.no_grad or torch.inference_mode"
             )
 
-    def _new_result(self) -> Tensor:
-        return torch.empty(self.shape, dtype=self.dtype, device=self.device)
+    def stacked(self, vectors: Sequence[Sequence[Tensor]]) -> Tensor:
+        """Equally many vectors ``[D]`` of each kind as ``[kinds, count, D]``, in memory of the
+        cache's own."""
+        shape = len(vectors), len(vectors[0]), self.hidden_size
+        like = vectors[0][0]
+        kept = self._vectors
+        if kept is None or (kept.shape, kept.dtype) != (shape, like.dtype):
+            kept = self._vectors = like.new_empty(shape)
+        with torch.no_grad():
+            for row, kind in zip(kept.unbind(0), vectors, strict=True):
+                torch.stack(list(kind), out=row)
+        return kept
+
+    def resized(self, shape: int | Sequence[int]) -> BlockCache:
+        """Another cache in the same memory, for as many tokens or fewer.
+
+        Use one of them at a time: nothing that either holds outlives a write to the other.
+
+        Args:
+            shape: Leading shape of what is written to it.
+
+        Raises:
+            ValueError: If it has more tokens than this cache.
+        """
+        leading = (shape,) if isinstance(shape, int) else tuple(shape)
+        num_tokens, room = math.prod(leading), self._slots.shape[1]
+        if any(size < 0 for size in leading) or num_tokens > room:
+            raise ValueError(
+                f"block cache: resized to shape {leading}, expected at most {room} tokens in all"
+            )
+
+        def part(whole: Tensor, *sizes: int) -> Tensor:
+            return whole.view(-1)[: math.prod(sizes)].view(sizes)
+
+        other = copy(self)  # with the same side stream: what one starts, the other waits for
+        other._state = _C.CacheState(self.capacity)
+        other._leading = leading
+        other._slots = part(self._slots, self.capacity, num_tokens, self.hidden_size)
+        other._rstd = part(self._rstd, self.capacity, num_tokens)
+        other._phase1, other._phase1_queries = None, 0
+        if self._phase1 is not None:
+            count = self._phase1[0].shape[0]
+            other._phase1 = (
+                part(self._phase1[0], count, num_tokens, self.hidden_size),
+                part(self._phase1[1], count, num_tokens),
+            )
+        return other
+
+    def _result(self, out: Tensor | None) -> Tensor:
+        if out is None:
+            return torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        if tuple(out.shape) != self.shape or out.dtype != self.dtype:
+            raise ValueError(
+                f"block cache: out has shape {tuple(out.shape)} and dtype {out.dtype}, "
+                f"expected {self.shape} and {self.dtype}"
+            )
+        return out
 
     def _open(self) -> tuple[int, bool]:
         """The open slot and whether a write adds to it; counted once the operator has run."""

@@ -206,7 +206,8 @@ class AttentionResiduals(nn.Module):
         Args:
             embedding: ``[..., D]``, source 0.
             cache: Where blocks are kept in place. Inference only: nothing is differentiable, reads
-                allocate their result and nothing else. Without it the state is differentiable.
+                allocate their result, unless they are told where to put it, and nothing else.
+                Without it the state is differentiable.
 
         Returns:
             The state to read from and write to.
@@ -233,6 +234,7 @@ class AttentionResiduals(nn.Module):
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
+        side_stream: torch.cuda.Stream | None = None,
     ) -> BlockCache:
         """A block cache with as many slots as this module needs.
 
@@ -241,10 +243,13 @@ class AttentionResiduals(nn.Module):
                 tokens).
             dtype: Their dtype.
             device: Their device; None means the default device.
+            side_stream: Where phase 1 of a block runs while the current stream computes the
+                sublayer before the block's first read; None means on the current stream, before it.
         """
         return BlockCache(
-            self.num_blocks + 1, shape, self.hidden_size, dtype=dtype, device=device, eps=self.eps
-        )
+            self.num_blocks + 1, shape, self.hidden_size, dtype=dtype, device=device,
+            eps=self.eps, side_stream=side_stream,
+        )  # fmt: skip
 
     @contextmanager
     def recording(self) -> Iterator[Record]:

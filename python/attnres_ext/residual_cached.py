@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from attnres_ext.cache import BlockCache
@@ -34,37 +33,68 @@ class CachedState(ResidualState):
         cache.check_fits("embedding", embedding)
         cache.reset()
         self._cache = cache
-        self._phase1 = 0  # sites of the open block whose phase 1 the cache holds
-        self._phase1_next = 0
+        # The block whose sites' phase 1 the cache holds, if any.
+        self._phase1_block: int | None = None
+        self._vectors: Tensor | None = None
+        self._out: Tensor | None = None
+
+    def read(
+        self,
+        site: int,
+        norm_weight: Tensor | None = None,
+        norm_eps: float | None = None,
+        *,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """As :meth:`ResidualState.read`, into ``out`` if it is given: then nothing is allocated.
+
+        ``out`` has the cache's shape and dtype, and is not what is written next.
+        """
+        self._out = out
+        return super().read(site, norm_weight, norm_eps)
+
+    def read_output(
+        self,
+        norm_weight: Tensor | None = None,
+        norm_eps: float | None = None,
+        *,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """As :meth:`ResidualState.read_output`, with ``out`` as for :meth:`read`."""
+        self._out = out
+        return super().read_output(norm_weight, norm_eps)
 
     def _read(
         self, site: int, delta: Tensor, query: Tensor, key_weight: Tensor | None, norm: dict
     ) -> Tensor:
         residual, cache = self._residual, self._cache
-        self._begin_block(site, delta)
-        weights = {"out_weight": norm["out_weight"], "out_eps": norm["out_eps"]}
-        if self._phase1:
-            hidden = cache.merge(self._phase1_next, delta, query, key_weight, **weights)
-            self._phase1_next += 1
+        weights = {"out_weight": norm["out_weight"], "out_eps": norm["out_eps"], "out": self._out}
+        block = cache.num_sealed
+        if self._phase1_block == block:
+            index = site - residual.sites_of_block(block)[0]
+            hidden = cache.merge(index, delta, query, key_weight, **weights)
         else:
             hidden = cache.attend(delta, query, key_weight, **weights)
         if residual._record is not None:
             self._record(site, cache.sources(), query, key_weight)
         if residual.closes_block(site):
             cache.close()
+            if site < residual.num_sublayers:
+                self._begin_block(delta)
         return hidden
 
-    def _begin_block(self, site: int, delta: Tensor) -> None:
+    def _begin_block(self, delta: Tensor) -> None:
+        """Attends over the finished blocks for all sites of the next one, where that pays.
+
+        That needs nothing of the sublayer that comes before its first site: a cache with a side
+        stream does it meanwhile.
+        """
         residual, cache = self._residual, self._cache
-        if cache.open_holds_partial or site == 0:
-            return
-        self._phase1 = self._phase1_next = 0
         block = cache.num_sealed
         if not residual.reads_in_two_phases(block, delta, training=False):
             return
+        if self._vectors is None:
+            self._vectors = cache.stacked((residual.queries, residual.key_weights))
         sites = residual.sites_of_block(block)
-        cache.inter(
-            torch.stack([residual.queries[s] for s in sites]),
-            torch.stack([residual.key_weights[s] for s in sites]),
-        )
-        self._phase1 = len(sites)
+        cache.inter(*self._vectors[:, sites[0] : sites[-1] + 1])
+        self._phase1_block = block

@@ -190,3 +190,50 @@ def test_misuse_gives_sentences():
     with pytest.raises(ValueError, match="the state was made for batch_size 2"):
         model(ids[:1, :3], state=state)
     assert state.length == 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("chunk_size", [1, 4, 7, 21, 50])
+def test_prefill_in_chunks_equals_prefill_at_once(mode, chunk_size):
+    model, ids = make_model(mode, queries=0.3).eval(), make_ids()
+    whole, chunked = (model.new_state(2, 24) for _ in range(2))
+    expected = model(ids, state=whole, logits_to_keep=1).logits[:, -1]
+    actual = model.prefill(ids, chunked, chunk_size)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    assert chunked.length == 21
+    assert chunked.prefill_cache is None
+    # What follows has seen the same.
+    after = [model(ids[:, :1], state=state).logits for state in (whole, chunked)]
+    torch.testing.assert_close(after[1], after[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["block", "full"])
+def test_chunks_bound_the_memory_of_blocks(mode, monkeypatch):
+    model = make_model(mode).eval()
+    made = []
+    new_cache = model.residual.new_cache
+    monkeypatch.setattr(
+        model.residual, "new_cache", lambda *a, **k: made.append(new_cache(*a, **k)) or made[-1]
+    )
+
+    def blocks_bytes(tokens, chunk_size):
+        state = model.new_state(2, tokens)
+        made.clear()
+        model.prefill(make_ids(tokens=tokens), state, chunk_size)
+        return sum(cache._slots.nbytes for cache in made)
+
+    slot = 2 * model.config.hidden_size * 8  # bytes of a token of both sequences
+    capacity = model.residual.num_blocks + 1
+    for tokens in (9, 30, 61):
+        assert blocks_bytes(tokens, 8) == capacity * 8 * slot
+        assert blocks_bytes(tokens, 1000) == capacity * tokens * slot
+
+
+def test_prefill_refuses():
+    model, ids = make_model("block"), make_ids()
+    with pytest.raises(ValueError, match="chunk_size is 0; it must be at least 1"):
+        model.prefill(ids, model.new_state(2, 21), 0)
+    state = model.new_state(2, 20)
+    with pytest.raises(ValueError, match="21 more do not fit"):
+        model.prefill(ids, state, 4)
+    assert state.length == 0, "nothing of it is taken in"

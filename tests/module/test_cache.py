@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from attnres_ext import reference
 from attnres_ext.cache import BlockCache
@@ -113,6 +114,85 @@ def test_nothing_but_results_is_allocated():
     cache.attend(torch.randn(4, D), query, gain)
     cache.attend(torch.randn(4, D), query, gain)
     assert [tensor.data_ptr() for tensor in cache.sources()][:1] == before
+
+
+def allocated(call):
+    """Sizes of what PyTorch's allocator gives out while ``call`` runs, inside of operators too."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    events = profiler.profiler.kineto_results.events()
+    return [e.nbytes() for e in events if e.name() == "[memory]" and e.nbytes() > 0]
+
+
+@pytest.mark.parametrize("options", MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_allocates_nothing(options, dtype):
+    """Read after read into two tensors in turn: nothing for the allocator, nothing to free."""
+    model = toy(**options).to(dtype)
+    residual = model.residual
+    cache = residual.new_cache((4, 1), dtype=dtype)
+    x, *deltas = (embed(4, 1, dtype=dtype, seed=seed) for seed in range(8))
+    results = [torch.empty_like(x) for _ in range(2)]
+    read = []
+
+    def step():
+        state = residual.start(x, cache=cache)
+        for site, delta in enumerate(deltas):
+            out = state.read(site, model.norms[site], out=results[site % 2])
+            assert out is results[site % 2]
+            state.write(delta)
+        read.append(state.read_output(model.norms[-1], out=results[1]))
+
+    step()  # makes the scratch memory of two phases
+    expected = results[1].clone()
+    step()
+    assert torch.equal(results[1], expected)
+    assert allocated(step) == []
+    state = residual.start(x)
+    for site, delta in enumerate(deltas):
+        state.read(site, model.norms[site])
+        state.write(delta)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(
+        expected, state.read_output(model.norms[-1]), rtol=tolerance, atol=tolerance
+    )
+
+
+def test_allocations_are_seen():
+    x = torch.zeros(1000)
+    assert 4000 in allocated(lambda: x + 1)
+
+
+def test_results_that_do_not_fit():
+    cache, query = BlockCache(2, 4, D), torch.zeros(D)
+    for out in (torch.empty(3, D), torch.empty(4, D).double()):
+        with pytest.raises(ValueError, match=r"out has shape .* expected \(4, 12\) and "):
+            cache.attend(torch.zeros(4, D), query, out=out)
+    delta = torch.zeros(4, D)
+    with pytest.raises(RuntimeError, match="out shares memory with delta"):
+        cache.attend(delta, query, out=delta)
+    assert not cache.open_holds_partial
+
+
+@pytest.mark.parametrize("options", MODES)
+def test_fewer_tokens_in_the_same_memory(options):
+    model = toy(**options).float()
+    large = model.residual.new_cache((2, 8))
+    x = embed(2, 8, dtype=torch.float32)
+    assert_as_exact_as_plain_pytorch(
+        [model(x, cache=large)], [model.naive(x)], [copy.deepcopy(model).double().naive(x.double())]
+    )
+    memory = large._slots.data_ptr(), large._rstd.data_ptr()
+    for tokens in (5, 1, 8):
+        part = x[:, :tokens].contiguous()
+        small = large.resized(part.shape[:-1])
+        assert (small._slots.data_ptr(), small._rstd.data_ptr()) == memory
+        assert small.shape == part.shape
+        own = model(part, cache=model.residual.new_cache(part.shape[:-1]))
+        assert torch.equal(model(part, cache=small), own)
+    assert torch.equal(model(x, cache=large), model(x, cache=model.residual.new_cache((2, 8))))
+    with pytest.raises(ValueError, match=r"resized to shape \(3, 8\), expected at most 16 tokens"):
+        large.resized((3, 8))
 
 
 def test_narrower_deltas_are_added_as_they_are():

@@ -31,6 +31,8 @@ class KimiLinearState:
             layer.
         block_cache: Where one decoding step keeps its blocks; nothing in it outlives the step, only
             the memory does.
+        prefill_cache: The same for as many tokens as :meth:`KimiLinearForCausalLM.prefill` takes at
+            a time, while it runs.
         batch_size: Sequences.
         max_length: How many tokens fit.
         length: How many tokens it has seen.
@@ -41,6 +43,7 @@ class KimiLinearState:
     batch_size: int
     max_length: int
     length: int = 0
+    prefill_cache: BlockCache | None = None
 
 
 @dataclass
@@ -133,6 +136,8 @@ class KimiLinearModel(nn.Module):
             return None
         if embedding.shape == state.block_cache.shape:
             return state.block_cache
+        if state.prefill_cache is not None:
+            return state.prefill_cache.resized(embedding.shape[:-1])
         return self.residual.new_cache(
             embedding.shape[:-1], dtype=embedding.dtype, device=embedding.device
         )
@@ -240,12 +245,46 @@ class KimiLinearForCausalLM(nn.Module):
         cache = self.residual.new_cache((batch_size, 1), dtype=weight.dtype, device=weight.device)
         return KimiLinearState(layers, cache, batch_size, max_length)
 
+    @torch.no_grad()
+    def prefill(self, input_ids: Tensor, state: KimiLinearState, chunk_size: int) -> Tensor:
+        """Takes in a prompt, so many tokens of each sequence at a time.
+
+        The blocks of all residual reads, ``num_blocks + 1`` tensors of the prompt's size when it is
+        taken in at once, are of a chunk's size; the same memory serves every chunk.
+
+        Args:
+            input_ids: ``[B, T]``, ``T >= 1``.
+            state: Moved on in place.
+            chunk_size: Tokens of a sequence at a time, at least 1.
+
+        Returns:
+            Logits after the last token, ``[B, vocab_size]``.
+
+        Raises:
+            ValueError: For a chunk size below one, or tokens that do not fit the state.
+        """
+        if chunk_size < 1:
+            raise ValueError(f"prefill: chunk_size is {chunk_size}; it must be at least 1")
+        self._check(input_ids, None, state, None)
+        batch_size, length = input_ids.shape
+        weight = self.model.embed_tokens.weight
+        state.prefill_cache = self.residual.new_cache(
+            (batch_size, min(chunk_size, length)), dtype=weight.dtype, device=weight.device
+        )
+        try:
+            for chunk in input_ids.split(chunk_size, dim=1):
+                logits = self(chunk, state=state, logits_to_keep=1).logits
+        finally:
+            state.prefill_cache = None
+        return logits[:, -1]
+
     def generate(
         self,
         input_ids: Tensor,
         max_new_tokens: int,
         temperature: float = 0.0,
         generator: torch.Generator | None = None,
+        chunk_size: int = 4096,
     ) -> Iterator[Tensor]:
         """Continues ``input_ids``, yielding each token as soon as it is known.
 
@@ -255,6 +294,7 @@ class KimiLinearForCausalLM(nn.Module):
             temperature: 0 takes the likeliest token, otherwise logits are divided by it and a token
                 is drawn.
             generator: Source of randomness of the draws.
+            chunk_size: How many tokens of each prompt are taken in at a time (see :meth:`prefill`).
 
         Yields:
             One token per sequence, ``[B]``, int64.
@@ -265,8 +305,7 @@ class KimiLinearForCausalLM(nn.Module):
             return
         self._check(input_ids, None, None, None)
         state = self.new_state(input_ids.shape[0], input_ids.shape[1] + max_new_tokens)
-        with torch.no_grad():
-            logits = self(input_ids, state=state, logits_to_keep=1).logits[:, -1]
+        logits = self.prefill(input_ids, state, chunk_size)
         for produced in range(1, max_new_tokens + 1):
             token = _draw(logits, temperature, generator)
             yield token
