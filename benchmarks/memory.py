@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -42,6 +44,29 @@ def missing_memory(case: Case, device: str) -> str | None:
     if available is not None and needed > 0.8 * available:
         return f"needs about {needed / 2**30:.0f} GiB, {available / 2**30:.0f} GiB are free"
     return None
+
+
+def peak_bytes(call: Callable[[], object], device: str) -> int:
+    """Most bytes of tensors that ``call`` held at once, beyond what was there before it."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    # The profiler would otherwise announce itself on the terminal.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profiler:
+        call()
+    changes = sorted(
+        (event.start_ns(), event.nbytes())
+        for event in profiler.profiler.kineto_results.events()
+        if event.name() == "[memory]"
+    )
+    return max(0, *itertools.accumulate(change for _, change in changes), 0)
 
 
 def keep_pages() -> bool:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import datetime
-import math
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -291,17 +289,3 @@ def ceilings(options: Options) -> dict[str, Any]:
         "copy_gbps_by_mib": {size: rate for size, (rate, _) in copies.items()},
         "matrix_tflops": bandwidth.matrix_rates(_CEILINGS, options.device, options.timer()),
     }
-
-
-def run_cases(
-    cases: Sequence[Case],
-    options: Options,
-    report: Callable[[Case, str], None],
-    seconds: float = math.inf,
-) -> Iterator[tuple[Case, list[Result]]]:
-    """Runs ``cases`` one by one, and starts none once ``seconds`` have passed."""
-    end = time.monotonic() + seconds
-    for case in cases:
-        if time.monotonic() > end:
-            return
-        yield case, run_case(case, options, lambda step, case=case: report(case, step))

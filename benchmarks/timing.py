@@ -214,5 +214,44 @@ def measure(
     return timings
 
 
+def measure_in_step(
+    actions: Mapping[str, Action],
+    seconds: float,
+    timer: Timer,
+    refuse: Callable[[str, Exception], None],
+    turns: int | None = None,
+) -> dict[str, Timing]:
+    """Times long actions so that their n-th samples are of the same turn and can be divided.
+
+    Args:
+        actions: what to time, by name.
+        seconds: how long; it decides on the number of turns, from 5 to 25.
+        timer: how to take a sample.
+        refuse: told of an action that raises an error, which is then left out.
+        turns: how many, if not as many as there is time for.
+    """
+    samplers: dict[str, Sampler] = {}
+    once = 0.0
+    for name, action in actions.items():
+        try:
+            sampler = timer.load(action, 0.0)
+            sampler.sample(1)  # whatever is done once is done
+            once += sampler.sample(1)
+            samplers[name] = sampler
+        except Exception as error:  # whatever a contestant throws, the others go on
+            refuse(name, error)
+    timings = {name: Timing(timer=sampler.timer) for name, sampler in samplers.items()}
+    names = list(samplers)
+    if turns is None:
+        turns = max(5, min(25, int(seconds / max(once, 1e-9))))
+    for turn in range(turns if names else 0):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            before = _preemptions()
+            timings[name].samples.append(samplers[name].sample(1))
+            timings[name].preemptions += _preemptions() - before
+    return timings
+
+
 def _preemptions() -> int:
     return 0 if resource is None else resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw

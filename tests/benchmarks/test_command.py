@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from attnres_ext.benchmarks import bandwidth, memory, registry, results, runner
+from attnres_ext.benchmarks import bandwidth, memory, model_registry, registry, results, runner
+from attnres_ext.benchmarks.model_registry import ModelCase
 from attnres_ext.benchmarks.registry import Case
+from attnres_ext.cli import bench as bench_command
 from attnres_ext.cli.main import main
 
 TINY = (
@@ -15,11 +18,16 @@ TINY = (
     Case("merge_partial", 3, 20, 16, norm=True, suite="quick", rivals=("eager", "standard")),
     Case("depth_attention", 3, 1, 8, "float32", origin="host", suite="ops"),
 )
+TINY_MODELS = tuple(
+    ModelCase(work, 4, 32, 48, 2, 8, sublayers_per_block=2, tokens=tokens, context=context)
+    for work, tokens, context in (("train", 9, 0), ("prefill", 9, 0), ("decode", 1, 5))
+)
 
 
 @pytest.fixture(autouse=True)
 def _tiny_benchmark(monkeypatch: pytest.MonkeyPatch, num_threads: None) -> None:
     monkeypatch.setattr(registry, "CASES", TINY)
+    monkeypatch.setattr(model_registry, "CASES", TINY_MODELS)
     monkeypatch.setattr(bandwidth, "LADDER", (1,))
     monkeypatch.setitem(bandwidth.MATRIX_SIZES, "cpu", 64)
     monkeypatch.setattr(runner, "_MOST_SETS", 3)
@@ -70,11 +78,38 @@ def test_filter_contestants_threads_and_allocator(
     assert "caches cold" in capsys.readouterr().out
 
 
+def test_suites_of_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for suite, works in (("model", {"train"}), ("decode", {"prefill", "decode"})):
+        assert bench("--suite", suite, "--repeats", 2, "--out", tmp_path / suite) == 0
+        printed = capsys.readouterr().out
+        assert "over standard" in printed
+        assert "fla was not timed: flash-linear-attention has CUDA kernels alone" in printed
+        (path,) = (tmp_path / suite).iterdir()
+        assert path.name.startswith(f"cpu-{suite}-")
+        run, rows = results.read_models(path)
+        assert run["suite"] == suite
+        assert {row.work for row in rows} == works
+        assert results.read(path)[1] == []
+
+
+def test_the_suite_of_everything_has_operators_and_models(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--filter", "*32*", "--contestants", "ours", "--repeats", 2, "--out", tmp_path)
+    assert bench("--suite", "all", *arguments) == 0
+    assert "training step" in capsys.readouterr().out
+    (path,) = tmp_path.iterdir()
+    assert {row.contestant for row in results.read(path)[1]} == {"copy", "ours"}
+    models = results.read_models(path)[1]
+    assert {row.contestant for row in models} == {"standard", "ours"}
+    assert {row.residual for row in models} == {"standard", "block", "full"}
+
+
 def test_starts_no_case_once_its_time_is_over(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    clock = iter((0.0, 1.0, 30.0, 31.0))
-    monkeypatch.setattr(runner.time, "monotonic", lambda: next(clock))
+    clock = iter((0.0, 1.0, 30.0))
+    monkeypatch.setattr(bench_command, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     assert bench("--repeats", 2, "--seconds", 20, "--contestants", "eager") == 0
     printed = capsys.readouterr().out
     assert "1 of 2 cases were left out after 20 s" in printed
@@ -83,8 +118,13 @@ def test_starts_no_case_once_its_time_is_over(
 
 def test_list_names_the_cases_and_runs_none(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench("--list", "--suite", "ops") == 0
-    lines = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
     assert [line.split()[0] for line in lines] == [case.name for case in TINY]
+    assert "contestant fla: " in printed.err
+    assert bench("--list", "--suite", "decode") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == [case.name for case in TINY_MODELS[1:]]
 
 
 @pytest.mark.parametrize(

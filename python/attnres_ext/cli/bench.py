@@ -6,6 +6,8 @@ import argparse
 import math
 import os
 import sys
+import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,13 +17,14 @@ from attnres_ext.cli.arguments import HelpFormatter, list_of, number
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
+    from attnres_ext.benchmarks.model_registry import ModelCase
     from attnres_ext.benchmarks.registry import Case
-    from attnres_ext.benchmarks.results import Result
+    from attnres_ext.benchmarks.results import ModelResult, Result
 
 _DESCRIPTION = """\
-Times the operators against plain PyTorch, torch.compile and the standard residual.
+Times the operators, and whole models, against plain PyTorch, torch.compile, other people's kernels
+and the standard residual.
 
 Whoever is wrong is not timed: results and gradients are first compared with the definition in
 float64. Contestants take turns, and so does a copy of exactly the bytes that the operator must
@@ -32,6 +35,9 @@ _EXAMPLES = """\
 examples:
   attnres bench                                       the headline figures, within a minute
   attnres bench --suite ops --out benchmarks/results  every operator, results kept as JSON lines
+  attnres bench --suite model                         training steps of Kimi Linear stacks
+  attnres bench --suite decode                        prefill and decoding steps
+  attnres bench --device cuda --suite all             everything, on an NVIDIA GPU
   attnres bench --suite all --filter D7168            every case of hidden size 7168
   attnres bench --contestants ours,compile --filter 'depth_attention/*/fresh'
   attnres bench report benchmarks/results             the results of a folder as one HTML page
@@ -42,7 +48,7 @@ def add_parser(subparsers: Any) -> None:
     """Adds the ``bench`` subcommand."""
     parser = subparsers.add_parser(
         "bench",
-        help="time the operators against eager PyTorch, torch.compile and a plain copy",
+        help="time operators and models against eager PyTorch, torch.compile and a plain copy",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
         formatter_class=HelpFormatter,
@@ -52,9 +58,10 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--suite",
-        choices=["quick", "ops", "all"],
+        choices=["quick", "ops", "model", "decode", "all"],
         default="quick",
-        help="quick: headline figures; ops: every operator; all: also the largest shapes",
+        help="quick: headline figures; ops: every operator; model: training steps; decode: prefill "
+        "and decoding steps; all: everything, also the largest shapes",
     )
     parser.add_argument(
         "--filter", metavar="TEXT", help="only cases whose name contains or matches this"
@@ -105,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
         return bench_report.run(args)
     from rich.console import Console
 
-    from attnres_ext.benchmarks import contestants, registry
+    from attnres_ext.benchmarks import contestants, model_registry, registry
     from attnres_ext.cli.devices import check_device
     from attnres_ext.training.errors import UserError
 
@@ -115,6 +122,12 @@ def run(args: argparse.Namespace) -> int:
     try:
         kind = "cuda" if args.device.startswith("cuda") else "cpu"
         cases = registry.select(args.suite, args.filter, kind)
+        stacks = model_registry.select(args.suite, kind, args.filter)
+        if not cases and not stacks:
+            raise registry.UnknownCaseError(
+                f"no case of suite '{args.suite}' matches '{args.filter}'; "
+                f"`attnres bench --suite {args.suite} --list` names them"
+            )
         if args.seconds is not None:
             cases = registry.most_wanted_first(cases, kind)
         for name in args.contestants or ():
@@ -124,6 +137,8 @@ def run(args: argparse.Namespace) -> int:
     if args.list:
         for case in cases:
             print(f"{case.name}  ({registry.ORIGINS[case.origin]})")
+        for stack in stacks:
+            print(f"{stack.name}  ({model_registry.ORIGINS[stack.origin]})")
         # Not cases, so not among them where a script reads the list.
         for name in contestants.NAMES:
             reason = contestants.get(name).unavailable(args.device)
@@ -144,16 +159,19 @@ def run(args: argparse.Namespace) -> int:
     if not console.is_terminal:
         # A pipe or a file has no width; rich would fold the table into 80 columns.
         console = Console(width=120)
-    _bench(args, cases, console)
+    _bench(args, cases, stacks, console)
     return 0
 
 
-def _bench(args: argparse.Namespace, cases: list[Case], console: Console) -> None:
+def _bench(
+    args: argparse.Namespace, cases: list[Case], stacks: list[ModelCase], console: Console
+) -> None:
     import torch
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from attnres_ext.benchmarks import memory, results, runner
+    from attnres_ext.benchmarks import memory, model_runner, results, runner
+    from attnres_ext.cli import bench_display
 
     on_gpu = args.device.startswith("cuda")
     if on_gpu:
@@ -180,8 +198,8 @@ def _bench(args: argparse.Namespace, cases: list[Case], console: Console) -> Non
         stamp = run_facts["date"].replace(":", "").replace("+0000", "Z")
         path = args.out / f"{args.device}-{args.suite}-{stamp}.jsonl"
 
-    table = _table()
-    collected: list[Result] = []
+    operators, models = bench_display.operators_table(), bench_display.models_table()
+    collected: list[Result | ModelResult] = []
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=20),
@@ -192,125 +210,43 @@ def _bench(args: argparse.Namespace, cases: list[Case], console: Console) -> Non
         transient=True,
     )
     with progress:
-        task = progress.add_task("", total=len(cases))
+        task = progress.add_task("", total=len(cases) + len(stacks))
+        end = time.monotonic() + (math.inf if args.seconds is None else args.seconds)
 
-        def report(case: Case, step: str) -> None:
-            progress.update(task, description=f"{case.operator} {case.shape}: {step}")
-
-        seconds = math.inf if args.seconds is None else args.seconds
-        for case, rows in runner.run_cases(cases, options, report, seconds):
-            collected += rows
-            _add_rows(table, case, rows)
+        def done(rows: Sequence[Result | ModelResult]) -> None:
+            collected.extend(rows)
             progress.advance(task)
             if path is not None:
                 # After every case: a suite that is interrupted keeps what it has.
                 results.write(path, run_facts, collected)
-    console.print(table)
-    left_out = len(cases) - len({row.case for row in collected})
+
+        for case in cases:
+            if time.monotonic() > end:
+                break
+
+            def report(step: str, what: str = f"{case.operator} {case.shape}") -> None:
+                progress.update(task, description=f"{what}: {step}")
+
+            rows = runner.run_case(case, options, report)
+            bench_display.add_operator(operators, case, rows)
+            done(rows)
+        for stack in stacks:
+            if time.monotonic() > end:
+                break
+
+            def report(step: str, what: str = stack.name) -> None:
+                progress.update(task, description=f"{what}: {step}")
+
+            arms = model_runner.run_case(stack, args.device, args.contestants, report, args.repeats)
+            bench_display.add_model(models, stack, arms)
+            done(arms)
+    for table in (operators, models):
+        if table.row_count:
+            console.print(table)
+    left_out = len(cases) + len(stacks) - len({row.case for row in collected})
     if left_out:
-        note = f"{left_out} of {len(cases)} cases were left out after {args.seconds} s"
-        console.print(f"[yellow]{note}[/yellow]")
-    _print_notes(console, run_facts, collected)
+        note = f"{left_out} of {len(cases) + len(stacks)} cases were left out"
+        console.print(f"[yellow]{note} after {args.seconds} s[/yellow]")
+    bench_display.print_notes(console, run_facts, collected)
     if path is not None:
         console.print(f"results: {path}", soft_wrap=True)
-
-
-def _table() -> Table:
-    from rich.table import Table
-
-    table = Table(title="Operators", title_justify="left")
-    table.add_column("case", no_wrap=True)
-    table.add_column("contestant", no_wrap=True)
-    for name in ("time", "spread", "GB/s", "% of copy", "ours is"):
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
-
-
-def _add_rows(table: Table, case: Case, rows: list[Result]) -> None:
-    by_name = {row.contestant: row for row in rows}
-    copy, ours = by_name.get("copy"), by_name.get("ours")
-    labels = [f"[bold]{case.operator}[/bold]", case.shape, case.work]
-    for row in rows:
-        if row.status == "absent":
-            continue  # said once, below the table
-        label = labels.pop(0) if labels else ""
-        if row.status != "timed":
-            table.add_row(label, row.contestant, f"[dim]{row.status}[/dim]", "", "", "", "")
-            continue
-        share, speedup = "", ""
-        if row is not copy and copy is not None and row.bandwidth and copy.bandwidth:
-            share = f"{100 * row.bandwidth / copy.bandwidth:.0f} %"
-        if row is not ours and row is not copy and ours is not None and ours.seconds:
-            ratio = row.seconds / ours.seconds
-            speedup = f"{ratio:.1f}x faster" if ratio >= 1 else f"{1 / ratio:.1f}x slower"
-            # Within a few percent nobody is faster.
-            speedup = "even" if 0.95 < ratio < 1.05 else speedup
-        table.add_row(
-            label,
-            row.contestant,
-            _seconds(row.seconds),
-            f"{100 * row.spread:.0f} %",
-            f"{row.bandwidth / 1e9:.1f}" if row.bandwidth else "",
-            share,
-            speedup,
-        )
-    for label in labels:
-        table.add_row(label, "", "", "", "", "", "")
-    table.add_section()
-
-
-def _seconds(seconds: float) -> str:
-    if seconds < 1e-3:
-        return f"{1e6 * seconds:.1f} us"
-    return f"{1e3 * seconds:.2f} ms"
-
-
-def _print_notes(console: Console, run_facts: dict[str, Any], rows: list[Result]) -> None:
-    from attnres_ext.benchmarks import contestants
-
-    machine = run_facts["machine"]
-    where = (
-        f"{machine['gpu']}, driver {machine['driver']}, CUDA {run_facts['versions'].get('cuda')}"
-        if "gpu" in machine
-        else f"{machine['processor']}, {run_facts['threads']} threads, {machine['instructions']}"
-    )
-    console.print(
-        f"{where}, "
-        f"torch {run_facts['versions']['torch']}; caches {run_facts['cache']}, "
-        f"memory {'kept' if run_facts['pages_kept'] else 'returned to the system after each call'}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    rates = ", ".join(
-        f"{size} MiB {rate:.1f}" for size, rate in run_facts["copy_gbps_by_mib"].items()
-    )
-    console.print(f"copy by buffer size, GB/s: {rates}", highlight=False, soft_wrap=True)
-    products = ", ".join(
-        f"{dtype} {rate:.2f}" for dtype, rate in run_facts["matrix_tflops"].items()
-    )
-    console.print(f"matrix products, TFLOP/s: {products}", highlight=False, soft_wrap=True)
-    plain = sum(1 for row in rows if row.timer == "events")
-    if plain:
-        console.print(
-            f"[yellow]{plain} contestants could not be captured in a CUDA graph; their times hold "
-            "the host's launches, too[/yellow]",
-            soft_wrap=True,
-        )
-    for name in dict.fromkeys(row.contestant for row in rows if row.contestant != "copy"):
-        console.print(f"{name}: {contestants.get(name).ABOUT}", highlight=False, soft_wrap=True)
-    excuses = dict.fromkeys(
-        (row.contestant, row.operator if row.status in ("wrong", "failed") else "", row.reason)
-        for row in rows
-        if row.status not in ("timed", "unsupported")
-    )
-    for name, operator, reason in excuses:
-        where = f" in {operator}" if operator else ""
-        console.print(f"[red]{name} was not timed{where}: {reason}[/red]", soft_wrap=True)
-    disturbed = sum(1 for row in rows if row.preemptions and row.preemptions > len(row.samples))
-    if disturbed:
-        timed = sum(1 for row in rows if row.status == "timed")
-        console.print(
-            f"[yellow]{disturbed} of {timed} measurements shared their cores with other processes; "
-            "figures are only as good as the machine was quiet.[/yellow]",
-            soft_wrap=True,
-        )

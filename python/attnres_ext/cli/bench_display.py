@@ -1,0 +1,168 @@
+"""The tables and notes that ``attnres bench`` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from attnres_ext.benchmarks import contestants
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from attnres_ext.benchmarks.model_registry import ModelCase
+    from attnres_ext.benchmarks.registry import Case
+    from attnres_ext.benchmarks.results import ModelResult, Result
+
+
+def operators_table() -> Table:
+    """Empty, for the operators' rows."""
+    texts = ("case", "contestant")
+    return _table("Operators", texts, ("time", "spread", "GB/s", "% of copy", "ours is"))
+
+
+def models_table() -> Table:
+    """Empty, for the models' rows."""
+    numbers = ("time", "spread", "tokens/s", "peak memory", "over standard")
+    return _table("Models", ("stack", "residual", "by"), numbers)
+
+
+def _table(title: str, texts: Sequence[str], numbers: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for name in texts:
+        table.add_column(name, no_wrap=True)
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def add_operator(table: Table, case: Case, rows: list[Result]) -> None:
+    """Adds a case: who ran in it, and how they compare."""
+    by_name = {row.contestant: row for row in rows}
+    copy, ours = by_name.get("copy"), by_name.get("ours")
+    labels = [f"[bold]{case.operator}[/bold]", case.shape, case.work]
+    for row in rows:
+        if row.status == "absent":
+            continue  # said once, below the table
+        label = labels.pop(0) if labels else ""
+        if row.status != "timed":
+            table.add_row(label, row.contestant, f"[dim]{row.status}[/dim]", "", "", "", "")
+            continue
+        share, speedup = "", ""
+        if row is not copy and copy is not None and row.bandwidth and copy.bandwidth:
+            share = f"{100 * row.bandwidth / copy.bandwidth:.0f} %"
+        if row is not ours and row is not copy and ours is not None and ours.seconds:
+            ratio = row.seconds / ours.seconds
+            speedup = f"{ratio:.1f}x faster" if ratio >= 1 else f"{1 / ratio:.1f}x slower"
+            # Within a few percent nobody is faster.
+            speedup = "even" if 0.95 < ratio < 1.05 else speedup
+        table.add_row(
+            label,
+            row.contestant,
+            _seconds(row.seconds),
+            f"{100 * row.spread:.0f} %",
+            f"{row.bandwidth / 1e9:.1f}" if row.bandwidth else "",
+            share,
+            speedup,
+        )
+    for label in labels:
+        table.add_row(label, "", "", "", "", "", "")
+    table.add_section()
+
+
+def add_model(table: Table, case: ModelCase, rows: list[ModelResult]) -> None:
+    """Adds a stack: its arms, and what they cost over the standard residual."""
+    work = {"train": "training step", "prefill": "prefill", "decode": "decoding step"}[case.work]
+    labels = [f"[bold]{work}[/bold]", *case.shape.split(", ", 2)]
+    for row in rows:
+        if row.status == "absent":
+            continue  # said once, below the table
+        label = labels.pop(0) if labels else ""
+        names = (label, row.residual, row.contestant)
+        if row.status != "timed":
+            table.add_row(*names, f"[dim]{row.status}[/dim]", "", "", "", "")
+            continue
+        over = "" if row.overhead is None else f"{100 * row.overhead:+.1f} %"
+        if row.overhead_quartiles is not None:
+            low, high = (100 * share for share in row.overhead_quartiles)
+            over += f" ({low:+.1f} to {high:+.1f})"
+        table.add_row(
+            *names,
+            _seconds(row.seconds),
+            f"{100 * row.spread:.0f} %",
+            f"{row.tokens_per_second:,.0f}",
+            f"{row.peak_bytes / 2**20:,.1f} MiB",
+            over,
+        )
+    for label in labels:
+        table.add_row(label, "", "", "", "", "", "", "")
+    table.add_section()
+
+
+def _seconds(seconds: float) -> str:
+    if seconds < 1e-3:
+        return f"{1e6 * seconds:.1f} us"
+    return f"{1e3 * seconds:.2f} ms"
+
+
+def print_notes(
+    console: Console, run_facts: dict[str, Any], rows: Sequence[Result | ModelResult]
+) -> None:
+    """What a reader of the tables must know: the machine, who is who, who is missing and why."""
+
+    def say(text: str, style: str | None = None) -> None:
+        console.print(text, style=style, highlight=False, soft_wrap=True, markup=False)
+
+    machine = run_facts["machine"]
+    where = (
+        f"{machine['gpu']}, driver {machine['driver']}, CUDA {run_facts['versions'].get('cuda')}"
+        if "gpu" in machine
+        else f"{machine['processor']}, {run_facts['threads']} threads, {machine['instructions']}"
+    )
+    kept = "kept" if run_facts["pages_kept"] else "returned to the system after each call"
+    say(
+        f"{where}, torch {run_facts['versions']['torch']}; caches {run_facts['cache']}, "
+        f"memory {kept}"
+    )
+    rates = run_facts["copy_gbps_by_mib"].items()
+    say("copy by buffer size, GB/s: " + ", ".join(f"{n} MiB {rate:.1f}" for n, rate in rates))
+    products = run_facts["matrix_tflops"].items()
+    say("matrix products, TFLOP/s: " + ", ".join(f"{n} {rate:.2f}" for n, rate in products))
+    _print_contestants(rows, say)
+    plain = sum(row.timer == "events" for row in rows if hasattr(row, "operator"))
+    if plain:
+        say(
+            f"{plain} contestants could not be captured in a CUDA graph; their times hold the "
+            "host's launches, too",
+            style="yellow",
+        )
+    timed = [row for row in rows if row.status == "timed"]
+    disturbed = sum(1 for row in timed if (row.preemptions or 0) > len(row.samples))
+    if disturbed:
+        say(
+            f"{disturbed} of {len(timed)} measurements shared their cores with other processes; "
+            "figures are only as good as the machine was quiet.",
+            style="yellow",
+        )
+
+
+def _print_contestants(rows: Sequence[Result | ModelResult], say: Callable[..., None]) -> None:
+    operators = [row for row in rows if hasattr(row, "operator")]
+    for name in dict.fromkeys(row.contestant for row in operators if row.contestant != "copy"):
+        say(f"{name}: {contestants.get(name).ABOUT}")
+    if len(operators) < len(rows):
+        say(
+            "models: layers of the reference Kimi Linear, dense feed-forwards; time over the "
+            "standard residual's, which is this library's own, one kernel a site; median over "
+            "turns of the ratio, and its quartiles"
+        )
+    excuses = {}
+    for row in rows:
+        if row.status not in ("timed", "unsupported"):
+            what = getattr(row, "operator", None) or f"{row.residual} {row.work}"
+            told = f" in {what}" if row.status in ("wrong", "failed") else ""
+            excuses[f"{row.contestant} was not timed{told}: {row.reason}"] = None
+    for excuse in excuses:
+        say(excuse, style="red")
