@@ -31,7 +31,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["chunk_gated_delta_rule", "recurrent_gated_delta_rule"]
+__all__ = ["chunk_gated_delta_rule", "forget_before", "recurrent_gated_delta_rule"]
+
+# exp() of it is 0 in every dtype, and sums of it are far from overflow.
+_FORGOTTEN = -1e4
 
 
 def recurrent_gated_delta_rule(
@@ -128,6 +131,16 @@ def chunk_gated_delta_rule(
         state = decay * state + key_out @ delta
     out = (decay_in * q) @ torch.stack(states, dim=2) + attention @ torch.stack(deltas, dim=2)
     return out.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :tokens], state
+
+
+def forget_before(g: Tensor, begins: Tensor) -> Tensor:
+    """Log-decays ``[B, T, H, K]`` with which the state is empty before each token that begins a
+    sequence (``begins`` ``[T]``, bool).
+
+    Exactly empty: an exponent reaches over such a token or it does not, none is a difference of two
+    that do.
+    """
+    return g.masked_fill(begins[:, None, None], _FORGOTTEN)
 
 
 class _ChunkScores(torch.autograd.Function):

@@ -9,19 +9,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attnres_ext.models.kimi_linear import fla_kernels
 from attnres_ext.models.kimi_linear.configuration import KimiLinearConfig
 from attnres_ext.models.kimi_linear.delta_rule import (
     chunk_gated_delta_rule,
+    forget_before,
     recurrent_gated_delta_rule,
 )
 from attnres_ext.models.kimi_linear.linear import Linear
+from attnres_ext.models.kimi_linear.packing import Packing
 from attnres_ext.models.kimi_linear.short_convolution import ShortConvolution
 
 __all__ = ["KimiDeltaAttention", "KimiDeltaState"]
 
 # Queries and keys are divided by sqrt(sum of squares + this), as in flash-linear-attention.
 _L2_EPS = 1e-6
-# Shorter inputs than this are cheaper token by token than as one chunk.
+# Inputs shorter than this go token by token.
 _SHORTEST_CHUNK = 4
 
 
@@ -113,26 +116,31 @@ class KimiDeltaAttention(nn.Module):
             ),
         )
 
-    def forward(self, x: Tensor, state: KimiDeltaState | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, state: KimiDeltaState | None = None, packing: Packing | None = None
+    ) -> Tensor:
         """Attends from each token to itself and all before it.
 
         Args:
             x: ``[B, T, D]``.
             state: Continues after the tokens it has seen, and is moved on past these in place
                 (inference only); None starts at nothing.
+            packing: Where the sequences of one row lie, each of which starts at nothing; not
+                together with ``state``.
 
         Returns:
             ``[B, T, D]``.
         """
         past = (None, None, None) if state is None else state.convolutions.unbind(0)
-        q = self.q_conv1d(self.q_proj(x), past[0])
-        k = self.k_conv1d(self.k_proj(x), past[1])
-        v = self.v_conv1d(self.v_proj(x), past[2])
+        position = None if packing is None else packing.position
+        q = self.q_conv1d(self.q_proj(x), past[0], position)
+        k = self.k_conv1d(self.k_proj(x), past[1], position)
+        v = self.v_conv1d(self.v_proj(x), past[2], position)
         z, beta = self.f_b_proj(self.f_a_proj(x)), self.b_proj(x)
         gate = self.g_proj(x) if hasattr(self, "g_proj") else self.g_b_proj(self.g_a_proj(x))
         # Decays multiply up over a sequence: autocast must not narrow what follows.
         with torch.autocast(x.device.type, enabled=False):
-            out = self._recurrence(q, k, v, z, beta, state)
+            out = self._recurrence(q, k, v, z, beta, state, packing)
             normed = F.rms_norm(
                 out, self.o_norm.normalized_shape, self.o_norm.weight.to(out.dtype), self.o_norm.eps
             )
@@ -140,21 +148,38 @@ class KimiDeltaAttention(nn.Module):
         return self.o_proj(gated.to(x.dtype))
 
     def _recurrence(
-        self, q: Tensor, k: Tensor, v: Tensor, z: Tensor, beta: Tensor, state: KimiDeltaState | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        z: Tensor,
+        beta: Tensor,
+        state: KimiDeltaState | None,
+        packing: Packing | None,
     ) -> Tensor:
         """What the delta rule reads ``[B, T, H, V]``, float32 or wider, of raw projections."""
         dtype = torch.promote_types(q.dtype, torch.float32)
         heads = (self.num_heads, self.head_dim)
-        q, k, v = (x.unflatten(-1, heads).to(dtype) for x in (q, k, v))
-        q = q * torch.rsqrt(q.square().sum(-1, keepdim=True) + _L2_EPS)
-        k = k * torch.rsqrt(k.square().sum(-1, keepdim=True) + _L2_EPS)
+        q, k = (_normalised(x.unflatten(-1, heads).to(dtype)) for x in (q, k))
+        v = v.unflatten(-1, heads)
         g = self._log_decay(z.to(dtype)).unflatten(-1, heads)
         beta = beta.to(dtype).sigmoid()
         memory = None if state is None else state.memory
-        if q.shape[1] < _SHORTEST_CHUNK:
-            out, memory = recurrent_gated_delta_rule(q, k, v, g, beta, memory)
+        # Cheaper token by token than as one chunk.
+        few = q.shape[1] < _SHORTEST_CHUNK
+        if fla_kernels.takes(v):
+            few = few and not torch.is_grad_enabled() and packing is None
+            ends = None if packing is None else packing.cu_seqlens
+            out, memory = fla_kernels.delta_rule(q, k, v, g, beta, memory, ends, few_tokens=few)
+            out = out.to(dtype)
         else:
-            out, memory = chunk_gated_delta_rule(q, k, v, g, beta, memory, self.chunk_size)
+            v = v.to(dtype)
+            if packing is not None:
+                g = forget_before(g, packing.begins)
+            if few:
+                out, memory = recurrent_gated_delta_rule(q, k, v, g, beta, memory)
+            else:
+                out, memory = chunk_gated_delta_rule(q, k, v, g, beta, memory, self.chunk_size)
         if state is not None:
             state.memory.copy_(memory)
         return out
@@ -166,3 +191,7 @@ class KimiDeltaAttention(nn.Module):
         if self.gate_lower_bound is None:
             return -rate * F.softplus(z)
         return self.gate_lower_bound * torch.sigmoid(rate * z)
+
+
+def _normalised(x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + _L2_EPS)

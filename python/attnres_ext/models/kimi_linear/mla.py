@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from attnres_ext.models.kimi_linear.configuration import KimiLinearConfig
 from attnres_ext.models.kimi_linear.linear import Linear, RMSNorm
+from attnres_ext.models.kimi_linear.packing import Packing
 
 __all__ = ["KimiLatentState", "KimiMLAAttention"]
 
@@ -85,13 +86,17 @@ class KimiMLAAttention(nn.Module):
             )
         )
 
-    def forward(self, x: Tensor, state: KimiLatentState | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, state: KimiLatentState | None = None, packing: Packing | None = None
+    ) -> Tensor:
         """Attends from each token to itself and all before it.
 
         Args:
             x: ``[B, T, D]``.
             state: Latent cache of the tokens before these, which are appended to it; None if there
                 are none.
+            packing: Where the sequences of one row lie, which do not attend to each other; not
+                together with ``state``.
 
         Returns:
             ``[B, T, D]``.
@@ -107,7 +112,7 @@ class KimiMLAAttention(nn.Module):
         if state is not None:
             latents = state.append(latents)
         out = (
-            self._attend_expanded(queries, latents)
+            self._attend_expanded(queries, latents, packing)
             if starts_here
             else self._attend_latents(queries, latents)
         )
@@ -121,15 +126,16 @@ class KimiMLAAttention(nn.Module):
             return self.q_proj(x)
         return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
 
-    def _attend_expanded(self, queries: Tensor, latents: Tensor) -> Tensor:
+    def _attend_expanded(self, queries: Tensor, latents: Tensor, packing: Packing | None) -> Tensor:
         """For whole sequences: keys and values of every head are made from the latents."""
         latent, shared_key = latents.split([self.rank, self.rope_dim], dim=-1)
         expanded = self.kv_b_proj(latent).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         keys, values = expanded.split([self.nope_dim, self.value_dim], dim=-1)
         shared_key = shared_key.unsqueeze(1).expand(-1, self.num_heads, -1, -1)
         keys = torch.cat([keys, shared_key], dim=-1)
+        mask = None if packing is None else packing.visible
         return F.scaled_dot_product_attention(
-            queries, keys, values, is_causal=True, scale=self.scale
+            queries, keys, values, attn_mask=mask, is_causal=mask is None, scale=self.scale
         )
 
     def _attend_latents(self, queries: Tensor, latents: Tensor) -> Tensor:

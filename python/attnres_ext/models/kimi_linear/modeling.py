@@ -17,6 +17,7 @@ from attnres_ext.models.kimi_linear.kda import KimiDeltaAttention, KimiDeltaStat
 from attnres_ext.models.kimi_linear.linear import Linear
 from attnres_ext.models.kimi_linear.mla import KimiLatentState, KimiMLAAttention
 from attnres_ext.models.kimi_linear.moe import KimiExperts, KimiMLP, KimiRouter, KimiSparseMoE
+from attnres_ext.models.kimi_linear.packing import Packing
 from attnres_ext.residual import AttentionResiduals
 
 __all__ = ["KimiLinearForCausalLM", "KimiLinearModel", "KimiLinearOutput", "KimiLinearState"]
@@ -109,7 +110,12 @@ class KimiLinearModel(nn.Module):
             eps=config.rms_norm_eps,
         )
 
-    def forward(self, input_ids: Tensor, state: KimiLinearState | None = None) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        state: KimiLinearState | None = None,
+        packing: Packing | None = None,
+    ) -> Tensor:
         """Hidden states ``[B, T, D]`` of ``[B, T]`` tokens, continuing what ``state`` has seen."""
         embedding = self.embed_tokens(input_ids)
         device = embedding.device.type
@@ -118,17 +124,20 @@ class KimiLinearModel(nn.Module):
             embedding = embedding.to(torch.get_autocast_dtype(device))
         residual = self.residual.start(embedding, cache=self._block_cache(embedding, state))
         recompute = self.checkpoint_sublayers and state is None and torch.is_grad_enabled()
-        for site, (norm, sublayer) in enumerate(self._sublayers(state)):
+        for site, (norm, sublayer) in enumerate(self._sublayers(state, packing)):
             x = residual.read(site, norm.weight, norm.eps)
             residual.write(_checkpoint(sublayer, x) if recompute else sublayer(x))
         return residual.read_output(self.norm.weight, self.norm.eps)
 
     def _sublayers(
-        self, state: KimiLinearState | None
+        self, state: KimiLinearState | None, packing: Packing | None
     ) -> Iterator[tuple[nn.RMSNorm, Callable[[Tensor], Tensor]]]:
         for index, layer in enumerate(self.layers):
             layer_state = None if state is None else state.layers[index]
-            yield layer.input_layernorm, partial(layer.self_attn, state=layer_state)
+            yield (
+                layer.input_layernorm,
+                partial(layer.self_attn, state=layer_state, packing=packing),
+            )
             yield layer.post_attention_layernorm, layer.feed_forward
 
     def _block_cache(self, embedding: Tensor, state: KimiLinearState | None) -> BlockCache | None:
@@ -143,6 +152,8 @@ class KimiLinearModel(nn.Module):
         )
 
 
+# What cross_entropy leaves out of its mean.
+_IGNORED = -100
 # Sublayers draw no random numbers, so there is no generator's state to bring back.
 _checkpoint = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
@@ -193,6 +204,7 @@ class KimiLinearForCausalLM(nn.Module):
         labels: Tensor | None = None,
         state: KimiLinearState | None = None,
         logits_to_keep: int | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> KimiLinearOutput:
         """Predicts the token after each of ``input_ids``.
 
@@ -204,14 +216,22 @@ class KimiLinearForCausalLM(nn.Module):
             state: Decoding state: these tokens continue what it has seen, and it is moved on in
                 place. Inference only.
             logits_to_keep: Logits of this many last tokens only; None is all.
+            cu_seqlens: Where the sequences begin that ``input_ids`` ``[1, T]`` has packed into one
+                row, and where the last ends: ``[sequences + 1]``, integers. They do not see each
+                other, and no label reaches over an end. Not together with ``state``.
 
         Raises:
             ValueError: Shapes that do not fit one another, or the state.
         """
         self._check(input_ids, labels, state, logits_to_keep)
+        packing = None
+        if cu_seqlens is not None:
+            if state is not None:
+                raise ValueError("cu_seqlens: packed sequences cannot continue a decoding state")
+            packing = Packing.of(cu_seqlens, input_ids.shape)
         # What is kept in the state is changed in place, which a backward pass could not survive.
         with torch.set_grad_enabled(torch.is_grad_enabled() and state is None):
-            hidden = self.model(input_ids, state)
+            hidden = self.model(input_ids, state, packing)
             if logits_to_keep is not None:
                 hidden = hidden[:, -logits_to_keep:]
             logits = self.lm_head(hidden)
@@ -219,6 +239,8 @@ class KimiLinearForCausalLM(nn.Module):
             state.length += input_ids.shape[1]
         loss = None
         if labels is not None:
+            if packing is not None:
+                labels = labels.masked_fill(packing.begins, _IGNORED)
             loss = F.cross_entropy(
                 logits[:, :-1].flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)),
                 labels[:, 1:].flatten(),

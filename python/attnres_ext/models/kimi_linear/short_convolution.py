@@ -26,23 +26,27 @@ class ShortConvolution(nn.Module):
         bound = self.weight.shape[-1] ** -0.5
         nn.init.uniform_(self.weight, -bound, bound)
 
-    def forward(self, x: Tensor, past: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, past: Tensor | None = None, position: Tensor | None = None
+    ) -> Tensor:
         """Convolves ``x`` ``[B, T, C]``.
 
         Args:
             x: ``[B, T, C]``.
             past: The last ``taps - 1`` inputs before ``x``, ``[B, taps - 1, C]``, replaced by the
                 last ones of these; None for zeros.
+            position: Each token's place in its sequence ``[T]``, where several are packed: taps do
+                not reach back past its beginning. Not together with ``past``.
         """
         weight = self.weight[:, 0].to(x.dtype)
         if past is None:
-            return F.silu(_CausalConvolution.apply(x, weight))
+            return F.silu(_CausalConvolution.apply(x, weight, position))
         tokens, seen = x.shape[1], past.shape[1]
         x = torch.cat([past, x], dim=1)
         past.copy_(x[:, tokens:])
         if tokens == 1:
             return F.silu((x * weight.T).sum(1, keepdim=True))
-        return F.silu(_CausalConvolution.apply(x, weight)[:, seen:])
+        return F.silu(_CausalConvolution.apply(x, weight, None)[:, seen:])
 
 
 class _CausalConvolution(torch.autograd.Function):
@@ -53,23 +57,31 @@ class _CausalConvolution(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
+    def forward(ctx, x: Tensor, weight: Tensor, position: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight, position)
         tokens, taps = x.shape[1], weight.shape[-1]
         out = x * weight[:, -1]
         for delay in range(1, min(taps, tokens)):
-            out[:, delay:].addcmul_(x[:, :-delay], weight[:, -1 - delay])
+            out[:, delay:].addcmul_(_reached(x[:, :-delay], position, delay), weight[:, -1 - delay])
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight, position = ctx.saved_tensors
         tokens, taps = x.shape[1], weight.shape[-1]
         grad_x = grad * weight[:, -1]
         grad_weight = torch.zeros_like(weight)
         grad_weight[:, -1] = (grad * x).sum((0, 1))
         for delay in range(1, min(taps, tokens)):
-            grad_x[:, :-delay].addcmul_(grad[:, delay:], weight[:, -1 - delay])
-            grad_weight[:, -1 - delay] = (grad[:, delay:] * x[:, :-delay]).sum((0, 1))
-        return grad_x, grad_weight
+            reaching = _reached(grad[:, delay:], position, delay)
+            grad_x[:, :-delay].addcmul_(reaching, weight[:, -1 - delay])
+            grad_weight[:, -1 - delay] = (reaching * x[:, :-delay]).sum((0, 1))
+        return grad_x, grad_weight, None
+
+
+def _reached(x: Tensor, position: Tensor | None, delay: int) -> Tensor:
+    """``x`` ``[B, T - delay, C]``, zero where the token ``delay`` later is of another sequence."""
+    if position is None:
+        return x
+    return x * (position[delay:] >= delay).unsqueeze(-1)
