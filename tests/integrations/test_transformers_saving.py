@@ -92,7 +92,7 @@ def test_attaching_to_a_saved_model_asks_for_its_weights(tmp_path):
     attached().save_pretrained(tmp_path)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path)
     with pytest.raises(
-        ValueError, match=r"load them with weights=PATH, or delete config\.attn_res"
+        ValueError, match=r"Load them with weights=PATH, or delete config\.attn_res"
     ):
         attach(plain)
     with pytest.raises(ValueError, match="mode is 'full', but the model's configuration says 'bl"):

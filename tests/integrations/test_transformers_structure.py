@@ -44,7 +44,6 @@ def assert_unchanged(model, before):
             r"layers\.0\.post_attention_layernorm is the second norm .*parallel",
         ),
         ("opt", {"word_embed_proj_dim": 32}, r"decoder\.layers\.0 uses `\.reshape`"),
-        ("mamba", {}, r"backbone\.layers\.0 uses `\.to`"),
         ("openai-gpt", {}, r"transformer\.h\.0.* reads .* without a norm"),
     ],
     ids=lambda value: value if isinstance(value, str) and "\\" not in value else "",
@@ -56,6 +55,14 @@ def test_layers_of_another_shape_are_refused(name, changes, says):
     with pytest.raises(ValueError, match=f"^attach: .* not of the pre-norm shape .*{says}"):
         attach(model)
     assert_unchanged(model, before)
+
+
+def test_a_stream_in_another_dtype_is_refused():
+    model = tiny_models.make("mamba", residual_in_fp32=True).bfloat16()
+    with pytest.raises(
+        ValueError, match=r"backbone\.layers\.0 casts or moves .* to torch\.float32"
+    ):
+        attach(model)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +120,7 @@ def test_attaching_twice_is_refused_and_detaching_restores():
 
 
 def test_sublayers_are_counted_by_what_they_add():
-    for name, count in {"llama": 6, "phi": 3, "gemma2": 6, "kimi_linear": 6}.items():
+    for name, count in {"llama": 6, "phi": 3, "mamba": 3, "gemma2": 6, "kimi_linear": 6}.items():
         assert attention_residuals(attach(tiny_models.make(name))).num_sublayers == count, name
 
 

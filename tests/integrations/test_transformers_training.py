@@ -10,6 +10,7 @@ pytest.importorskip("accelerate")
 pytest.importorskip("peft")
 
 import peft
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import distributed
 from torch.distributed.fsdp import fully_shard
 from transformers import Trainer, TrainingArguments
@@ -151,6 +152,20 @@ def test_virtual_tokens(model, kind):
     losses, moved = steps(adapter, ids)
     assert moved
     assert losses[-1] < losses[0]
+
+
+def test_hooks_of_accelerate_stay():
+    """They are around the layers of whatever `device_map` placed."""
+    model = tiny_models.make("llama")
+    ids = tiny_models.tokens()
+    expected = model(ids).logits
+    for module in model.modules():
+        add_hook_to_module(module, AlignDevicesHook("cpu", io_same_device=True))
+    attach(model, sublayers_per_block=2)
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
+    detach(model)
+    assert "forward" in vars(model.model.layers[0])
+    assert torch.equal(model(ids).logits, expected)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -51,6 +51,7 @@ FITTING = {
     "gpt2": {},
     "gpt_neox": {"use_parallel_residual": False},  # sublayer + stream, in this order
     "bloom": {},  # the addition is inside of the sublayer; layers return tuples
+    "mamba": {"residual_in_fp32": False},  # one sublayer per layer
     "mixtral": LOCAL_EXPERTS,
     "gpt_oss": LOCAL_EXPERTS | {"head_dim": 8, "rope_scaling": None},
     "deepseek_v3": LATENT

@@ -187,8 +187,9 @@ def _settle(
         return {**SETTINGS, **given}
     if weights is None:
         raise ValueError(
-            "attach: the model's configuration says that it was saved with Attention Residuals; "
-            f"load them with weights=PATH, or delete config.{MODULE} to start with fresh ones"
+            f"attach: the model's configuration has {MODULE}: the model was saved with Attention "
+            "Residuals, or shares its configuration with one that has them. Load them with "
+            f"weights=PATH, or delete config.{MODULE} to start with fresh ones"
         )
     for name, value in given.items():
         if value != configured.get(name):

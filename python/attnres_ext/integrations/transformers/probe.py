@@ -118,6 +118,11 @@ class _Examination:
         self.final_norm: tuple[nn.Module, NormForm] | None = None
 
     @property
+    def hidden_size(self) -> int:
+        """``D``, once the forward has run."""
+        return self._stream.shape[-1]
+
+    @property
     def where(self) -> str:
         """The innermost module that is running, for messages."""
         return self._names[self._stack[-1]] if self._stack else self._names[self._decoder]
@@ -201,7 +206,7 @@ def examine(model: nn.Module) -> Structure:
             in turn; the message names the module and what it does.
     """
     kind = type(model).__name__
-    decoder, name, embedding, layers = _find_layers(model)
+    decoder, name, layers = _find_layers(model)
     device = _one_device(decoder)
     examination = _Examination(decoder, name, layers)
     tokens = torch.zeros(1, 2, dtype=torch.long, device=device)
@@ -230,12 +235,12 @@ def examine(model: nn.Module) -> Structure:
             f"attach: a trial forward of {kind} failed in {examination.where}: {error}"
         ) from error
     return Structure(
-        decoder, embedding.weight.shape[-1], examination.layers, examination.final_norm, device
+        decoder, examination.hidden_size, examination.layers, examination.final_norm, device
     )
 
 
-def _find_layers(model: nn.Module) -> tuple[nn.Module, str, nn.Module, nn.ModuleList]:
-    """The decoder, its name, its token embedding and its layers."""
+def _find_layers(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
+    """The decoder, its name and its layers."""
     kind = type(model).__name__
     if not hasattr(model, "get_input_embeddings"):
         raise ValueError(f"attach: model is a {kind}, expected a transformers model")
@@ -244,7 +249,7 @@ def _find_layers(model: nn.Module) -> tuple[nn.Module, str, nn.Module, nn.Module
         children = list(module.children())
         lists = [child for child in children if isinstance(child, nn.ModuleList) and len(child)]
         if embedding in children and lists:
-            return module, name, embedding, max(lists, key=len)
+            return module, name, max(lists, key=len)
     raise ValueError(
         f"attach: {kind} has no module that holds both the token embedding and a list of layers"
     )

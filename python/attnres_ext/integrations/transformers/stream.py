@@ -30,8 +30,13 @@ class MisfitError(RuntimeError):
     for."""
 
 
+class _MissingError(MisfitError, AttributeError):
+    """The same, so that ``hasattr`` says no."""
+
+
 class StreamLike:
-    """The operations that a layer may apply to its stream: ``+`` on either side.
+    """The operations that a layer may apply to its stream: ``+`` on either side, and ``to`` where
+    that changes nothing.
 
     Anything else is refused, by name.
     """
@@ -41,9 +46,34 @@ class StreamLike:
         """Shape of the stream, ``[..., D]``."""
         raise NotImplementedError
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the stream."""
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the stream."""
+        raise NotImplementedError
+
     def plus(self, delta: Tensor) -> StreamLike:
         """The stream after ``delta`` ``[..., D]`` is added."""
         raise NotImplementedError
+
+    def to(self, *args: Any, **kwargs: Any) -> StreamLike:
+        """The stream itself, if it has the dtype and the device already."""
+        for wanted in (*args, *kwargs.values()):
+            if isinstance(wanted, torch.dtype):
+                same = wanted == self.dtype
+            elif isinstance(wanted, (str, torch.device)):
+                same = torch.device(wanted) == self.device
+            elif isinstance(wanted, bool):
+                same = True  # non_blocking
+            else:
+                same = wanted == self.device.index
+            if not same:
+                raise MisfitError(f"casts or moves the residual stream to {wanted}")
+        return self
 
     def __add__(self, delta: Tensor) -> StreamLike:
         return self.plus(delta)
@@ -64,7 +94,7 @@ class StreamLike:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        raise MisfitError(f"uses `.{name}` of the residual stream")
+        raise _MissingError(f"uses `.{name}` of the residual stream")
 
 
 class Stream(StreamLike):
