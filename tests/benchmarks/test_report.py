@@ -125,6 +125,9 @@ def test_who_was_not_timed_is_named_with_the_reason(parsed: Page) -> None:
     assert "flash-linear-attention not here: fla is not installed & <never> was" in parsed.text
     assert "Liger refused: wrong results: gradient of the query is off" in parsed.text
     assert "failed: RuntimeError: no device" in parsed.text
+    # In no model: said once, below the table.
+    assert "flash-linear-attention not here: no GPU" in parsed.text
+    assert not any("4 layers, D256" in row[0] and "no GPU" in "".join(row) for row in parsed.rows)
 
 
 def test_who_is_nowhere_is_named_once() -> None:

@@ -35,14 +35,22 @@ def section(kept: Kept) -> Html | None:
 
 
 def _table(kept: Kept, place: Place, work: str) -> Html:
-    rows, runs = [], []
+    measured: list[ModelResult] = []
+    runs = []
     for case, run in kept.newest_models(place).items():
         found = [row for row in run.models_by_case[case].values() if row.work == work]
-        rows += [_row(row) for row in found]
+        measured += found
         runs += [run] * bool(found)
+    present = {row.contestant for row in measured if row.status != "absent"}
+    nowhere = {row.contestant: row for row in measured if row.contestant not in present}
+    rows = [_row(row) for row in measured if row.contestant in present]
+    notes = [
+        tag("p", f"{wording.contestant(name)} ", reason(row.status, row.reason), class_="source")
+        for name, row in nowhere.items()
+    ]
     title = WORKS.get(work, work)
     drawn = table(_HEADER, rows, numbers=4, caption=f"{title}: {place.label}", sortable=True)
-    return figure([title, tag("small", place.label)], drawn, *sources(runs))
+    return figure([title, tag("small", place.label)], drawn, *notes, *sources(runs))
 
 
 def _row(row: ModelResult) -> list[Content]:

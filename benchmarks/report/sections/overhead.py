@@ -19,7 +19,7 @@ from attnres_ext.benchmarks.results import ModelResult
 AXES = {
     "layers": ("layers", lambda row: row.layers),
     "blocks": ("blocks at the end of the stack, with the embedding", lambda row: row.blocks),
-    "tokens": ("tokens in a call", lambda row: row.batch * (row.tokens + row.context)),
+    "tokens": ("tokens in a call", lambda row: row.batch * row.tokens),
     "hidden": ("hidden size", lambda row: row.hidden),
 }
 WORKS = {"train": "Training step", "prefill": "Prefill", "decode": "Decode step"}
