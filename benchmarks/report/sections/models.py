@@ -28,8 +28,9 @@ def section(kept: Kept) -> Html | None:
     return part(
         "models",
         "Whole models",
-        "Stacks of Kimi Linear layers. Peak memory is what one call holds beyond what was there "
-        "before it.",
+        "Stacks of Kimi Linear layers. The yardstick is the standard residual as one kernel a site, "
+        "the strictest there is. Peak memory is what one call holds beyond what was there before "
+        "it.",
         tables,
     )
 
@@ -54,12 +55,14 @@ def _table(kept: Kept, place: Place, work: str) -> Html:
 
 
 def _row(row: ModelResult) -> list[Content]:
-    names: list[Content] = [row.shape, row.residual, wording.contestant(row.contestant)]
+    is_yardstick = row.contestant == "standard"
+    by = "attnres-ext, the yardstick" if is_yardstick else wording.contestant(row.contestant)
+    names: list[Content] = [row.shape, row.residual, by]
     if row.seconds is None:
         why = tag("small", reason(row.status, row.reason))
         return [*names[:2], [names[2], why], "–", "–", "–", "–"]
     over: Content = "–"
-    if row.overhead is not None and row.residual != "standard":
+    if row.overhead is not None and not is_yardstick:
         over = tag("b", value(row.overhead, wording.percent(row.overhead)))
         if row.overhead_quartiles:
             quartiles = " to ".join(map(wording.percent, row.overhead_quartiles))
