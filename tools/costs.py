@@ -96,6 +96,34 @@ def host(rows: Sequence[Any], cases: Sequence[Any], wording: ModuleType) -> Tabl
     return [*header, "plain PyTorch", "torch.compile"], table, 4
 
 
+def models(rows: Sequence[Any], wording: ModuleType) -> Table:
+    """Whole models: time, speed, memory, and overhead over the standard residual."""
+    table = []
+    for row in rows:
+        if not row.seconds:
+            continue
+        over = "yardstick"
+        if row.overhead is not None:
+            low, high = row.overhead_quartiles or (row.overhead, row.overhead)
+            over = f"{wording.percent(row.overhead)} ({wording.percent(low)} to "
+            over += f"{wording.percent(high)})"
+        by = "attnres-ext" if row.contestant == "standard" else wording.contestant(row.contestant)
+        table.append(
+            [
+                row.work,
+                row.shape,
+                row.residual,
+                by,
+                wording.seconds(row.seconds),
+                f"{row.tokens_per_second:,.0f}" if row.tokens_per_second else "–",
+                wording.size(row.peak_bytes) if row.peak_bytes else "–",
+                over,
+            ]
+        )
+    header = ["work", "model", "residual", "by", "time", "tokens/s", "peak memory"]
+    return [*header, "over standard"], table, 4
+
+
 def build(record: dict[str, Any], wording: ModuleType) -> Table:
     """The longest steps of a build, and what the libraries weigh."""
     steps = sorted(record["steps"], key=lambda step: -step["seconds"])

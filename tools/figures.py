@@ -14,7 +14,8 @@ in a comment,
 
 and everything between the two comments is replaced. The tables:
 
-``operators DEVICE SUITE``, ``limits DEVICE SUITE``, ``host DEVICE``, ``training``, ``build``
+``operators DEVICE SUITE``, ``limits DEVICE SUITE``, ``host DEVICE``, ``models DEVICE``,
+``training``, ``build``
     what was measured;
 ``traffic``, ``intensity``, ``table1``
     what follows from the traffic plan (``tools/derived.py``);
@@ -156,6 +157,22 @@ def host(device: str, folder: Path) -> list[str]:
     return [*markdown(*costs.host(rows, cases, wording)), "", origin(run)]
 
 
+def models(device: str, folder: Path) -> list[str]:
+    """Whole models: of every case the newest run."""
+    newest: dict[str, tuple[dict[str, Any], list[Any]]] = {}
+    kept = [results.read_models(path) for path in results.files(folder)]
+    for run, rows in sorted(kept, key=lambda one: one[0]["date"]):
+        by_case: dict[str, list[Any]] = {}
+        for row in rows if run["device"] == device else ():
+            by_case.setdefault(row.case, []).append(row)
+        newest |= {case: (run, found) for case, found in by_case.items()}
+    if not newest:
+        return [*missing(device, "model"), *missing(device, "decode")]
+    rows = [row for _, found in newest.values() for row in found]
+    origins = dict.fromkeys(origin(run) for run, _ in newest.values())
+    return [*markdown(*costs.models(rows, wording)), "", *origins]
+
+
 def build(folder: Path) -> list[str]:
     """What a build costs, and what comes out of it."""
     kept = [json.loads(path.read_text()) for path in folder.glob(builds.PATTERN)]
@@ -281,7 +298,7 @@ def verification(folder: Path) -> list[str]:
 TABLES = {
     table.__name__: table
     for table in (
-        operators, training, verification, limits, host, build, traffic, intensity, table1
+        operators, training, verification, limits, host, models, build, traffic, intensity, table1
     )
 }  # fmt: skip
 

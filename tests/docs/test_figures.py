@@ -240,6 +240,32 @@ def test_a_call_that_costs_as_much_as_the_work_is_the_limit() -> None:
     assert cells[3:5] == ["12.0 µs", "83,333"]
 
 
+def test_models_show_the_newest_run_of_every_case(tmp_path: Path) -> None:
+    assert "--suite model" in tool.models("cpu", tmp_path)[0]
+    for date, seconds, cases in ((DATES[0], 1.0, ("a", "b")), (DATES[1], 2.0, ("a",))):
+        rows = [
+            tool.results.ModelResult(
+                case=case, work="train", residual="block", contestant="ours", shape=f"stack {case}",
+                layers=2, hidden=8, sublayers_per_block=2, blocks=3, batch=1, tokens=4, context=0,
+                dtype="float32", scaling=(), origin="scaled", status="timed", seconds=seconds,
+                tokens_per_second=4 / seconds, peak_bytes=2_000_000,
+                overhead=0.02, overhead_quartiles=(-0.01, 0.03),
+            )
+            for case in cases
+        ]  # fmt: skip
+        run = {
+            "date": date, "suite": "model", "device": "cpu", "threads": 2, "commit": None,
+            "machine": {"processor": "A Processor"}, "versions": {"torch": "2.13.0"},
+        }  # fmt: skip
+        tool.results.write(tmp_path / f"cpu-model-{date}.jsonl", run, rows)
+    table = "\n".join(tool.models("cpu", tmp_path))
+    over = "+2.0 % (−1.0 % to +3.0 %)"
+    assert f"| train | stack a | block | attnres-ext | 2.00 s | 2 | 2.00 MB | {over} |" in table
+    assert f"| train | stack b | block | attnres-ext | 1.00 s | 4 | 2.00 MB | {over} |" in table
+    assert DATES[0][:10] in table
+    assert DATES[1][:10] in table
+
+
 def test_builds_show_the_longest_steps_and_the_rest_together(tmp_path: Path) -> None:
     assert "tools/time_build.py" in tool.build(tmp_path)[0]
     record = {

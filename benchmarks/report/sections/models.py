@@ -28,9 +28,9 @@ def section(kept: Kept) -> Html | None:
     return part(
         "models",
         "Whole models",
-        "Stacks of Kimi Linear layers. The yardstick is the standard residual as one kernel a site, "
-        "the strictest there is. Peak memory is what one call holds beyond what was there before "
-        "it.",
+        "Stacks of Kimi Linear layers. The yardstick is the standard residual as one kernel a "
+        "site, the strictest there is. Peak memory is what one call holds beyond what was there "
+        "before it.",
         tables,
     )
 
