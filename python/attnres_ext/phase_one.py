@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from attnres_ext.autograd import (
 )
 from attnres_ext.first_order import first_order_only
 from attnres_ext.gradient_buffer import GradientBuffer
-from attnres_ext.recomputation import keep
+from attnres_ext.recomputation import keep, unseen
 from attnres_ext.reference import compute_dtype
 
 __all__ = ["FunctionalPhaseOne", "GatheringPhaseOne"]
@@ -91,7 +92,9 @@ class GatheringPhaseOne:
     @classmethod
     def again(cls, results: PhaseOneResults) -> GatheringPhaseOne:
         """For reads that are repeated: the results are there, or computed when they are needed."""
-        return cls(results, torch.empty(0).requires_grad_(results.needs_gradient))
+        with unseen():
+            token = torch.empty(0)
+        return cls(results, token.requires_grad_(results.needs_gradient))
 
     def merge(
         self,
@@ -127,6 +130,7 @@ class PhaseOneResults:
         self._inputs = [block.detach() for block in blocks], queries.detach(), key_weights.detach()
         self._eps = eps
         self._results: tuple[Tensor, Tensor, Tensor] | None = None
+        self._known = False  # whether results have been computed before
         self._gradients: tuple[Tensor, Tensor] | None = None
         self._written: set[int] = set()
         self._task = -1
@@ -135,10 +139,11 @@ class PhaseOneResults:
         """``(out [S, ..., D], lse [S, ...], statistics)``, computed if they are not there."""
         if self._results is None:
             blocks, queries, key_weights = self._inputs
-            with below_autograd(False):
+            with below_autograd(False), unseen() if self._known else nullcontext():
                 self._results = _ops.inter_block_attention_with_stats.default(
                     blocks, queries, key_weights, self._eps, 1.0
                 )
+            self._known = True
         return self._results
 
     def drop(self) -> None:

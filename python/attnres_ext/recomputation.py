@@ -15,16 +15,21 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import _StopRecomputationError
+from torch.utils._python_dispatch import (
+    _disable_current_modes,
+    _get_current_dispatch_mode_stack,
+)
+from torch.utils.checkpoint import _CachingTorchDispatchMode, _StopRecomputationError
 
 if TYPE_CHECKING:
     from attnres_ext.phase_one import PhaseOneResults
 
-__all__ = ["Region", "Snapshot", "keep", "stop_recomputation"]
+__all__ = ["Region", "Snapshot", "keep", "stop_recomputation", "unseen", "unselected"]
 
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)
 
@@ -92,6 +97,22 @@ def keep(owned: object | None) -> torch.autograd.graph.saved_tensors_hooks:
     return torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: (tensor.detach(), owned), lambda packed: packed[0]
     )
+
+
+def unseen() -> AbstractContextManager:
+    """Inside, operators are called behind the back of dispatch modes.
+
+    Selective checkpointing counts operators and pairs those of a repetition with the first ones: it
+    must not see what is done in one of them alone.
+    """
+    return _disable_current_modes()
+
+
+def unselected() -> AbstractContextManager:
+    """:func:`unseen`, if selective checkpointing is recording what it sees."""
+    modes = _get_current_dispatch_mode_stack()
+    recording = any(isinstance(mode, _CachingTorchDispatchMode) for mode in modes)
+    return unseen() if recording else nullcontext()
 
 
 def stop_recomputation() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from attnres_ext import ops
 from attnres_ext.gradient_buffer import GradientBuffer, can_gather, can_tap, tap
 from attnres_ext.phase_one import FunctionalPhaseOne, GatheringPhaseOne, PhaseOneResults
-from attnres_ext.recomputation import Region, Snapshot, keep, stop_recomputation
+from attnres_ext.recomputation import Region, Snapshot, keep, stop_recomputation, unseen, unselected
 from attnres_ext.residual_state import ResidualState
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ class TrainingState(_BlockState):
             hidden = self._mix(site, delta, query, key_weight, norm, self._residual.save)
         else:
             # The node keeps its sources, and no more than them.
-            with keep(snapshot):
+            with keep(snapshot), unselected():
                 hidden = self._mix(site, delta, query, key_weight, norm, "nothing")
             self._complete(site, snapshot, hidden)
         if self._residual._record is not None:
@@ -226,11 +226,13 @@ class TrainingState(_BlockState):
         super()._begin_block(site, delta)
 
     def _begin_phase(self, block: int) -> None:
-        weights = self._phase_weights(block)
         if not can_gather():
-            self._phase = FunctionalPhaseOne(self._blocks, *weights)
+            self._phase = FunctionalPhaseOne(self._blocks, *self._phase_weights(block))
             return
-        self._phase = GatheringPhaseOne.over(self._blocks, tuple(self._buffers), *weights)
+        with unselected():
+            self._phase = GatheringPhaseOne.over(
+                self._blocks, tuple(self._buffers), *self._phase_weights(block)
+            )
         self._results[block] = weakref.ref(self._phase.results)
 
     def _end_phase(self) -> None:
@@ -281,7 +283,7 @@ class _Repetition(_BlockState):
         snapshot = self._state.snapshot_at(site)
         if snapshot is None:
             return self._mix(site, delta, query, key_weight, norm, self._residual.save)
-        with torch.no_grad():
+        with torch.no_grad(), unseen():
             hidden = self._read_snapshot(snapshot, query, key_weight, norm)
         value = _leaf(snapshot.value, snapshot.value_needs)
         if self._residual.closes_block(site):
@@ -307,7 +309,8 @@ class _Repetition(_BlockState):
     def _begin_phase(self, block: int) -> None:
         results = self._state.results_of(block)
         if results is None:
-            results = PhaseOneResults(self._blocks, *self._phase_weights(block))
+            with unseen():
+                results = PhaseOneResults(self._blocks, *self._phase_weights(block))
         self._phase = GatheringPhaseOne.again(results)
 
 

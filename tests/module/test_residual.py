@@ -1,5 +1,7 @@
 """AttentionResiduals against the paper's listing."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -59,6 +61,39 @@ def test_equals_the_papers_listing_with_gradients(options):
         assert not actual[1]["residual.queries.0"].any()
         assert not actual[1]["residual.key_weights.0"].any()
     assert_same(actual, expected)
+
+
+@pytest.mark.parametrize("choices", list(itertools.product([False, True], repeat=3)))
+def test_every_block_its_own_choice(choices, monkeypatch):
+    """Blocks that read in two phases and blocks that do not, in any order."""
+    model = toy(sublayers_per_block=3)
+    assert model.residual.num_blocks == len(choices)
+    monkeypatch.setattr(
+        model.residual, "reads_in_two_phases", lambda block, like, training: choices[block - 1]
+    )
+    assert_same(gradients(model, embed(2, 3), model), gradients(model, embed(2, 3), model.naive))
+
+
+@pytest.mark.parametrize("two_phase", [False, True])
+@pytest.mark.parametrize("wide", ["embedding", "sublayers"])
+def test_dtypes_may_differ(two_phase, wide):
+    """Sums have the dtype of a block's first term; everything else is as wide as its terms."""
+    model = toy(dtype=torch.float32, sublayers_per_block=3, two_phase=two_phase)
+    dense = model.sublayer
+    if wide == "sublayers":
+        model.sublayer = lambda site, x: dense(site, x.float()).double()
+        x = embed(4, dtype=torch.float32)
+    else:
+        model.sublayer = lambda site, x: dense(site, x.float())
+        x = embed(4)
+    exact = toy(sublayers_per_block=3)
+    out, grads = gradients(model, x, model)
+    expected, expected_grads = gradients(exact, x.double(), exact.naive)
+    assert out.dtype == torch.float64
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    for name, grad in grads.items():
+        error = (grad.double() - expected_grads[name]).norm()
+        assert error <= 1e-4 * expected_grads[name].norm() + 1e-6
 
 
 @pytest.mark.parametrize("num_sublayers", [1, 2, 3])
