@@ -105,6 +105,11 @@ class BlockCache:
         return self._slots.device
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of slots and reciprocal RMS, without the scratch memory of two phases."""
+        return self._slots.nbytes + self._rstd.nbytes
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Shape of what is written and read, ``(*leading, hidden_size)``."""
         return (*self._leading, self.hidden_size)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from attnres_ext.cli.main import main
+from attnres_ext.models.kimi_linear import KimiLinearForCausalLM, presets
 
 
 def info(capsys, *arguments):
@@ -50,3 +51,56 @@ def test_bad_shape(refused, shape):
 
 def test_bad_dtype(refused):
     assert "'int8' is not one of float32" in refused("info", "--dtype", "int8")
+
+
+def state(capsys, *arguments):
+    facts = json.loads(info(capsys, "--json", "--model", *map(str, arguments)))
+    return {part["part"]: part["bytes"] for part in facts["state"]["parts"]}
+
+
+def test_state_of_a_decoder(capsys, tmp_path):
+    short = state(capsys, "48b", "--length", 1000)
+    long = state(capsys, "48b", "--length", 100_000)
+    # 20 layers of 32 heads, 128 x 128 each, in float32; 7 layers of 512 + 64 numbers a token.
+    assert short["KDA memories"] == long["KDA memories"] == 20 * 32 * 128 * 128 * 4
+    assert long["MLA latents"] == 7 * 576 * 2 * 100_000
+    # Ten slots of a token, and a reciprocal RMS each; it knows neither tokens nor layers.
+    assert short["block cache"] == long["block cache"] == 10 * (2304 * 2 + 4)
+    values = presets("tiny").to_dict()
+    sizes = []
+    for layers in (4, 8, 16):
+        linear = values["linear_attn_config"] | {
+            "kda_layers": list(range(1, layers)), "full_attn_layers": [layers]
+        }  # fmt: skip
+        deep = values | {"num_hidden_layers": layers, "linear_attn_config": linear}
+        (tmp_path / "config.json").write_text(
+            json.dumps(deep | {"sublayers_per_block": layers // 2})
+        )
+        sizes.append(state(capsys, tmp_path / "config.json", "--length", 64, "--batch-size", 3))
+    assert len({size["block cache"] for size in sizes}) == 1
+    assert sizes[0]["KDA memories"] < sizes[1]["KDA memories"] < sizes[2]["KDA memories"]
+    text = info(capsys, "--model", "tiny", "--length", "64", "--residual", "full")
+    assert "tiny, full residual, 4 layers, 1 x 64 tokens, bfloat16" in text
+    assert "block cache" in text
+
+
+def test_state_is_what_a_decoder_holds(capsys):
+    sizes = state(capsys, "tiny", "--length", 32, "--batch-size", 2, "--dtype", "float32")
+    model = KimiLinearForCausalLM(presets("tiny"))
+    held = model.new_state(2, 32)
+    tensors = [tensor for layer in held.layers for tensor in vars(layer).values()]
+    layers = sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
+    assert sum(sizes.values()) == layers + held.block_cache.nbytes
+
+
+def test_bad_models(refused, tmp_path):
+    assert "is no preset (tiny, demo, small, 48b)" in refused("info", "--model", "huge")
+    path = tmp_path / "config.json"
+    path.write_text("{")
+    assert "is not JSON" in refused("info", "--model", path)
+    path.write_bytes(b"\xff\xfe{}")
+    assert "--model" in refused("info", "--model", path)
+    path.write_text(json.dumps(presets("tiny").to_dict() | {"sublayers_per_block": 0}))
+    assert "sublayers_per_block is 0" in refused("info", "--model", path)
+    assert "model_max_length" in refused("info", "--model", "tiny", "--length", 513)
+    assert "'ring' is not one of" in refused("info", "--model", "tiny", "--residual", "ring")

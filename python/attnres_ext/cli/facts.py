@@ -11,6 +11,15 @@ import torch
 
 from attnres_ext import _C
 from attnres_ext._native import LIBRARY
+from attnres_ext.models.kimi_linear import (
+    KimiLinearConfig,
+    KimiLinearForCausalLM,
+    preset_names,
+    presets,
+)
+from attnres_ext.models.kimi_linear.kda import KimiDeltaState
+from attnres_ext.models.kimi_linear.mla import KimiLatentState
+from attnres_ext.training.errors import UserError
 
 
 def collect() -> dict[str, Any]:
@@ -100,3 +109,57 @@ def collect_plan(shape: tuple[int, ...], dtype: str, itemsize: int) -> dict[str,
             )
     described = f"N={sources} S={queries} M={tokens} D={hidden} {dtype}"
     return {"shape": described, "plans": plans}
+
+
+def collect_state(
+    model: str, residual: str | None, dtype: str, batch_size: int, length: int
+) -> dict[str, Any]:
+    """What a decoder of a model keeps: bytes of every part, and what they grow with.
+
+    Args:
+        model: A preset's name, or the path of a ``config.json``.
+        residual: Residual mode in place of the model's own.
+        dtype: Of weights and activations.
+        batch_size: Sequences.
+        length: Tokens to have room for.
+
+    Raises:
+        UserError: There is no such model, or it cannot work, or is too short.
+    """
+    path = Path(model)
+    try:
+        known = model in preset_names() and not path.is_file()
+        config = presets(model) if known else KimiLinearConfig.from_json(path)
+        blocks = config.sublayers_per_block
+        if residual == "block" and blocks is None:
+            raise ValueError("it has no sublayers_per_block, which --residual block needs")
+        config = config.replace(residual=residual or config.residual)
+    except OSError as error:
+        raise UserError(
+            f"--model {model} is no preset ({', '.join(preset_names())}) and cannot be read: "
+            f"{error.strerror}"
+        ) from error
+    except (ValueError, TypeError) as error:
+        raise UserError(f"--model {model}: {error}") from error
+    if length > config.model_max_length:
+        raise UserError(
+            f"--length {length} is more than the {config.model_max_length} tokens that the model "
+            "was made for (model_max_length)"
+        )
+    with torch.device("meta"):
+        decoder = KimiLinearForCausalLM(config).to(getattr(torch, dtype))
+        state = decoder.new_state(batch_size, length)
+    recurrent = [layer for layer in state.layers if isinstance(layer, KimiDeltaState)]
+    latents = [layer.latents for layer in state.layers if isinstance(layer, KimiLatentState)]
+    slots = decoder.residual.num_blocks + 1
+    parts = (
+        ("KDA memories", sum(layer.memory.nbytes for layer in recurrent), "layers"),
+        ("KDA convolutions", sum(layer.convolutions.nbytes for layer in recurrent), "layers"),
+        ("MLA latents", sum(latent.nbytes for latent in latents), "layers, tokens"),
+        ("block cache", state.block_cache.nbytes, f"blocks ({slots} slots)"),
+    )
+    mode = f"{config.residual} residual, {config.num_hidden_layers} layers"
+    return {
+        "model": f"{model}, {mode}, {batch_size} x {length} tokens, {dtype}",
+        "parts": [{"part": name, "bytes": size, "grows with": by} for name, size, by in parts],
+    }

@@ -13,9 +13,13 @@ examples:
   attnres info --json
   attnres info --shape 9,6,8192,2304 --dtype bfloat16      Kimi Linear 48B: the last block's sites
   attnres info --shape 8,24,8192,7168 --dtype bfloat16     Kimi K3
+  attnres info --model 48b --length 131072                 what a decoder keeps
 
 The plan says whether the S sites of a block read its N finished blocks one by one (single pass) or
 all at once (two phases), and how many bytes either way has to move.
+
+What a decoder keeps between tokens does not depend on the residual: the block cache holds one
+token's blocks at a time. Its size follows the number of blocks, not that of layers.
 """
 
 _ITEMSIZE = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
@@ -36,9 +40,24 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--shape", type=_shape, metavar="N,S,M,D",
         help="finished blocks (embedding included), sites that read them, tokens, hidden size",
     )  # fmt: skip
-    plan.add_argument(
+    model = parser.add_argument_group("state of a decoder")
+    model.add_argument(
+        "--model", metavar="NAME_OR_FILE", help="a preset of Kimi Linear, or a config.json"
+    )
+    model.add_argument(
+        "--residual", type=one_of("standard", "block", "full"), metavar="MODE",
+        help="standard, block or full (default: the model's own)",
+    )  # fmt: skip
+    model.add_argument(
+        "--length", type=number(int, least=1), default=4096, metavar="TOKENS",
+        help="tokens to have room for",
+    )  # fmt: skip
+    model.add_argument(
+        "--batch-size", type=number(int, least=1), default=1, metavar="N", help="sequences"
+    )
+    parser.add_argument(
         "--dtype", type=one_of(*_ITEMSIZE), default="bfloat16", metavar="DTYPE",
-        help=f"one of {', '.join(_ITEMSIZE)}",
+        help=f"of plan and state: one of {', '.join(_ITEMSIZE)}",
     )  # fmt: skip
 
 
@@ -53,9 +72,13 @@ def _shape(text: str) -> tuple[int, ...]:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the facts, as tables or as JSON."""
-    from attnres_ext.cli.facts import collect, collect_plan
+    from attnres_ext.cli.facts import collect, collect_plan, collect_state
 
     facts = collect()
+    if args.model:
+        facts["state"] = collect_state(
+            args.model, args.residual, args.dtype, args.batch_size, args.length
+        )
     if args.shape:
         facts["plan"] = collect_plan(args.shape, args.dtype, _ITEMSIZE[args.dtype])
     if args.json:
@@ -71,7 +94,7 @@ def _print(facts: dict) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(width=120)
-    plan = facts.pop("plan", None)
+    plan, state = facts.pop("plan", None), facts.pop("state", None)
     for heading, values in facts.items():
         console.print(f"[bold]{heading}[/bold]")
         width = max(map(len, values))
@@ -80,17 +103,20 @@ def _print(facts: dict) -> None:
             console.print(f"  {name:<{width}}  {_say(value)}", markup=False, soft_wrap=True)
     if plan:
         console.print(f"[bold]plan[/bold] for {plan['shape']}")
-        console.print(_plan_table(plan["plans"]))
+        console.print(_table(plan["plans"]))
+    if state:
+        console.print(f"[bold]state[/bold] of {state['model']}")
+        console.print(_table(state["parts"]))
 
 
-def _plan_table(plans: list[dict]):
+def _table(rows: list[dict]):
     from rich.table import Table
 
     table = Table()
-    for name in plans[0]:
-        table.add_column(name, justify="right" if isinstance(plans[0][name], int) else "left")
-    for plan in plans:
-        table.add_row(*(_say(value) for value in plan.values()))
+    for name in rows[0]:
+        table.add_column(name, justify="right" if isinstance(rows[0][name], int) else "left")
+    for row in rows:
+        table.add_row(*(_say(value) for value in row.values()))
     return table
 
 
