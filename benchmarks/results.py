@@ -223,10 +223,13 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
     text = path.read_text("utf-8", errors="replace")
     if path.suffix == ".json":
         try:
-            figures = json.loads(text)["parts"]["bench"]["figures"]
-        except (ValueError, KeyError, TypeError):
+            parts = json.loads(text)["parts"].values()
+            figures = [part["figures"] for part in parts if "figures" in part]
+            # One process measured each part, on one machine: the first run speaks for all.
+            records = [figures[0]["run"], *(row for one in figures for row in one["results"])]
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
             raise ValueError(f"{path}: not a GPU check with figures") from None
-        for number, record in enumerate([figures["run"], *figures["results"]], start=1):
+        for number, record in enumerate(records, start=1):
             yield f"figure {number}", record
         return
     for number, line in enumerate(text.splitlines(), start=1):

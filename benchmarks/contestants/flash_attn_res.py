@@ -25,6 +25,9 @@ def unsupported(case: Case, device: str) -> str | None:
     """Its kernels index rows by ``arange(D)``, and write bfloat16."""
     if case.operator == "accumulate_depth_attention":
         return "flash_attn_res has the two phases and no single pass with a sum"
+    if case.operator == "depth_attention" and case.norm:
+        # Its mix is rounded to bfloat16 before any norm can follow.
+        return "flash_attn_res has no output norm"
     if case.dtype != "bfloat16":
         return "flash_attn_res takes bfloat16 alone"
     if case.hidden & (case.hidden - 1):
@@ -43,7 +46,7 @@ def prepare(case: Case) -> Callable[[Inputs], tuple[Tensor, ...]]:
         return out.squeeze(1), lse.squeeze(1)
 
     def depth_attention(inputs: Inputs) -> tuple[Tensor, ...]:
-        return (_norm(phase_1(inputs)[0].squeeze(0), inputs),)
+        return (phase_1(inputs)[0].squeeze(0),)
 
     def merge_partial(inputs: Inputs) -> tuple[Tensor, ...]:
         partial = reference.add_to_partial(inputs.partial, inputs.delta)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
+from attnres_ext.benchmarks import runner
 from attnres_ext.benchmarks.cuda_timing import CudaTimer
+from attnres_ext.benchmarks.registry import Case
 from attnres_ext.benchmarks.timing import Action, Effort, measure
 
 
@@ -147,6 +150,45 @@ def test_contestants_take_turns_on_the_gpu() -> None:
     assert all(timing.median == pytest.approx(1e-3) for timing in timings.values())
     # A warm and a timed replay in every turn.
     assert "".join(gpu.log[-18:]) == "aabbcc" + "bbccaa" + "ccaabb"
+
+
+class ClockedGpu(Gpu):
+    """Runs what is launched at once, on the host, and takes the host's time for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        gpu = self
+
+        class Event(self.Event):
+            def record(self) -> None:
+                self.at = time.perf_counter()
+
+        class CUDAGraph(self.CUDAGraph):
+            def replay(self) -> None:
+                gpu.log.append("replay")
+
+        self.Event, self.CUDAGraph = Event, CUDAGraph
+
+
+@pytest.mark.parametrize("gradients", ["none", "graph", "fresh", "accumulate"])
+@pytest.mark.parametrize(
+    "operator", ["depth_attention", "accumulate_depth_attention", "merge_partial"]
+)
+def test_cases_run_under_the_timer_of_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, operator: str, gradients: str
+) -> None:
+    """Everything but the device: every way to handle gradients is captured, and only once."""
+    gpu = ClockedGpu()
+    monkeypatch.setattr(runner.Options, "timer", lambda self, case=None: CudaTimer(gpu))
+    monkeypatch.setattr(runner, "_sets_past_cache", lambda num_bytes, device: 3)
+    case = Case(operator, 3, 20, 16, gradients=gradients)
+    effort = Effort(rounds=2, turn=1, shortest=1e-4, budget=0.1)
+    options = runner.Options(effort, names=("ours", "eager"), cold=True)
+    rows = runner.run_case(case, options)
+    assert [(row.contestant, row.status, row.timer) for row in rows] == [
+        (name, "timed", "graph") for name in ("copy", "ours", "eager")
+    ]
+    assert "replay" in gpu.log
 
 
 def test_errors_of_the_contestant_are_not_swallowed() -> None:

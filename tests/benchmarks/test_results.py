@@ -68,6 +68,29 @@ def test_operators_and_models_share_a_file(tmp_path: Path) -> None:
     assert results.read_models(path) == (RUN, [MODEL])
 
 
+def test_figures_of_a_gpu_check_are_read_part_by_part(tmp_path: Path) -> None:
+    def figures(row: Result | ModelResult) -> dict[str, object]:
+        path = tmp_path / "part.jsonl"
+        results.write(path, RUN, [row])
+        run, line = map(json.loads, path.read_text().splitlines())
+        return {"status": "passed", "figures": {"run": run, "results": [line]}}
+
+    path = tmp_path / "gpu-check-x.json"
+    parts = {
+        "tests": {"status": "passed", "tests": {}},
+        "bench": figures(TIMED),
+        "models": figures(MODEL),
+    }
+    path.write_text(json.dumps({"kind": "gpu-check", "parts": parts}))
+    assert results.read(path) == (RUN, [TIMED])
+    assert results.read_models(path) == (RUN, [MODEL])
+    other = tmp_path / "gpu-check-y.json"
+    other.write_text(json.dumps({"kind": "gpu-check", "parts": {"tests": parts["tests"]}}))
+    assert results.files(tmp_path) == [path, tmp_path / "part.jsonl"]
+    with pytest.raises(ValueError, match="not a GPU check with figures"):
+        results.read(other)
+
+
 def test_reads_results_from_before_a_field_was_added(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     results.write(path, RUN, [TIMED])

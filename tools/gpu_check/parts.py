@@ -1,4 +1,4 @@
-"""What is checked: the tests, three checkers of compute-sanitizer, the benchmark."""
+"""What is checked: the tests, the benchmarks, three checkers of compute-sanitizer."""
 
 from __future__ import annotations
 
@@ -193,17 +193,28 @@ def found_errors(output: str) -> int | None:
     return sum(counts) if counts else None
 
 
-def run_benchmark(setting: Setting, seconds: float) -> dict[str, Any]:
-    """The operators' benchmark, whose file is rewritten after each case."""
-    out = setting.logs / "bench"
+def run_operators(setting: Setting, seconds: float) -> dict[str, Any]:
+    """The operators' benchmark."""
+    suite = "ops" if setting.device == "cuda" else "quick"
+    return _benchmark("bench", setting, seconds, "--suite", suite)
+
+
+def run_models(setting: Setting, seconds: float) -> dict[str, Any]:
+    """A training step, a prefill and decoding steps of one stack; small ones on the CPU."""
+    stack = "*/L12-D2304-S6-B1-*" if setting.device == "cuda" else "decode/L8-D256-S4-B1-*"
+    return _benchmark("models", setting, seconds, "--suite", "all", "--filter", stack)
+
+
+def _benchmark(part: str, setting: Setting, seconds: float, *choice: str) -> dict[str, Any]:
+    """``attnres bench``, whose file is rewritten after each case."""
+    out = setting.logs / part
     shutil.rmtree(out, ignore_errors=True)
     command = [
-        setting.python.path, "-m", "attnres_ext", "bench", "--device", setting.device,
-        "--suite", "ops" if setting.device == "cuda" else "quick",
+        setting.python.path, "-m", "attnres_ext", "bench", "--device", setting.device, *choice,
         "--contestants", ",".join(_RIVALS),
         "--seconds", str(max(1, int(0.9 * seconds))), "--out", str(out),
     ]  # fmt: skip
-    finished = setting.start("bench", command, seconds)
+    finished = setting.start(part, command, seconds)
     files = sorted(out.glob("*.jsonl")) if out.is_dir() else []
     lines = [json.loads(line) for path in files for line in path.read_text().splitlines()]
     entry: dict[str, Any] = {"seconds": finished.seconds}
@@ -237,7 +248,8 @@ def _sanitizer(tool: str, about: str, share: float) -> Part:
 #: In the order in which they run; what one leaves of its time goes to those after it.
 PARTS = (
     Part("tests", "the operators' tests", 5.0, run_tests),
-    Part("bench", "the operators' benchmark", 4.0, run_benchmark),
+    Part("bench", "the operators' benchmark", 4.0, run_operators),
+    Part("models", "a training step, a prefill and decoding steps", 2.0, run_models),
     _sanitizer("memcheck", "accesses out of bounds", 2.0),
     _sanitizer("racecheck", "races in shared memory", 2.0),
     _sanitizer("synccheck", "wrong use of barriers", 1.0),

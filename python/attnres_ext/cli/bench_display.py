@@ -75,7 +75,8 @@ def add_operator(table: Table, case: Case, rows: list[Result]) -> None:
 def add_model(table: Table, case: ModelCase, rows: list[ModelResult]) -> None:
     """Adds a stack: its arms, and what they cost over the standard residual."""
     work = {"train": "training step", "prefill": "prefill", "decode": "decoding step"}[case.work]
-    labels = [f"[bold]{work}[/bold]", *case.shape.split(", ", 2)]
+    layers, hidden, blocks, *tokens = case.shape.split(", ")
+    labels = [f"[bold]{work}[/bold]", f"{layers}, {hidden}", blocks, ", ".join(tokens)]
     for row in rows:
         if row.status == "absent":
             continue  # said once, below the table
