@@ -1,5 +1,6 @@
 """Configurations: presets, public files, and sentences for mistakes."""
 
+import copy
 import json
 import re
 
@@ -125,3 +126,57 @@ def test_an_unknown_preset_and_a_broken_file_give_sentences(tmp_path):
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ValueError, match="must be a JSON object"):
         KimiLinearConfig.from_json(tmp_path)
+
+
+def places(values, path=()):
+    for key, value in values.items():
+        yield (*path, key)
+        if isinstance(value, dict):
+            yield from places(value, (*path, key))
+
+
+@pytest.mark.parametrize("path", list(places(presets("tiny").to_dict())), ids=".".join)
+def test_any_value_in_any_place_gives_a_configuration_or_a_sentence(path):
+    for value in (0, -1, 1.5, float("nan"), 10**30, "x", "", True, None, [], [0], {}):
+        values = copy.deepcopy(presets("tiny").to_dict())
+        inner = values
+        for key in path[:-1]:
+            inner = inner[key]
+        inner[path[-1]] = value
+        message = ""
+        try:
+            KimiLinearConfig.from_dict(values)
+        except ValueError as error:
+            message = str(error)
+        assert message == "" or (message.startswith("KimiLinearConfig: ") and path[-1] in message)
+
+
+@pytest.mark.parametrize("size", [0, -2, 1.5, "3", True])
+def test_block_size_in_decoder_layers_must_be_one(size):
+    values = presets("tiny").to_dict() | {"attn_res_block_size": size}
+    with pytest.raises(ValueError, match=r"attn_res_block_size is .*; it must be a positive"):
+        KimiLinearConfig.from_dict(values)
+
+
+def test_kimi_k3_s_variants_come_from_its_own_fields():
+    """Bounded decay, full-rank gates, and blocks of whole layers, the last of them partial."""
+    values = presets("tiny").to_dict()
+    del values["residual"], values["sublayers_per_block"]
+    values |= {"attn_res_block_size": 3, "mla_use_output_gate": True, "q_lora_rank": 8}
+    values["linear_attn_config"] |= {"gate_lower_bound": -5.0, "use_full_rank_gate": True}
+    config = KimiLinearConfig.from_dict(values)
+    assert (config.residual, config.sublayers_per_block) == ("block", 6)
+    torch.manual_seed(0)
+    model = KimiLinearForCausalLM(config).double().eval()
+    residual = model.residual
+    assert residual.num_blocks == 2
+    assert [len(residual.sites_of_block(block)) for block in (1, 2)] == [6, 2]
+    assert residual.sources_at(8) == ["embedding", "block 1", "block 2"]
+    with torch.no_grad():
+        for query in residual.queries:
+            query.normal_()
+    ids = torch.randint(256, (2, 17))
+    state = model.new_state(2, 17)
+    parts = [model(part, state=state).logits for part in ids.split([11, 1, 1, 4], dim=1)]
+    # The block cache keeps reciprocal RMS in float32.
+    torch.testing.assert_close(torch.cat(parts, 1), model(ids).logits, rtol=1e-6, atol=1e-6)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,8 +140,11 @@ class KimiLinearConfig:
 
     def validate(self) -> KimiLinearConfig:
         """Returns itself, or raises a ``ValueError`` that names every field that cannot work."""
-        problems = self._size_problems() + self._layer_problems()
-        problems += self._expert_problems() + self._residual_problems()
+        problems = _type_problems(self, "")
+        problems += _type_problems(self.linear_attn_config, "linear_attn_config.")
+        if not problems:  # what relates fields to one another takes their types for granted
+            problems = self._size_problems() + self._layer_problems()
+            problems += self._expert_problems() + self._residual_problems()
         if problems:
             raise ValueError("KimiLinearConfig: " + "; ".join(problems))
         return self
@@ -154,15 +159,15 @@ class KimiLinearConfig:
         problems = [
             f"{name} is {value!r}; it must be a positive integer"
             for name, value in sizes.items()
-            if not _is_int(value) or value < 1
+            if value < 1
         ]
-        if not _is_int(self.qk_rope_head_dim) or self.qk_rope_head_dim < 0:
+        if self.qk_rope_head_dim < 0:
             problems.append(
                 f"qk_rope_head_dim is {self.qk_rope_head_dim!r}; it must be an integer of at "
                 "least 0"
             )
         chunk = linear.chunk_size
-        if _is_int(chunk) and chunk > 0 and chunk & (chunk - 1):
+        if chunk > 0 and chunk & (chunk - 1):
             problems.append(f"linear_attn_config.chunk_size is {chunk}; it must be a power of two")
         if linear.gate_lower_bound is not None and not linear.gate_lower_bound < 0:
             problems.append(
@@ -172,13 +177,13 @@ class KimiLinearConfig:
             )
         if not self.rms_norm_eps > 0:
             problems.append(f"rms_norm_eps is {self.rms_norm_eps}; it must be positive")
+        if self.initializer_range < 0:
+            problems.append(f"initializer_range is {self.initializer_range}; it must be at least 0")
         return problems
 
     def _layer_problems(self) -> list[str]:
         kda, full = self.linear_attn_config.kda_layers, self.linear_attn_config.full_attn_layers
-        if not _is_int(self.num_hidden_layers) or sorted([*kda, *full]) == list(
-            range(1, self.num_hidden_layers + 1)
-        ):
+        if sorted([*kda, *full]) == list(range(1, self.num_hidden_layers + 1)):
             return []
         return [
             f"linear_attn_config.kda_layers {kda} and full_attn_layers {full} must together name "
@@ -190,7 +195,7 @@ class KimiLinearConfig:
         if self.num_experts is None:
             return []
         problems = []
-        if not _is_int(self.num_experts) or self.num_experts < 1:
+        if self.num_experts < 1:
             problems.append(
                 f"num_experts is {self.num_experts!r}; it must be a positive integer, or null "
                 "for dense layers"
@@ -200,7 +205,7 @@ class KimiLinearConfig:
                 f"num_experts_per_token is {self.num_experts_per_token}; it must lie between 1 and "
                 f"num_experts = {self.num_experts}"
             )
-        if not _is_int(self.moe_intermediate_size) or self.moe_intermediate_size < 1:
+        if self.moe_intermediate_size is None or self.moe_intermediate_size < 1:
             problems.append(
                 f"moe_intermediate_size is {self.moe_intermediate_size!r}; with experts it must "
                 "be a positive "
@@ -218,7 +223,7 @@ class KimiLinearConfig:
         if self.residual not in RESIDUAL_MODES:
             return [f"residual is {self.residual!r}; it must be one of {', '.join(RESIDUAL_MODES)}"]
         if self.residual == "block" and (
-            not _is_int(per_block) or not 1 <= per_block <= self.num_sublayers
+            per_block is None or not 1 <= per_block <= self.num_sublayers
         ):
             return [
                 f"sublayers_per_block is {per_block!r}; with residual='block' it must lie "
@@ -244,8 +249,13 @@ class KimiLinearConfig:
         that is unknown, and a branch of the architecture that is not built here, are errors
         (``ValueError``) rather than silently another model.
         """
-        values = {key: value for key, value in values.items() if key not in _IGNORED_KEYS}
+        values = {str(key): value for key, value in values.items() if key not in _IGNORED_KEYS}
         if (layers_per_block := values.pop("attn_res_block_size", None)) is not None:
+            if not _is_int(layers_per_block) or layers_per_block < 1:
+                raise ValueError(
+                    f"KimiLinearConfig: attn_res_block_size is {layers_per_block!r}; it must be a "
+                    "positive integer, of decoder layers"
+                )
             values = {"residual": "block", "sublayers_per_block": 2 * layers_per_block, **values}
         for key, supported in _FIXED.items():
             if (value := values.pop(key, supported)) != supported:
@@ -321,4 +331,40 @@ def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
 
 
 def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    # What has more than 32 bits is a slip, and would overflow somewhere less telling.
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**31
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+# By the annotations of the fields: the check, and what it wants.
+_TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "int": (_is_int, "an integer"),
+    "float": (_is_number, "a number"),
+    "bool": (lambda value: isinstance(value, bool), "true or false"),
+    "str": (lambda value: isinstance(value, str), "a string"),
+    "list[int]": (
+        lambda value: isinstance(value, list | tuple) and all(map(_is_int, value)),
+        "a list of integers",
+    ),
+}
+
+
+def _type_problems(values: Any, prefix: str) -> list[str]:
+    """A sentence for every field whose value is of another type than its annotation."""
+    problems = []
+    for field in dataclasses.fields(values):
+        kind, _, nothing = field.type.partition(" | ")
+        if kind not in _TYPES:  # linear_attn_config, a table of its own
+            continue
+        value = getattr(values, field.name)
+        fits, wanted = _TYPES[kind]
+        if not fits(value) and not (nothing and value is None):
+            wanted = "a positive integer" if field.name in _SIZES else wanted
+            problems.append(
+                f"{prefix}{field.name} is {value!r}; it must be {wanted}"
+                f"{', or null' if nothing else ''}"
+            )
+    return problems
