@@ -18,6 +18,8 @@ from attnres_ext.benchmarks.timing import Action, Sampler
 
 #: Calls in one graph; each is a handful of kernels.
 _MOST_CALLS = 2048
+#: How many times as long as a sample must last a graph is meant to be.
+_HEADROOM = 4
 #: Calls before a capture: libraries load, plans are made, memory is taken.
 _WARM_UP = 3
 
@@ -36,16 +38,18 @@ class CudaTimer:
         self._graphs = graphs
 
     def load(self, action: Action, shortest: float) -> Sampler:
-        """Captures as many calls as last ``shortest`` seconds, in whole periods of the inputs."""
+        """Captures as many calls as last ``shortest`` seconds or more, in whole periods of the
+        inputs."""
         cuda = self._cuda
         launches = _Launches(cuda, action)
         launches.warm_up()
         if not self._graphs:
             return launches
+        # Launching may take longer than the work, so the graph is made longer than it looks.
+        once = launches.sample(action.period)
+        periods = math.ceil(_HEADROOM * shortest / max(once * action.period, 1e-9))
+        calls = action.period * max(1, min(periods, _MOST_CALLS // action.period))
         try:
-            once = _Replays(cuda, action, action.period).sample(action.period)
-            periods = math.ceil(shortest / max(once * action.period, 1e-9))
-            calls = action.period * max(1, min(periods, _MOST_CALLS // action.period))
             return _Replays(cuda, action, calls)
         except RuntimeError:
             # Whatever stopped the capture: the contestant is right, its gate has seen to that.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,7 @@ FOUND = {
     "python": [3, 12],
     "suffix": ".so",
     "includes": ["/include"],
+    "packages": "/packages",
     "missing": [],
     "xdist": False,
     "torch": "2.10.1+cu130",
@@ -93,8 +95,9 @@ class Machine:
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
+    monkeypatch.setenv("PYTHONPATH", "/carried/wheels")
     monkeypatch.setattr(command, "_LOGS", tmp_path / "logs")
-    monkeypatch.setattr(parts, "find_sanitizer", lambda: "/cuda/bin/compute-sanitizer")
+    monkeypatch.setattr(parts, "find_sanitizer", lambda _: "/cuda/bin/compute-sanitizer")
     monkeypatch.setattr(python, "candidates", lambda: ["/usr/bin/python3"])
     return Machine()
 
@@ -121,8 +124,10 @@ def test_everything_passes_and_is_written_down(machine: Machine, tmp_path: Path)
     assert not machine.ran("cmake")
     for arguments, environment in zip(machine.commands, machine.environments, strict=True):
         if "pytest" in arguments or "bench" in arguments:
-            assert (Path(environment["PYTHONPATH"]) / "attnres_ext" / "ops.py").is_file()
-            assert (Path(environment["PYTHONPATH"]) / "attnres_ext" / "benchmarks").is_dir()
+            first, *others = environment["PYTHONPATH"].split(os.pathsep)
+            assert (Path(first) / "attnres_ext" / "ops.py").is_file()
+            assert (Path(first) / "attnres_ext" / "benchmarks").is_dir()
+            assert others == ["/carried/wheels"]
 
 
 def test_parts_share_the_time_and_can_be_chosen(machine: Machine, tmp_path: Path) -> None:
@@ -182,6 +187,28 @@ def test_a_wrong_result_of_the_benchmark_fails(machine: Machine, tmp_path: Path)
     assert check(machine, tmp_path / "other", "--parts", "bench")[0] == 0
 
 
+def test_the_sanitizer_is_found_where_it_may_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    monkeypatch.setattr(parts, "_TOOLKITS", ())
+
+    def install(folder: Path) -> str:
+        folder.mkdir(parents=True)
+        program = folder / "compute-sanitizer"
+        program.write_text("#!/bin/sh\n")
+        program.chmod(0o755)
+        return str(program)
+
+    packages = tmp_path / "packages"
+    assert parts.find_sanitizer(packages) is None
+    from_wheel = install(packages / "nvidia" / "cu13" / "bin")
+    assert parts.find_sanitizer(packages) == from_wheel
+    from_toolkit = install(tmp_path / "cuda" / "bin")
+    assert parts.find_sanitizer(packages) == from_toolkit
+
+
 @pytest.mark.parametrize(
     ("output", "count"),
     [
@@ -220,7 +247,7 @@ def test_what_the_sanitizer_finds_fails(machine: Machine, tmp_path: Path) -> Non
 def test_without_the_sanitizer_it_says_so(
     machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parts, "find_sanitizer", lambda: None)
+    monkeypatch.setattr(parts, "find_sanitizer", lambda _: None)
     code, record = check(machine, tmp_path / "out", "--parts", "synccheck")
     assert code == 0
     assert record["passed"] is False

@@ -17,6 +17,8 @@ from tools.gpu_check.python import Python
 
 #: Exit code by which compute-sanitizer tells what it found from a program that failed.
 _FOUND = 77
+#: Where CUDA toolkits usually lie.
+_TOOLKITS = ("/usr/local/cuda", "/opt/cuda")
 #: Compiling the definition anew for each case would take all the time there is.
 _RIVALS = (
     "ours", "standard", "eager", "fla", "fla-keep", "fla-gluon", "liger", "flash-attn-res",
@@ -48,12 +50,14 @@ class Setting:
         self, part: str, arguments: list[str], seconds: float, **environment: str
     ) -> Finished:
         """Runs the Python with the package in reach."""
+        # The package first, then wherever the user has put what the Python lacks.
+        path = [str(self.package.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
         return self.run(
             [*arguments],
             seconds,
             self.logs / f"{part}.log",
             {
-                "PYTHONPATH": str(self.package.parent),
+                "PYTHONPATH": os.pathsep.join(path),
                 "PYTHONUNBUFFERED": "1",
                 "COLUMNS": "120",
                 **environment,
@@ -132,14 +136,18 @@ def _pytest(setting: Setting, outcomes: Path, *paths: str) -> list[str]:
     ]  # fmt: skip
 
 
-def find_sanitizer() -> str | None:
-    """compute-sanitizer: on the PATH, in a CUDA toolkit, or as PyPI's wheel brings it."""
+def find_sanitizer(packages: Path) -> str | None:
+    """compute-sanitizer: on the PATH, in a CUDA toolkit, or as PyPI's wheel brings it.
+
+    Args:
+        packages: where the Python's packages lie.
+    """
     homes = [os.environ.get(name, "") for name in ("CUDA_HOME", "CUDA_PATH")]
-    homes += ["/usr/local/cuda", "/opt/cuda"]
+    homes += _TOOLKITS
     places = os.get_exec_path()
     places += [str(Path(home) / folder) for home in homes if home
                for folder in ("bin", "compute-sanitizer")]  # fmt: skip
-    places += map(str, ROOT.glob(".venv/lib/python*/site-packages/nvidia/*/bin"))
+    places += map(str, packages.glob("nvidia/*/bin"))
     return shutil.which("compute-sanitizer", path=os.pathsep.join(places))
 
 
@@ -148,7 +156,7 @@ def sanitize(tool: str, setting: Setting, seconds: float) -> dict[str, Any]:
     missing = {"seconds": 0.0, "status": "unavailable"}
     if setting.device != "cuda":
         return {**missing, "reason": "compute-sanitizer checks CUDA kernels alone"}
-    program = find_sanitizer()
+    program = find_sanitizer(Path(setting.python.facts["packages"]))
     if program is None:
         return {
             **missing,

@@ -19,6 +19,7 @@ _NEEDED = {
     "numpy": "numpy",
     "pytest": "pytest",
     "hypothesis": "hypothesis",
+    "expecttest": "expecttest",
     "rich": "rich",
 }
 _OLDEST_TORCH = (2, 10)
@@ -30,6 +31,7 @@ found = {{
     "python": list(sys.version_info[:2]),
     "suffix": sysconfig.get_config_var("EXT_SUFFIX"),
     "includes": [sysconfig.get_path("include")],
+    "packages": sysconfig.get_path("purelib"),
     "missing": [n for m, n in needed.items() if importlib.util.find_spec(m) is None],
     "xdist": importlib.util.find_spec("xdist") is not None,
 }}
