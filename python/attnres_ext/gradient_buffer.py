@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from attnres_ext.first_order import refuse_second_derivative
 from attnres_ext.recomputation import keep
@@ -94,11 +95,14 @@ def can_tap(tensor: Tensor) -> bool:
 def can_gather() -> bool:
     """Whether gradients can gather in buffers.
 
-    Not without gradients; nor under ``torch.compile`` and ``torch.func``, which see functions and
-    no side effects: there autograd adds.
+    Not without gradients; nor under ``torch.compile``, ``torch.func`` and forward-mode
+    differentiation, which see functions and no side effects; nor where nodes must not be told how
+    to save. There autograd adds.
     """
     return (
         torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and torch._C._autograd._saved_tensors_hooks_is_enabled()
     )

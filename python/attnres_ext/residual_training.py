@@ -105,7 +105,8 @@ class TrainingState(_BlockState):
     def __init__(self, residual: AttentionResiduals, embedding: Tensor) -> None:
         super().__init__(residual, embedding)
         self._needs_gradient = embedding.requires_grad and torch.is_grad_enabled()
-        self._region: Region | None = None  # where the last read was
+        self._region: Region | None = None  # where the last read under a checkpoint was
+        self._recomputes_block = False  # whether the open block was read under one
         self._snapshots: dict[int, weakref.ref[Snapshot]] = {}  # by site
         self._results: dict[int, weakref.ref[PhaseOneResults]] = {}  # by block
         self._orphans: list[Snapshot] = []  # snapshots of reads that have no node in the graph
@@ -178,6 +179,7 @@ class TrainingState(_BlockState):
             with keep(snapshot), unselected():
                 hidden = self._mix(site, delta, query, key_weight, norm, "nothing")
             self._complete(site, snapshot, hidden)
+        self._recomputes_block |= self._in_region()
         if self._residual._record is not None:
             self._record(site, self._sources(), query, key_weight)
         if site == self._residual.num_sublayers:
@@ -197,11 +199,13 @@ class TrainingState(_BlockState):
         if not can_gather():
             return None
         hook = Region.hook()
-        known = self._region is not None and self._region.contains(hook)
-        if hook is None or known:
+        if hook is None or self._in_region():
             return None
         self._region = Region(hook)
         return Snapshot(self._blocks)
+
+    def _in_region(self) -> bool:
+        return self._region is not None and self._region.contains(Region.hook())
 
     def _complete(self, site: int, snapshot: Snapshot, hidden: Tensor) -> None:
         phase = self._phase
@@ -238,8 +242,9 @@ class TrainingState(_BlockState):
     def _end_phase(self) -> None:
         """Under a checkpoint phase 1 is recomputed with everything else, once a block."""
         phase, self._phase = self._phase, None
+        recomputes, self._recomputes_block = self._recomputes_block, False
         if isinstance(phase, GatheringPhaseOne) and (
-            self._residual.save == "nothing" or self._region is not None
+            recomputes or self._residual.save == "nothing"
         ):
             phase.results.drop()
 
@@ -258,8 +263,12 @@ class _Repetition(_BlockState):
     def __init__(self, state: TrainingState, region: Region) -> None:
         self._residual = state._residual
         self._shape, self._device = state._shape, state._device
-        self._state = state
+        self._of = weakref.ref(state)  # which holds this
         self.region = region
+
+    @property
+    def _state(self) -> TrainingState:
+        return self._of()
 
     def _take_turn(self, site: int, norm_weight: Tensor | None, norm_eps: float | None) -> Tensor:
         snapshot = self._state.snapshot_at(site)

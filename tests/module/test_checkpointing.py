@@ -338,6 +338,22 @@ def test_the_graph_dies_with_its_result(options, forward):
     assert graph[0]() is None, "without the garbage collector's help"
 
 
+@every_mode
+@pytest.mark.parametrize("name", ["sites", "nested"])
+def test_the_state_dies_with_the_backward_pass(options, name):
+    model, x = toy(**options), embed(4).requires_grad_()
+    start, states = model.residual.start, []
+
+    def remember(*args, **kwargs):
+        state = start(*args, **kwargs)
+        states.append(weakref.ref(state))
+        return state
+
+    model.residual.start = remember
+    FORWARDS[name](model, x).sum().backward()
+    assert states[0]() is None, "without the garbage collector's help"
+
+
 def test_reentrant_checkpoints_are_an_error():
     model = toy(sublayers_per_block=3)
     x = embed(4).requires_grad_()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -297,6 +298,25 @@ def test_bfloat16(options):
     assert all(
         grad.dtype == torch.float32 for name, grad in grads.items() if name.startswith("residual")
     )
+
+
+@every_mode
+def test_where_saved_tensors_must_not_have_hooks(options):
+    model = toy(**options)
+    expected = gradients(model, embed(4), model)
+    with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
+        assert_same(gradients(model, embed(4), model), expected)
+
+
+@every_mode
+def test_forward_mode(options):
+    model, x, tangent = toy(3, **options), embed(4), embed(4, seed=8)
+    with forward_ad.dual_level():
+        out = forward_ad.unpack_dual(model(forward_ad.make_dual(x, tangent))).tangent
+    step = 1e-6
+    with torch.no_grad():
+        expected = (model(x + step * tangent) - model(x - step * tangent)) / (2 * step)
+    torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
 
 
 @every_mode
