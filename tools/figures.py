@@ -19,6 +19,8 @@ and everything between the two comments is replaced. The tables:
     what was measured;
 ``traffic``, ``intensity``, ``table1``
     what follows from the traffic plan (``tools/derived.py``);
+``evidence NAME``
+    residual modes at their best learning rates, as ``benchmarks/evidence.py`` keeps them;
 ``verification``
     every CUDA kernel, and where it was last checked.
 """
@@ -38,7 +40,13 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = ("README.md", "docs/figures.md", "docs/performance.md", "docs/verification.md")
+DOCUMENTS = (
+    "README.md",
+    "docs/evidence.md",
+    "docs/figures.md",
+    "docs/performance.md",
+    "docs/verification.md",
+)
 
 TABLE = re.compile(r"(<!-- figures: ([^>]*?) -->\n).*?(<!-- /figures -->)", re.DOTALL)
 RIVALS = {"eager": "plain PyTorch", "compile": "torch.compile"}
@@ -56,9 +64,9 @@ def load(path: str) -> ModuleType:
     return module
 
 
-registry, results, sources, wording, builds = (
+registry, results, sources, wording, builds, evidence_summary = (
     load(f"benchmarks/{name}.py")
-    for name in ("registry", "results", "sources", "wording", "builds")
+    for name in ("registry", "results", "sources", "wording", "builds", "evidence_summary")
 )
 costs, derived = load("tools/costs.py"), load("tools/derived.py")
 seconds, version = wording.seconds, wording.version
@@ -231,6 +239,44 @@ def training(folder: Path) -> list[str]:
     ]
 
 
+def evidence(name: str, folder: Path) -> list[str]:
+    """Residual modes at each one's own best learning rate, over paired seeds."""
+    path = folder / f"evidence-{name}.json"
+    record = json.loads(path.read_text()) if path.is_file() else None
+    arms = evidence_summary.summarize(record) if record else []
+    if record is None or not arms:
+        return ["Nothing is kept yet; the command above measures it."]
+    design = record["design"]
+    rates = sorted(design["learning_rates"])
+    header = ["residual", "best rate", "validation loss", f"minus {arms[0].residual}"]
+    header += [f"at {rate:g}" for rate in rates]
+    rows = [
+        [
+            arm.residual,
+            f"{arm.best:g}{'*' if arm.at_edge else ''}",
+            str(arm.by_rate[arm.best]),
+            str(arm.difference or "–"),
+            *(str(arm.by_rate[rate]) for rate in rates),
+        ]
+        for arm in arms
+    ]
+    seeds = evidence_summary.complete_seeds(record)
+    tokens = design["batch_size"] * design["sequence_length"]
+    lines = [
+        *markdown(header, rows, numbers=3 + len(rates)),
+        "",
+        f"`{record['command']}`, {record['date'][:10]}, {version(record)}; {record['text']}, "
+        f"{design['steps']} steps of {tokens:,} tokens, {len(seeds)} seeds; mean ± standard "
+        "deviation over seeds, nats per token.",
+    ]
+    if any(arm.at_edge for arm in arms):
+        lines[-1] += " *: at the edge of the sweep, a better rate may lie beyond."
+    image = f"images/evidence-{name}.png"
+    if (ROOT / "docs" / image).is_file():
+        lines += ["", f"![Losses over learning rates, and differences within seeds]({image})"]
+    return lines
+
+
 def _number(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
@@ -298,7 +344,8 @@ def verification(folder: Path) -> list[str]:
 TABLES = {
     table.__name__: table
     for table in (
-        operators, training, verification, limits, host, models, build, traffic, intensity, table1
+        operators, training, evidence, verification, limits, host, models, build,
+        traffic, intensity, table1,
     )
 }  # fmt: skip
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import subprocess
 from concurrent.futures import Future
 from types import SimpleNamespace
 
+import matplotlib.image
 import pytest
 
-from attnres_ext.benchmarks import evidence
+from attnres_ext.benchmarks import evidence, evidence_plot, evidence_summary
 from attnres_ext.cli import train_run
 from attnres_ext.cli.main import main
 from attnres_ext.models.kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
@@ -89,3 +91,54 @@ def test_cells_are_trained_once_and_collected(tmp_path, monkeypatch) -> None:
     # Nothing is trained a second time.
     monkeypatch.setattr(evidence, "subprocess", None)
     evidence.train_cell(SMALL, config, tmp_path, 1e-3, 4)
+
+
+def record(**losses: dict[float, list[float]]) -> dict:
+    """What is kept of a design, with ``losses[mode][rate]`` a list over seeds."""
+    design = dataclasses.asdict(evidence.DESIGNS["deep-narrow"])
+    return {
+        "name": "made-up",
+        "text": "a text",
+        "design": design,
+        "losses": [
+            {"residual": mode, "learning_rate": rate, "seed": seed, "val_loss": loss}
+            for mode, by_rate in losses.items()
+            for rate, values in by_rate.items()
+            for seed, loss in enumerate(values)
+        ],
+    }
+
+
+MADE_UP = record(
+    standard={2e-3: [3.0, 3.2, 3.1], 5e-3: [2.0, 2.4, 2.2], 1.2e-2: [3.0, 3.0, 3.0]},
+    block={2e-3: [1.9, 2.2, 1.9], 5e-3: [2.0, 2.5, 2.1], 1.2e-2: [2.5, 2.5, 2.5]},
+    full={2e-3: [2.9, 2.9, 2.9], 5e-3: [2.1, 2.3, 2.2], 1.2e-2: [9.0, 9.0, 9.0]},
+)
+
+
+def test_modes_are_compared_at_their_own_best_rates_within_seeds() -> None:
+    standard, block, full = evidence_summary.summarize(MADE_UP)
+    assert (standard.best, block.best, full.best) == (5e-3, 2e-3, 5e-3)
+    assert (standard.at_edge, block.at_edge, full.at_edge) == (False, True, False)
+    assert standard.difference is None
+    assert block.difference.mean == pytest.approx(-0.2)
+    # Of -0.1, -0.2, -0.3, where the losses themselves spread by 0.2.
+    assert block.difference.deviation == pytest.approx(0.1)
+    assert str(full.difference) == "0.000 ± 0.100"
+
+
+def test_only_seeds_with_the_whole_grid_count() -> None:
+    losses = [one for one in MADE_UP["losses"] if (one["residual"], one["seed"]) != ("full", 1)]
+    partial = MADE_UP | {"losses": losses}
+    assert evidence_summary.complete_seeds(partial) == [0, 2]
+    assert evidence_summary.summarize(partial)[1].difference.mean == pytest.approx(-0.2)
+    assert evidence_summary.summarize(MADE_UP | {"losses": losses[:5]}) == []
+
+
+def test_the_plot_is_an_image(tmp_path) -> None:
+    source, target = tmp_path / "record.json", tmp_path / "plot.png"
+    source.write_text(json.dumps(MADE_UP))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["evidence_plot", str(source), str(target)])
+        assert evidence_plot.main() == 0
+    assert matplotlib.image.imread(target).shape[1] > 1000

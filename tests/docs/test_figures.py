@@ -332,3 +332,36 @@ def test_the_check_is_quick_and_needs_no_torch() -> None:
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_evidence_shows_every_mode_at_its_best_rate(tmp_path: Path) -> None:
+    assert tool.evidence("small", tmp_path) == [
+        "Nothing is kept yet; the command above measures it."
+    ]
+    losses = {"standard": (3.0, 2.0), "block": (1.5, 2.5)}
+    record = {
+        "date": "2026-01-01T00:00:00+00:00",
+        "command": "python -m attnres_ext.benchmarks.evidence --design small --out DIR",
+        "text": "a text",
+        "commit": "0123456789abcdef",
+        "modified": False,
+        "design": {
+            "residuals": list(losses), "learning_rates": [0.1, 0.2], "seeds": [0, 1],
+            "steps": 7, "batch_size": 2, "sequence_length": 16,
+        },
+        "losses": [
+            {"residual": mode, "learning_rate": rate, "seed": seed, "val_loss": loss + seed / 10}
+            for mode, by_rate in losses.items()
+            for rate, loss in zip((0.1, 0.2), by_rate, strict=True)
+            for seed in (0, 1)
+        ],
+    }  # fmt: skip
+    (tmp_path / "evidence-small.json").write_text(json.dumps(record))
+    table = tool.evidence("small", tmp_path)
+    assert table[0] == (
+        "| residual | best rate | validation loss | minus standard | at 0.1 | at 0.2 |"
+    )
+    assert table[2].startswith("| standard | 0.2* | 2.050 ± 0.071 | – | 3.050 ± 0.071 |")
+    assert table[3].startswith("| block | 0.1* | 1.550 ± 0.071 | -0.500 ± 0.000 |")
+    assert "7 steps of 32 tokens, 2 seeds" in table[-1]
+    assert "commit 0123456789" in table[-1]
