@@ -1,4 +1,4 @@
 """The parts of the page, one module each.
 
-Every module has ``section(kept) -> Html | None``: None where the results have nothing to show.
+Every module has ``section(kept)``, which is None where the results have nothing to show.
 """
