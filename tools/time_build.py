@@ -15,6 +15,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -42,11 +43,7 @@ def build(folder: Path, jobs: int) -> float:
     }
     configure = ["cmake", "-S", ROOT, "-B", folder, "-G", "Ninja"]
     configure += [f"-DPython_EXECUTABLE={sys.executable}"]
-    configure += [
-        f"-D{name}={os.environ[name]}"
-        for name in ("ATTNRES_CUDA", "ATTNRES_CUDA_ARCHS")
-        if os.environ.get(name)
-    ]
+    configure += [f"-D{choice}" for choice in choices()]
     subprocess.run(configure, env=environment, check=True, stdout=sys.stderr)
     run = ["cmake", "--build", folder, "-j", str(jobs)]
     before = _processor_seconds()
@@ -57,13 +54,26 @@ def build(folder: Path, jobs: int) -> float:
     return spent
 
 
+def choices() -> list[str]:
+    """What the environment says about the build, as ``NAME=value``."""
+    names = ("ATTNRES_CUDA", "ATTNRES_CUDA_ARCHS")
+    return [f"{name}={os.environ[name]}" for name in names if os.environ.get(name)]
+
+
+def sources() -> dict[str, Any]:
+    """Which code lies here now: asked before a build, because somebody may edit it meanwhile."""
+    return {**machine.commit(), "csrc_sha256": machine.source_hash()}
+
+
 def _processor_seconds() -> float:
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
-def describe(folder: Path, jobs: int, processor_seconds: float) -> dict[str, Any]:
-    """The record of what :func:`build` made in ``folder``."""
+def describe(
+    folder: Path, jobs: int, processor_seconds: float, code: dict[str, Any]
+) -> dict[str, Any]:
+    """The record of what :func:`build` made in ``folder`` of the sources ``code``."""
     steps = builds.read_ninja_log(folder / ".ninja_log")
     libraries = sorted((folder / "installed").glob("*.so"))
     cached = (folder / "CMakeCache.txt").read_text()
@@ -71,13 +81,12 @@ def describe(folder: Path, jobs: int, processor_seconds: float) -> dict[str, Any
     with_cuda = re.search(r"^CMAKE_CUDA_COMPILER:\w+=(?!.*NOTFOUND)(.+)$", cached, re.MULTILINE)
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": f"python tools/time_build.py --jobs {jobs}",
+        "command": shlex.join([*choices(), "python", "tools/time_build.py", "--jobs", str(jobs)]),
         "seconds": max(step.end for step in steps) - min(step.begin for step in steps),
         "processor_seconds": processor_seconds,
         "jobs": jobs,
         "cuda_archs": archs[1].split(";") if archs and with_cuda else [],
-        **machine.commit(),
-        "csrc_sha256": machine.source_hash(),
+        **code,
         "machine": machine.describe(),
         "versions": machine.versions(),
         "steps": [
@@ -109,12 +118,13 @@ def main() -> int:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="attnres-build-") as name:
         folder = Path(name)
+        code = sources()
         try:
             spent = build(folder, arguments.jobs)
         except subprocess.CalledProcessError as error:
             print(f"time_build: {error.cmd[1]} failed with {error.returncode}", file=sys.stderr)
             return 2
-        record = describe(folder, arguments.jobs, spent)
+        record = describe(folder, arguments.jobs, spent, code)
     stamp = record["date"].replace("+00:00", "Z").replace(":", "")
     path = arguments.out / builds.PATTERN.replace("*", stamp)
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -95,7 +95,7 @@ def test_the_built_library_is_accounted_for_to_the_byte() -> None:
     assert 0 <= int(found[1], 16) - total <= 24 * containers
 
 
-def test_a_build_tree_becomes_a_record(tmp_path: Path) -> None:
+def test_a_build_tree_becomes_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = importlib.util.spec_from_file_location("time_build", ROOT / "tools" / "time_build.py")
     assert spec is not None
     assert spec.loader is not None
@@ -114,7 +114,12 @@ def test_a_build_tree_becomes_a_record(tmp_path: Path) -> None:
     cache = "ATTNRES_CUDA_ARCHS:STRING=80;90\nCMAKE_CUDA_COMPILER:FILEPATH=/a/nvcc\n"
     (tmp_path / "CMakeCache.txt").write_text(cache)
 
-    record = tool.describe(tmp_path, jobs=3, processor_seconds=4.5)
+    monkeypatch.setenv("ATTNRES_CUDA", "AUTO")
+    monkeypatch.delenv("ATTNRES_CUDA_ARCHS", raising=False)
+    code = {"commit": "0123", "modified": False, "csrc_sha256": "4567"}
+    record = tool.describe(tmp_path, jobs=3, processor_seconds=4.5, code=code)
+    assert code.items() <= record.items()
+    assert record["command"] == "ATTNRES_CUDA=AUTO python tools/time_build.py --jobs 3"
     assert record["processor_seconds"] == 4.5
     assert record["seconds"] == pytest.approx(1.695)
     assert (record["jobs"], record["cuda_archs"]) == (3, ["80", "90"])
@@ -127,4 +132,4 @@ def test_a_build_tree_becomes_a_record(tmp_path: Path) -> None:
     (tmp_path / "CMakeCache.txt").write_text(
         cache.replace("/a/nvcc", "CMAKE_CUDA_COMPILER-NOTFOUND")
     )
-    assert tool.describe(tmp_path, 3, 4.5)["cuda_archs"] == []
+    assert tool.describe(tmp_path, 3, 4.5, code)["cuda_archs"] == []
