@@ -90,8 +90,9 @@ class KimiLinearModel(nn.Module):
     normalised for the sublayer.
 
     Attributes:
-        checkpoint_sublayers: Whether a sublayer keeps nothing but its input for the backward, which
-            then computes it once more (activation checkpointing). Same values, less memory.
+        checkpoint_sublayers: Whether a sublayer and its read keep nothing for the backward but the
+            sum that is read last, and are computed once more (activation checkpointing). Same
+            values, and no more memory than a standard residual needs.
     """
 
     def __init__(self, config: KimiLinearConfig) -> None:
@@ -124,9 +125,15 @@ class KimiLinearModel(nn.Module):
             embedding = embedding.to(torch.get_autocast_dtype(device))
         residual = self.residual.start(embedding, cache=self._block_cache(embedding, state))
         recompute = self.checkpoint_sublayers and state is None and torch.is_grad_enabled()
+
+        def step(site: int, norm: nn.RMSNorm, sublayer: Callable[[Tensor], Tensor]) -> None:
+            residual.write(sublayer(residual.read(site, norm.weight, norm.eps)))
+
         for site, (norm, sublayer) in enumerate(self._sublayers(state, packing)):
-            x = residual.read(site, norm.weight, norm.eps)
-            residual.write(_checkpoint(sublayer, x) if recompute else sublayer(x))
+            if recompute:
+                _checkpoint(step, site, norm, sublayer)
+            else:
+                step(site, norm, sublayer)
         return residual.read_output(self.norm.weight, self.norm.eps)
 
     def _sublayers(
