@@ -49,10 +49,13 @@ class CudaTimer:
         once = launches.sample(action.period)
         periods = math.ceil(_HEADROOM * shortest / max(once * action.period, 1e-9))
         calls = action.period * max(1, min(periods, _MOST_CALLS // action.period))
+        stream = cuda.current_stream()
         try:
             return _Replays(cuda, action, calls)
         except RuntimeError:
             # Whatever stopped the capture: the contestant is right, its gate has seen to that.
+            # torch leaves the capture's stream behind as the current one.
+            cuda.set_stream(stream)
             cuda.synchronize()
             return launches
 

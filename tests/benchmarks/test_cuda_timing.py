@@ -55,10 +55,12 @@ class Gpu:
             def wait_stream(self, other: object) -> None: ...
 
         self.CUDAGraph, self.Event, self.Stream = CUDAGraph, Event, Stream
+        self.current: object = Stream()
 
     @contextmanager
     def graph(self, graph: object) -> Iterator[None]:
         if not self.capturable:
+            self.current = self.Stream()  # torch does not put the old one back, either
             raise RuntimeError("operation not permitted when stream is capturing")
         self.capturing = graph
         yield
@@ -69,7 +71,10 @@ class Gpu:
         yield
 
     def current_stream(self) -> object:
-        return self.Stream()
+        return self.current
+
+    def set_stream(self, stream: object) -> None:
+        self.current = stream
 
     def synchronize(self) -> None: ...
 
@@ -131,8 +136,10 @@ def test_what_cannot_be_captured_is_timed_between_events() -> None:
         seen.append(call)
         gpu.launch("it", 1e-5)
 
+    stream = gpu.current_stream()
     sampler = CudaTimer(gpu).load(Action(run, period=2), shortest=1e-3)
     assert sampler.timer == "events"
+    assert gpu.current_stream() is stream
     seen.clear()
     assert sampler.sample(4) == pytest.approx(1.5e-5)
     assert sampler.sample(2) == pytest.approx(1.5e-5)

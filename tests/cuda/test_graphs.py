@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,6 +14,14 @@ from tests.cuda.calls import CALLS, DIRECTIONS, make_arguments, refill
 from tests.helpers import assert_same_bits
 
 pytestmark = pytest.mark.cuda
+
+
+@pytest.fixture(autouse=True)
+def _same_stream() -> Iterator[None]:
+    """A capture that fails leaves its stream behind as the current one."""
+    before = torch.cuda.current_stream()
+    yield
+    torch.cuda.set_stream(before)
 
 
 def capture(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:

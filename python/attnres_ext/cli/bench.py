@@ -174,7 +174,7 @@ def _bench(
     from attnres_ext.cli import bench_display
 
     on_gpu = args.device.startswith("cuda")
-    if on_gpu:
+    if torch.device(args.device).index is not None:
         torch.cuda.set_device(args.device)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
