@@ -35,8 +35,8 @@ class ModelGate:
 
     def check(self, arm: Arm) -> Verdict:
         """Runs an arm once and judges it."""
-        exact, plain_error = self._expected(arm.residual)
         try:
+            exact, plain_error = self._expected(arm.residual)
             actual = _results(self._stack, arm)
         except Exception as error:  # whatever a contestant throws, the others go on
             return Verdict(False, f"{type(error).__name__}: {first_line(error)}", failed=True)

@@ -51,8 +51,12 @@ def run_case(
         if reason is not None:
             refuse(arm, "absent", reason)
     report("layers")
-    stack = make_stack(case, device, tuple(arm for arm in arms if arm not in results))
-    gate = ModelGate(make_stack(case, device))
+    try:
+        stack = make_stack(case, device, tuple(arm for arm in arms if arm not in results))
+        gate = ModelGate(make_stack(case, device))
+    except torch.OutOfMemoryError as error:
+        reason = f"the layers do not fit: {first_line(error)}"
+        return [results.get(arm) or _result(case, arm, "failed", reason=reason) for arm in arms]
     for arm in arms:
         if arm in results:
             continue

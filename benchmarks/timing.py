@@ -176,20 +176,22 @@ def measure(
     """
     timer = timer or HostTimer()
     samplers: dict[str, Sampler] = {}
+    estimates: dict[str, float] = {}
     for name, action in actions.items():
         try:
-            samplers[name] = timer.load(action, effort.shortest)
+            sampler = timer.load(action, effort.shortest)
+            # The gate has run everything once, so this call is a fair estimate.
+            once = sampler.sample(1)
+            if once < effort.shortest:
+                once = sampler.sample(10)
+            samplers[name], estimates[name] = sampler, once
         except Exception as error:  # whatever a contestant throws, the others go on
             if refuse is None:
                 raise
             refuse(name, error)
     timings = {name: Timing(timer=sampler.timer) for name, sampler in samplers.items()}
     turns: dict[str, tuple[int, int, int, bool]] = {}
-    for name, sampler in samplers.items():
-        # The gate has run everything once, so this call is a fair estimate.
-        once = sampler.sample(1)
-        if once < effort.shortest:
-            once = sampler.sample(10)
+    for name, once in estimates.items():
         repeats = max(1, math.ceil(effort.shortest / max(once, 1e-9)))
         turn, warm = effort.turn, once < _SLOW
         if effort.rounds * (turn + warm) * repeats * once > effort.budget:

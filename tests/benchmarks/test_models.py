@@ -235,6 +235,22 @@ def test_turns_are_taken_in_step_and_order_rotates() -> None:
     assert {len(timing.samples) for timing in timings.values()} == {3}
 
 
+def test_layers_that_do_not_fit_fail_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    def explode(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 GiB\nmore")
+
+    monkeypatch.setattr(model_runner, "make_stack", explode)
+    rows = model_runner.run_case(TRAIN, "cpu")
+    assert {row.status for row in rows} == {"failed", "absent"}
+    assert rows[0].reason == ("the layers do not fit: CUDA out of memory. Tried to allocate 7 GiB")
+
+
+def test_runs_that_may_end_early_begin_with_what_is_cheap() -> None:
+    cases = model_registry.cheapest_first(model_registry.select("all", "cuda"))
+    assert cases[0].work == "decode"
+    assert (cases[-1].work, cases[-1].layers) == ("train", 24)
+
+
 def test_who_raises_an_error_is_left_out_of_the_turns() -> None:
     refused: dict[str, str] = {}
 

@@ -130,6 +130,7 @@ def run(args: argparse.Namespace) -> int:
             )
         if args.seconds is not None:
             cases = registry.most_wanted_first(cases, kind)
+            stacks = model_registry.cheapest_first(stacks)
         for name in args.contestants or ():
             contestants.check(name)
     except (registry.UnknownCaseError, contestants.UnknownContestantError) as error:
