@@ -148,6 +148,19 @@ def test_the_default_ends_within_nine_minutes() -> None:
     assert command.parse([]).seconds <= 9 * 60 - 20
 
 
+def test_a_copy_without_git_is_told_its_commit(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = 40 * "a"
+    _, record = check(machine, tmp_path / "checkout", "--parts", "tests", "--commit", given)
+    assert record["commit"] == FACTS["commit"]
+    monkeypatch.setitem(FACTS, "commit", None)
+    _, record = check(machine, tmp_path / "copy", "--parts", "tests", "--commit", given)
+    assert record["commit"] == given
+    with pytest.raises(SystemExit):
+        command.parse(["--commit", "main"])
+
+
 def test_a_failing_test_is_named(machine: Machine, tmp_path: Path) -> None:
     machine.outcomes = {"a": ("passed", ""), "b": ("failed", "error 1 > 0"), "c": ("skipped", "no")}
     code, record = check(machine, tmp_path / "out", "--parts", "tests")

@@ -64,10 +64,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="cpu rehearses the same tests without a GPU",
     )
     parser.add_argument(
+        "--commit", metavar="HASH", help="what these files are, on a machine without their git"
+    )
+    parser.add_argument(
         "--out", type=Path, default=RESULTS, metavar="DIR", help="folder for the record"
     )
     chosen = parser.parse_args(arguments)
     chosen.parts = chosen.parts.split(",")
+    if chosen.commit is not None and not re.fullmatch(r"[0-9a-f]{40}", chosen.commit):
+        parser.error(f"--commit is '{chosen.commit}', expected 40 hexadecimal digits")
     unknown = [name for name in chosen.parts if name not in names]
     if unknown:
         parser.error(f"--parts names '{unknown[0]}', expected some of {', '.join(names)}")
@@ -90,6 +95,9 @@ def main(arguments: Sequence[str] | None = None, run: Run = process.run) -> int:
     try:
         setting = prepare(chosen, run)
         facts = describe(setting)
+        if facts["commit"] is None:
+            # Whether files differ from it nobody knows there; the hash of csrc/ says what ran.
+            facts["commit"] = chosen.commit
     except python.CannotCheckError as error:
         print(f"gpu-check: {error}", file=sys.stderr)
         return 2
