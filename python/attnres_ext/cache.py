@@ -67,8 +67,10 @@ class BlockCache:
         self.hidden_size = hidden_size
         self.eps = eps
         num_tokens = math.prod(self._leading)
-        self._slots = torch.empty(capacity, num_tokens, hidden_size, dtype=dtype, device=device)
-        self._rstd = torch.empty(capacity, num_tokens, dtype=torch.float32, device=device)
+        # Made in inference mode, they could not be written outside of it.
+        with torch.inference_mode(False):
+            self._slots = torch.empty(capacity, num_tokens, hidden_size, dtype=dtype, device=device)
+            self._rstd = torch.empty(capacity, num_tokens, dtype=torch.float32, device=device)
         if side_stream is not None and side_stream.device != self._slots.device:
             raise ValueError(
                 f"BlockCache: side_stream is on {side_stream.device}, "
@@ -220,10 +222,8 @@ class BlockCache:
         num_queries = queries.shape[0]
         if self._phase1 is None or self._phase1[0].shape[0] < num_queries:
             wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-            self._phase1 = (
-                self._slots.new_empty(num_queries, *self._slots.shape[1:]),
-                self._slots.new_empty(num_queries, self._slots.shape[1], dtype=wide),
-            )
+            shape = num_queries, *self._slots.shape[1:]
+            self._phase1 = self._memory(shape, self.dtype), self._memory(shape[:-1], wide)
         out, lse = (scratch[:num_queries] for scratch in self._phase1)
         arguments = (
             self._slots, self._rstd, self._state.sealed, queries, key_weights, scale, out, lse
@@ -315,7 +315,7 @@ class BlockCache:
         like = vectors[0][0]
         kept = self._vectors
         if kept is None or (kept.shape, kept.dtype) != (shape, like.dtype):
-            kept = self._vectors = like.new_empty(shape)
+            kept = self._vectors = self._memory(shape, like.dtype)
         with torch.no_grad():
             for row, kind in zip(kept.unbind(0), vectors, strict=True):
                 torch.stack(list(kind), out=row)
@@ -355,6 +355,10 @@ class BlockCache:
                 part(self._phase1[1], count, num_tokens),
             )
         return other
+
+    def _memory(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        with torch.inference_mode(False):  # as the slots
+            return torch.empty(shape, dtype=dtype, device=self.device)
 
     def _result(self, out: Tensor | None) -> Tensor:
         if out is None:

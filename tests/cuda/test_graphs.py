@@ -56,8 +56,9 @@ def test_replay_with_changed_inputs(name: str, direction: str, rows: int) -> Non
 
 
 @pytest.mark.parametrize("two_phase", [False, True], ids=["single-pass", "two-phase"])
+@pytest.mark.parametrize("beside", [False, True], ids=["one-stream", "side-stream"])
 @torch.inference_mode()
-def test_a_decoding_step(two_phase: bool) -> None:
+def test_a_decoding_step(two_phase: bool, beside: bool) -> None:
     """A whole stack of reads and writes on one block cache, as a server replays it."""
     hidden, sublayers = 256, 8
     residual = AttentionResiduals(
@@ -66,7 +67,9 @@ def test_a_decoding_step(two_phase: bool) -> None:
     for query in residual.queries:
         query.normal_()
     norm = torch.rand(hidden, device="cuda") + 0.5
-    cache = residual.new_cache(2, dtype=torch.bfloat16, device="cuda")
+    cache = residual.new_cache(
+        2, dtype=torch.bfloat16, device="cuda", side_stream=torch.cuda.Stream() if beside else None
+    )
     embedding = torch.empty(2, hidden, dtype=torch.bfloat16, device="cuda")
 
     def step() -> Tensor:

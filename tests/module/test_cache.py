@@ -209,11 +209,12 @@ def test_no_tokens():
     assert cache.attend(torch.empty(0, 3, D), query[0], gain[0]).shape == (0, 3, D)
 
 
-def test_inference_mode():
-    model = toy(sublayers_per_block=2).float()
+@pytest.mark.parametrize("two_phase", [False, True])
+def test_inference_mode(two_phase):
+    model = toy(sublayers_per_block=2, two_phase=two_phase).float()
     x = embed(3, dtype=torch.float32)
-    cache = model.residual.new_cache(3)
     with torch.inference_mode():
+        cache = model.residual.new_cache(3)
         inside = model(x, cache=cache)
     assert torch.equal(inside, model(x, cache=cache))
 
