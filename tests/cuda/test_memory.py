@@ -36,14 +36,19 @@ def test_the_driver_gives_nothing_beside_torch() -> None:
     arguments = make_arguments("cuda", rows=4000)
     for _ in range(3):
         call(arguments)
-    torch.cuda.synchronize()
-    free, reserved = torch.cuda.mem_get_info()[0], torch.cuda.memory_reserved()
-    for _ in range(50):
-        call(arguments)
-    torch.cuda.synchronize()
-    taken = free - torch.cuda.mem_get_info()[0]
-    # Others may use the same GPU; a leak of a kernel's scratch in 50 calls would be more than this.
-    assert taken - (torch.cuda.memory_reserved() - reserved) < 64 * 2**20
+
+    def taken_beside_torch() -> int:
+        torch.cuda.synchronize()
+        free, reserved = torch.cuda.mem_get_info()[0], torch.cuda.memory_reserved()
+        for _ in range(50):
+            call(arguments)
+        torch.cuda.synchronize()
+        taken = free - torch.cuda.mem_get_info()[0]
+        return taken - (torch.cuda.memory_reserved() - reserved)
+
+    # Other processes may take memory of the same GPU meanwhile, but hardly every time; what 50
+    # calls leak of a kernel's scratch is more than this, every time.
+    assert any(taken_beside_torch() < 32 * 2**20 for _ in range(10))
 
 
 def rows_past_32_bits(hidden: int) -> int:

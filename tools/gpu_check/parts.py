@@ -87,7 +87,7 @@ def run_tests(setting: Setting, seconds: float) -> dict[str, Any]:
     """Every test of an operator, of the module and of the CUDA behaviour, on the device."""
     path = setting.logs / "outcomes.jsonl"
     path.unlink(missing_ok=True)
-    command = _pytest(setting, path, "tests/ops", "tests/module", "tests/compat", "tests/cuda")
+    command = _pytest(setting, path, "tests/cuda", "tests/ops", "tests/module", "tests/compat")
     if setting.python.facts["xdist"]:
         # A process takes half a gigabyte of the GPU's memory before it has done anything.
         workers = max(1, min(6, (os.cpu_count() or 1) - 1))
