@@ -293,6 +293,27 @@ def test_machines_that_cannot_check_get_a_sentence(
     assert not (tmp_path / "out").exists()
 
 
+def test_of_many_pythons_the_nearest_one_is_complained_about(tmp_path: Path) -> None:
+    lacking = {"missing": ["torch", "pytest"], "suffix": ".so"}
+    answers = {
+        "/usr/bin/python3": lacking,
+        "/venv/bin/python": {**FOUND, "gpus": []},
+        "/other/python": lacking,
+    }
+
+    def run(arguments: Sequence[str], *_: object) -> Finished:
+        found = answers.get(arguments[0])
+        return Finished(int(found is None), json.dumps(found), 0.1)
+
+    with pytest.raises(python.CannotCheckError, match=r"/venv/bin/python has .* no NVIDIA GPU"):
+        python.find(["/nowhere", *answers], "cuda", run, tmp_path)
+    answers["/cuda/python"] = {**FOUND, "missing": ["rich"]}
+    with pytest.raises(python.CannotCheckError, match="/cuda/python lacks rich"):
+        python.find(list(answers), "cuda", run, tmp_path)
+    answers["/cuda/python"] = FOUND
+    assert python.find(list(answers), "cuda", run, tmp_path).path == "/cuda/python"
+
+
 def test_a_library_that_does_not_fit_is_built_or_refused(
     machine: Machine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -97,24 +97,26 @@ def find(candidates: Sequence[str], device: str, run: Run, logs: Path) -> Python
     Raises:
         CannotCheckError: none can; the message says why, for the one that is nearest to it.
     """
-    complaints = []
+    complaints: list[tuple[int, str]] = []  # how far from a Python that can, and why it cannot
     for path in candidates:
         finished = run([path, "-c", _PROBE], 120, logs / "probe.log", {})
         lines = finished.output.strip().splitlines()
         if finished.code != 0 or not lines:
-            complaints.append(f"{path} cannot be asked: {lines[-1] if lines else 'no output'}")
+            why = lines[-1] if lines else "no output"
+            complaints.append((3, f"{path} cannot be asked: {why}"))
             continue
         # Whatever torch warns about comes before the last line.
         python = Python(path, json.loads(lines[-1]))
         if device == "cuda" and "torch" in python.facts and not python.gpus:
-            complaints.insert(
-                0, f"{path} has torch {python.facts['torch']}, which sees no NVIDIA GPU"
-            )
+            why = f"{path} has torch {python.facts['torch']}, which sees no NVIDIA GPU"
+            complaints.append((1, why))
         elif python.complaint is not None:
-            complaints.insert(0, python.complaint)
+            complaints.append((0 if "torch" in python.facts else 2, python.complaint))
         else:
             return python
-    raise CannotCheckError(complaints[0] if complaints else "there is no Python to check with")
+    if not complaints:
+        raise CannotCheckError("there is no Python to check with")
+    raise CannotCheckError(min(complaints)[1])
 
 
 def candidates() -> list[str]:
