@@ -65,10 +65,16 @@ def make_model(residual, **changes):
     return KimiLinearForCausalLM(presets("tiny", vocab_size=257, residual=residual, **changes))
 
 
+# In the second, most experts have no token in a process, and others in the other one.
 @pytest.mark.parametrize(
-    ("modes", "tied"), [(("standard", "block", "full"), False), (("block",), True)]
+    ("modes", "changes"),
+    [
+        (("standard", "block", "full"), {}),
+        (("block",), {"tie_word_embeddings": True, "num_experts": 64, "num_experts_per_token": 1}),
+    ],
+    ids=["modes", "tied, many experts"],
 )
-def test_shards_train_like_one_process(text, tmp_path, modes, tied):
+def test_shards_train_like_one_process(text, tmp_path, modes, changes):
     """Losses, gradient norms and weights of every mode; a processor's share is half a batch."""
     settings = Settings(
         residuals=modes, steps=3, batch_size=4, sequence_length=24,
@@ -78,9 +84,7 @@ def test_shards_train_like_one_process(text, tmp_path, modes, tied):
 
     def run():
         with joined("cpu") as world:
-            arms = build_arms(
-                settings, lambda mode: make_model(mode, tie_word_embeddings=tied), world
-            )
+            arms = build_arms(settings, lambda mode: make_model(mode, **changes), world)
             steps = list(train(arms, corpus, settings, 1, world))
             weights = {
                 f"{arm.name}:{name}": gathered(tensor).clone()

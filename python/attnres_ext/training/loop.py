@@ -238,7 +238,7 @@ def train(
             start = time.perf_counter()
             loss, norm = _step(arm, inputs, targets, rate, settings, world)
             if world.device.startswith("cuda"):
-                torch.cuda.synchronize()
+                torch.cuda.synchronize(world.device)
             elapsed = (time.perf_counter() - start) * 1e3
             records[arm.name] = Record(
                 arm.residual, arm.seed, step, step * tokens, loss, None, rate, norm, elapsed
