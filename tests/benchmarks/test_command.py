@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,7 +46,14 @@ def test_prints_a_table_and_writes_json_lines(
     out = tmp_path / "new" / "folder"
     assert bench("--repeats", 2, "--out", out) == 0
     printed = capsys.readouterr().out
-    for text in ("depth_attention", "merge_partial", "standard", "% of copy", "N3 M20 D16 fp32"):
+    for text in (
+        "GB/s",
+        "depth_attention",
+        "merge_partial",
+        "standard",
+        "% of copy",
+        "N3 M20 D16 fp32",
+    ):
         assert text in printed
     (path,) = out.iterdir()
     assert str(path) in printed
@@ -114,6 +122,14 @@ def test_starts_no_case_once_its_time_is_over(
     printed = capsys.readouterr().out
     assert "1 of 2 cases were left out after 20 s" in printed
     assert "merge_partial" not in printed
+
+
+def test_what_the_host_gets_through(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--suite", "ops", "--filter", "*M1-*", "--repeats", 2, "--contestants", "ours")
+    assert bench(*arguments) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"ours .* [\d,]+/s ", printed), printed
+    assert "copy by buffer size" in printed
 
 
 def test_list_names_the_cases_and_runs_none(capsys: pytest.CaptureFixture[str]) -> None:

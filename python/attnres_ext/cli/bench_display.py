@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def operators_table() -> Table:
     """Empty, for the operators' rows."""
     texts = ("case", "contestant")
-    return _table("Operators", texts, ("time", "spread", "GB/s", "% of copy", "ours is"))
+    return _table("Operators", texts, ("time", "spread", "rate", "% of copy", "ours is"))
 
 
 def models_table() -> Table:
@@ -63,7 +63,7 @@ def add_operator(table: Table, case: Case, rows: list[Result]) -> None:
             row.contestant,
             _seconds(row.seconds),
             f"{100 * row.spread:.0f} %",
-            f"{row.bandwidth / 1e9:.1f}" if row.bandwidth else "",
+            _rate(row),
             share,
             speedup,
         )
@@ -100,6 +100,13 @@ def add_model(table: Table, case: ModelCase, rows: list[ModelResult]) -> None:
     for label in labels:
         table.add_row(label, "", "", "", "", "", "", "")
     table.add_section()
+
+
+def _rate(row: Result) -> str:
+    """Bytes per second; calls per second where there are none to speak of."""
+    if row.bandwidth is not None:
+        return f"{row.bandwidth / 1e9:.1f} GB/s"
+    return f"{row.calls_per_second:,.0f}/s"
 
 
 def _seconds(seconds: float) -> str:
