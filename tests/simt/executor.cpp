@@ -62,9 +62,11 @@ struct Rendezvous {
   uint64_t generation = 0;
 };
 
+constexpr size_t kMostLaneBytes = 32;
+
 struct Warp {
   Rendezvous rendezvous;
-  uint64_t bits[2][kWarpSize];
+  alignas(8) std::byte bytes[2][kWarpSize * kMostLaneBytes];
 };
 
 struct MemoryBarrier {
@@ -375,14 +377,19 @@ void sync_warp() {
   meet(executor.cta->warps[static_cast<size_t>(executor.thread / kWarpSize)].rendezvous, kWarpSize);
 }
 
-uint64_t exchange(uint64_t bits, int mask) {
+const void* gather(const void* mine, size_t bytes) {
+  require(bytes <= kMostLaneBytes, "a lane gives too much");
   Warp& warp = executor.cta->warps[static_cast<size_t>(executor.thread / kWarpSize)];
-  const int lane = executor.thread % kWarpSize;
   // Two buffers: a lane may already give its next value while another still reads this one.
-  uint64_t* buffer = warp.bits[executor.self().exchanges++ % 2];
-  buffer[lane] = bits;
+  std::byte* buffer = warp.bytes[executor.self().exchanges++ % 2];
+  std::memcpy(buffer + static_cast<size_t>(executor.thread % kWarpSize) * bytes, mine, bytes);
   sync_warp();
-  return buffer[lane ^ mask];
+  return buffer;
+}
+
+uint64_t exchange(uint64_t bits, int mask) {
+  const auto* all = static_cast<const uint64_t*>(gather(&bits, sizeof(bits)));
+  return all[executor.thread % kWarpSize ^ mask];
 }
 
 void copy_async(void* shared, const void* global) {

@@ -65,6 +65,9 @@ void sync_threads(int barrier, int count);
 void sync_warp();
 // Every lane gives 8 bytes and gets those of lane ^ mask.
 uint64_t exchange(uint64_t bits, int mask);
+// Every lane gives `bytes` bytes, at most 32, and gets those of all 32 lanes, one after the other,
+// until it gives again.
+const void* gather(const void* mine, size_t bytes);
 
 void copy_async(void* shared, const void* global);
 void commit_copies();

@@ -1,5 +1,5 @@
 // csrc/cuda/common/instructions.cuh for the CPU: the same names over the executor. It stands
-// earlier in the include path, and is the only header of the kernels that differs.
+// earlier in the include path; it and mma.cuh are the only headers of the kernels that differ.
 #pragma once
 
 #include <cuda_runtime.h>
