@@ -27,7 +27,7 @@ RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+) .*CONSTA
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
 TARGET = re.compile(r"\b0x([0-9a-f]+)\s*$")
 FUSED_MULTIPLY_ADDS = ("FFMA", "DFMA", "HFMA2", "FFMA2")
-#: A loop with fewer multiply-adds is bookkeeping.
+#: A loop with fewer multiply-adds, of numbers or of small matrices, is bookkeeping.
 INNER_LOOP_MULTIPLY_ADDS = 8
 
 
@@ -43,6 +43,11 @@ class Loop:
     def multiply_adds(self) -> int:
         """Fused multiply-adds."""
         return count(self.opcodes, *FUSED_MULTIPLY_ADDS)
+
+    @property
+    def tensor_products(self) -> int:
+        """Products on tensor cores."""
+        return count(self.opcodes, "HMMA")
 
     def loads(self, *, wide: bool) -> int:
         """Loads of 16 bytes (wide) or of fewer, from shared or global memory."""
@@ -76,6 +81,11 @@ class Kernel:
     def spills(self) -> int:
         """Reads and writes of local memory: spilled registers, or arrays kept there."""
         return count(self.opcodes, "LDL", "STL")
+
+    @property
+    def tensor_products(self) -> int:
+        """Products on tensor cores."""
+        return count(self.opcodes, "HMMA")
 
     @property
     def bulk_copies(self) -> int:
@@ -173,7 +183,8 @@ def find_loops(code: list[tuple[int, str, str]]) -> list[Loop]:
         body = Counter(op for at, op, _ in code if first <= at <= address)
         loop = Loop(first, address, body)
         exponentials = body["MUFU.EX2"] > 0
-        if loop.multiply_adds >= INNER_LOOP_MULTIPLY_ADDS and not exponentials:
+        products = loop.multiply_adds + loop.tensor_products
+        if products >= INNER_LOOP_MULTIPLY_ADDS and not exponentials:
             loops.append(loop)
     return [
         loop
@@ -228,6 +239,7 @@ def table(kernels: list[Kernel]) -> str:
             copies = f"cp.async {async_copies}"
         loops = ", ".join(
             f"{loop.loads(wide=True)} + {loop.loads(wide=False)} / {loop.multiply_adds}"
+            + (f" and {loop.tensor_products} HMMA" if loop.tensor_products else "")
             for loop in k.loops
         )
         numbers = [k.registers, k.stack, k.spills, k.shared, k.constant, k.instructions]

@@ -29,5 +29,13 @@ ATTNRES_LAUNCHER launch_depth_attention_backward_sm80(const DepthAttentionBackwa
                                                       const LaunchContext& context);
 ATTNRES_LAUNCHER launch_depth_attention_backward_sm90(const DepthAttentionBackward& p,
                                                       const LaunchContext& context);
+ATTNRES_LAUNCHER launch_inter_block_attention_forward_sm80(const InterBlockForward& p,
+                                                           const LaunchContext& context);
+ATTNRES_LAUNCHER launch_inter_block_attention_forward_sm90(const InterBlockForward& p,
+                                                           const LaunchContext& context);
+ATTNRES_LAUNCHER launch_inter_block_attention_backward_sm80(const InterBlockBackward& p,
+                                                            const LaunchContext& context);
+ATTNRES_LAUNCHER launch_inter_block_attention_backward_sm90(const InterBlockBackward& p,
+                                                            const LaunchContext& context);
 
 }  // namespace attnres::cuda

@@ -11,6 +11,7 @@
 
 #include "attnres/backend.hpp"
 #include "attnres/check.hpp"
+#include "kernels/inter_block_attention_tile.hpp"
 #include "launchers.hpp"
 
 // Lives in libtorch_cuda, which a CPU-only torch does not have: weak, so that one library loads
@@ -125,6 +126,33 @@ void depth_attention_backward(const DepthAttentionBackward& p, int index) {
   launch_on(index, p, launch_depth_attention_backward_sm80, launch_depth_attention_backward_sm90);
 }
 
+// Logits of all queries of a token are in shared memory at once, and their outputs are numbered
+// with 32 bits.
+template <typename Params>
+void check_queries(const Params& p, int num_matrices, int index) {
+  const int64_t rows = p.num_queries * p.num_tokens;
+  ATTNRES_CHECK(rows <= kMaxTokens, p.op, ": ", p.num_queries, " queries of ", p.num_tokens,
+                " tokens have ", rows, " rows of results, expected at most ", kMaxTokens,
+                " on CUDA");
+  const Device& device = device_at(index);
+  const int64_t most = most_inter_block_queries(p.hidden, p.num_sources, size_of(p.compute),
+                                                num_matrices, device.limits);
+  ATTNRES_CHECK(p.num_queries <= most, p.op, ": got ", p.num_queries, " queries, expected at most ",
+                most, " for ", p.num_sources, " sources on ", text(device, index));
+}
+
+void inter_block_forward(const InterBlockForward& p, int index) {
+  check_queries(p, 1, index);
+  launch_on(index, p, launch_inter_block_attention_forward_sm80,
+            launch_inter_block_attention_forward_sm90);
+}
+
+void inter_block_backward(const InterBlockBackward& p, int index) {
+  check_queries(p, 3, index);
+  launch_on(index, p, launch_inter_block_attention_backward_sm80,
+            launch_inter_block_attention_backward_sm90);
+}
+
 int64_t num_weight_gradient_parts(int64_t num_tokens, int index) {
   const int64_t most =
       int64_t{kPartsPerMultiprocessor} * device_at(index).limits.num_multiprocessors;
@@ -159,6 +187,8 @@ const Backend& cuda_backend() {
     Backend backend{};
     backend.depth_attention_forward = cuda::depth_attention_forward;
     backend.depth_attention_backward = cuda::depth_attention_backward;
+    backend.inter_block_forward = cuda::inter_block_forward;
+    backend.inter_block_backward = cuda::inter_block_backward;
     backend.num_weight_gradient_parts = cuda::num_weight_gradient_parts;
     backend.block_cache_write = cuda::block_cache_write;
     return backend;

@@ -23,8 +23,20 @@ DEPTH_ATTENTION = re.compile(
     r"depth_attention_(?P<way>fwd|bwd)_kernel<DepthAttentionPolicy<(?P<elements>.+), "
     r"(?P<loader>\w+), (?P<chunks>\d)>, (?P<capacity>\d+)>"
 )
+#: InterBlockPolicy<Products, Loader>, capacity.
+INTER_BLOCK = re.compile(
+    r"inter_block_attention_(?P<way>fwd|bwd)_kernel<InterBlockPolicy<"
+    r"(?P<products>Tensor|Scalar)Products<(?P<elements>.+?), (?P<matrices>\d)>, "
+    r"(?P<loader>\w+)>, "
+    r"(?P<capacity>\d+)>"
+)
+#: kInterBlockRegisters and kInterBlockBackwardRegisters in
+#: csrc/cuda/kernels/inter_block_attention_tile.hpp
+INTER_BLOCK_REGISTERS = {"fwd": 128, "bwd": 168}
 #: Adds up what the CTAs of the backward found: no rows, no policy.
-WEIGHT_GRADIENT = re.compile(r"depth_attention_weight_gradient_kernel<(float|double)>")
+WEIGHT_GRADIENT = re.compile(
+    r"(depth|inter_block)_attention_weight_gradient_kernel<(float|double)>"
+)
 
 
 def load_tool() -> ModuleType:
@@ -60,12 +72,18 @@ def with_policies(kernels: list) -> list[tuple]:
     """The kernels that take rows, each with the parts of its name."""
     found = []
     for kernel in kernels:
-        if WEIGHT_GRADIENT.fullmatch(kernel.name):
+        if WEIGHT_GRADIENT.fullmatch(kernel.name) or INTER_BLOCK.fullmatch(kernel.name):
             continue
         parts = DEPTH_ATTENTION.fullmatch(kernel.name)
         assert parts is not None, f"{kernel.name}: give this kernel a budget"
         found.append((kernel, parts))
     return found
+
+
+def inter_block(kernels: list) -> list[tuple]:
+    """The kernels of phase 1, each with the parts of its name."""
+    matches = [(kernel, INTER_BLOCK.fullmatch(kernel.name)) for kernel in kernels]
+    return [(kernel, parts) for kernel, parts in matches if parts is not None]
 
 
 def width(elements: str) -> int:
@@ -78,13 +96,20 @@ def width(elements: str) -> int:
 def test_every_architecture_has_every_kernel(kernels) -> None:
     by_arch: dict[str, set[str]] = {}
     for kernel in kernels:
-        name = re.sub("CpAsyncRing|BulkRing", "Ring", kernel.name)
+        name = re.sub("(CpAsync|Bulk)(Ring|Tiles)", r"\2", kernel.name)
         by_arch.setdefault(kernel.arch, set()).add(name)
     names = list(by_arch.values())
     assert all(found == names[0] for found in names), by_arch.keys()
     # Combinations multiply quietly: more than this many want a reason.
-    for stem, most in {"fwd": 13, "bwd": 7, "weight_gradient": 2}.items():
-        assert sum(f"_{stem}_kernel" in name for name in names[0]) <= most
+    for stem, most in {
+        "depth_attention_fwd": 13,
+        "depth_attention_bwd": 7,
+        "depth_attention_weight_gradient": 2,
+        "inter_block_attention_fwd": 7,
+        "inter_block_attention_bwd": 5,
+        "inter_block_attention_weight_gradient": 2,
+    }.items():
+        assert sum(f"{stem}_kernel" in name for name in names[0]) <= most
 
 
 def test_nothing_lives_in_local_memory(kernels) -> None:
@@ -144,3 +169,45 @@ def test_outputs_are_written_sixteen_bytes_at_a_time(kernels) -> None:
     for kernel, parts in with_policies(kernels):
         if parts["elements"].startswith("Uniform"):
             assert kernel.global_stores(wide=True) >= int(parts["chunks"]), kernel.name
+
+
+def test_phase_1_keeps_its_budget(kernels) -> None:
+    for kernel, parts in inter_block(kernels):
+        assert kernel.registers <= INTER_BLOCK_REGISTERS[parts["way"]], (
+            f"{kernel.arch} {kernel.name}"
+        )
+        assert kernel.constant <= MOST_PARAMETER_BYTES
+        if parts["capacity"] == "16":
+            assert kernel.constant <= (2048 if parts["way"] == "fwd" else 3072), kernel.name
+
+
+def test_phase_1_multiplies_on_tensor_cores(kernels) -> None:
+    for kernel, parts in inter_block(kernels):
+        is_tensor = parts["products"] == "Tensor"
+        assert (kernel.tensor_products > 0) == is_tensor, f"{kernel.arch} {kernel.name}"
+        if not is_tensor:
+            continue
+        # Rows and vectors are read, and results written, 16 bytes at a time.
+        is_half = "half" in parts["elements"]
+        sums_over_columns = [2 if is_half else 3] if parts["way"] == "fwd" else [1, 3]
+        combinations = 1 if parts["way"] == "fwd" else 3
+        found = sorted(
+            (loop.tensor_products, loop.loads(wide=True), loop.loads(wide=False))
+            for loop in kernel.loops
+            if loop.tensor_products
+        )
+        # Over columns: twice two rows and as many eights of up to 32 vectors as they have parts.
+        # Over rows: two eights of columns, weights one by one, each for four products.
+        expected = [(4 * 4 * n, 4 + 8 * n, 0) for n in sums_over_columns]
+        expected += [(4 * 4, 2, 4 * 2)] * combinations
+        assert found == sorted(expected), f"{kernel.arch} {kernel.name}: {found}"
+        assert kernel.global_stores(wide=True) >= 2 * 4, kernel.name
+
+
+def test_phase_1_s_tiles_arrive_by_the_policy_s_copies(kernels) -> None:
+    for kernel, parts in inter_block(kernels):
+        if parts["loader"] == "BulkTiles":
+            assert kernel.bulk_copies >= 1, kernel.name
+        elif parts["loader"] == "CpAsyncTiles":
+            assert kernel.async_copies(wide=True) >= 1, kernel.name
+            assert kernel.async_copies(wide=False) == 0, kernel.name

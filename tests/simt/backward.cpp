@@ -12,8 +12,6 @@ void run_backward(File& cases, File& results) {
   const auto count = static_cast<size_t>(p.num_sources);
   std::vector<Buffer> inputs;
   std::vector<ConstRows> sources(count), bases(count);
-  // 0: no base. 1: other rows. 2: the gradient's own rows. 3: those of the source before, whose
-  // gradient goes there too.
   std::vector<int64_t> base_kinds;
   for (ConstRows& source : sources) inputs.push_back(take_rows(cases, source, false));
   for (ConstRows& base : bases) {
@@ -46,14 +44,7 @@ void run_backward(File& cases, File& results) {
   p.grad_out_weight = {vectors[2].data, vectors[2].dtype};
   p.parts = parts.data;
 
-  for (size_t i = 0; i < count; ++i) {
-    if (base_kinds[i] == 2) {
-      copy_rows(bases[i], grads[i], p.num_tokens, p.hidden);
-    } else if (base_kinds[i] == 3) {
-      grads[i] = grads[i - 1];
-    }
-    if (base_kinds[i] >= 2) bases[i] = as_const(grads[i]);
-  }
+  place_bases(base_kinds, p.num_tokens, p.hidden, grads, bases);
   p.sources = sources.data();
   p.grad_sources = grads.data();
   p.grad_base = bases.data();

@@ -127,7 +127,11 @@ struct Launch {
   template <auto kKernel, typename Args>
   int operator()(const Args& args, const cuda::LaunchShape& shape) const {
     // Of a kernel that has no tile of rows there is nothing to tell.
-    if constexpr (requires { args.tile; }) {
+    if constexpr (requires { args.tile.num_passes; }) {
+      report = {args.tile.slot_bytes > 0, args.tile.num_passes == 1, args.tile.num_passes,
+                args.tile.num_slots,      shape.num_threads,         shape.num_ctas,
+                shape.shared_bytes};
+    } else if constexpr (requires { args.tile; }) {
       report = {args.tile.slot_bytes > 0, args.tile.resident, args.tile.num_spans,
                 args.tile.num_slots,      shape.num_threads,  shape.num_ctas,
                 shape.shared_bytes};
@@ -167,7 +171,8 @@ void take_sizes(File& cases, Params& p) {
   p.num_sources = static_cast<int>(cases.take<int64_t>());
   p.compute = static_cast<DType>(cases.take<int64_t>());
   p.eps = cases.take<double>();
-  p.out_eps = cases.take<double>();
+  const auto out_eps = cases.take<double>();
+  if constexpr (requires { p.out_eps; }) p.out_eps = out_eps;
   p.scale = cases.take<double>();
 }
 
@@ -185,6 +190,20 @@ inline void copy_rows(const ConstRows& from, const Rows& to, int64_t num_tokens,
   }
 }
 
+// Where the bases of gradients are. 0: no base. 1: other rows. 2: the gradient's own rows. 3: those
+// of the source before, whose gradient goes there too.
+inline void place_bases(const std::vector<int64_t>& kinds, int64_t num_tokens, int64_t hidden,
+                        std::vector<Rows>& grads, std::vector<ConstRows>& bases) {
+  for (size_t i = 0; i < kinds.size(); ++i) {
+    if (kinds[i] == 2) {
+      copy_rows(bases[i], grads[i], num_tokens, hidden);
+    } else if (kinds[i] == 3) {
+      grads[i] = grads[i - 1];
+    }
+    if (kinds[i] >= 2) bases[i] = as_const(grads[i]);
+  }
+}
+
 inline void put_results(File& results, const Report& report, const std::vector<Buffer>& outputs) {
   results.put(&report, sizeof(report));
   for (const Buffer& buffer : outputs) {
@@ -195,5 +214,7 @@ inline void put_results(File& results, const Report& report, const std::vector<B
 void run_forward(File& cases, File& results);
 void run_backward(File& cases, File& results);
 void run_exchange(File& cases, File& results);
+void run_inter_block_forward(File& cases, File& results);
+void run_inter_block_backward(File& cases, File& results);
 
 }  // namespace simt

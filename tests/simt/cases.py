@@ -1,4 +1,4 @@
-"""Cases of depth attention for the runner: tensors in awkward layouts, and what came back."""
+"""Cases for the runner: tensors in awkward layouts, and what came back."""
 
 from __future__ import annotations
 
@@ -15,6 +15,13 @@ from torch import Tensor
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 RINGS = {"cp_async": 0, "bulk": 1}
 ORDERS = {"forward": 0, "backward": 1, "random": 2}
+#: Kinds of cases, in the order of the runner's functions.
+KINDS = {
+    name: number
+    for number, name in enumerate(
+        ["forward", "backward", "exchange", "inter_block_forward", "inter_block_backward"]
+    )
+}
 OUTPUTS = ("out", "mix", "weights", "stats", "new_partial", "last_rstd")
 
 
@@ -138,29 +145,14 @@ class Case:
             outputs[5] = ((tokens,), torch.float32)
         return outputs
 
-    def encode_head(self, seed: int, kind: int) -> bytes:
-        """Which function takes the case, how to run it, and its sizes."""
-        limits = self.limits
-        return b"".join(
-            [
-                struct.pack("=4q", kind, RINGS[self.ring], ORDERS[self.order], seed),
-                struct.pack(
-                    "=3q",
-                    limits.multiprocessors,
-                    limits.shared_per_multiprocessor,
-                    limits.shared_per_cta,
-                ),
-                struct.pack(
-                    "=4q", self.num_tokens, self.hidden, len(self.sources), DTYPES[self.compute]
-                ),
-                struct.pack("=3d", self.eps, self.out_eps, self.scale),
-            ]
-        )
+    def encode_head(self, seed: int, kind: str) -> bytes:
+        """How to run the case, and its sizes."""
+        return encode_head(self, seed, kind, self.out_eps)
 
     def encode(self, seed: int) -> bytes:
         """The bytes of the case in the order in which the runner takes them."""
         known = 0 if self.known_rstd is None else len(self.known_rstd)
-        parts = [self.encode_head(seed, 0), struct.pack("=2q", known, self.in_place)]
+        parts = [self.encode_head(seed, "forward"), struct.pack("=2q", known, self.in_place)]
         parts += [encode_rows(source) for source in self.sources]
         if self.absent_partial:
             parts[-1] = encode_absent(self.sources[-1].view.dtype)
@@ -171,6 +163,26 @@ class Case:
             parts.append(encode_absent() if vector is None else encode_tensor(vector, 1, 0, 0))
         parts += [encode_output(shape, dtype, self.hidden) for shape, dtype in self.output_shapes()]
         return b"".join(parts)
+
+
+def encode_head(case: Any, seed: int, kind: str, out_eps: float = 0.0) -> bytes:
+    """How to run a case of one of the ``KINDS``, and its sizes."""
+    limits = case.limits
+    return b"".join(
+        [
+            struct.pack("=4q", KINDS[kind], RINGS[case.ring], ORDERS[case.order], seed),
+            struct.pack(
+                "=3q",
+                limits.multiprocessors,
+                limits.shared_per_multiprocessor,
+                limits.shared_per_cta,
+            ),
+            struct.pack(
+                "=4q", case.num_tokens, case.hidden, len(case.sources), DTYPES[case.compute]
+            ),
+            struct.pack("=3d", case.eps, out_eps, case.scale),
+        ]
+    )
 
 
 def encode_absent(dtype: torch.dtype = torch.float32) -> bytes:

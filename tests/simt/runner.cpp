@@ -14,8 +14,9 @@ int main(int argc, char** argv) {
   }
   simt::File cases(argv[1], "rb");
   simt::File results(argv[2], "wb");
-  void (*const functions[])(simt::File&, simt::File&) = {simt::run_forward, simt::run_backward,
-                                                         simt::run_exchange};
+  void (*const functions[])(simt::File&, simt::File&) = {
+      simt::run_forward, simt::run_backward, simt::run_exchange, simt::run_inter_block_forward,
+      simt::run_inter_block_backward};
   for (int64_t kind = 0; cases.get(kind);) functions[kind](cases, results);
   return 0;
 }

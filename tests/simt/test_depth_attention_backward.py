@@ -95,7 +95,7 @@ class Backward:
         stats = saved["stats"].to(case.compute) if self.save != "nothing" else None
         has_mix = self.save == "output" and case.out_weight is not None
         mix = saved["mix"].to(case.compute) if has_mix else None
-        parts = [case.encode_head(seed, 1), struct.pack("=q", self.num_parts)]
+        parts = [case.encode_head(seed, "backward"), struct.pack("=q", self.num_parts)]
         parts += [encode_rows(source) for source in case.sources]
         for kind, base in zip(self.base_kinds, self.bases, strict=True):
             parts.append(struct.pack("=q", kind))

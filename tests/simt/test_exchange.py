@@ -11,21 +11,21 @@ import pytest
 import torch
 
 from .build import build_runner, compiler, cuda_include_dir
-from .cases import ORDERS
+from .cases import KINDS, ORDERS
 
 pytestmark = [
     pytest.mark.skipif(cuda_include_dir() is None, reason="no CUDA headers on this machine"),
     pytest.mark.skipif(compiler() is None, reason="no C++ compiler on this machine"),
 ]
 
-KIND, TEAMS, ROUNDS = 2, 2, 6
+TEAMS, ROUNDS = 2, 6
 
 
 @pytest.mark.parametrize("flavour", ["plain", "sanitized"])
 def test_every_cta_gets_every_number(flavour: str, tmp_path: Path) -> None:
     cases = list(itertools.product(ORDERS, (1, 2, 4, 8), (1, 33), (False, True)))
     encoded = [
-        struct.pack("=5q", KIND, ORDERS[order], size, count, all_read)
+        struct.pack("=5q", KINDS["exchange"], ORDERS[order], size, count, all_read)
         for order, size, count, all_read in cases
     ]
     (tmp_path / "cases").write_bytes(b"".join(encoded))

@@ -36,6 +36,35 @@ struct RingPosition {
   }
 };
 
+// Waits until at most so many of this thread's groups of copies are under way. The number is part
+// of the instruction: rounded down to one there is.
+__device__ __forceinline__ void wait_for_copies_but(int groups) {
+  if (groups >= 16) {
+    wait_for_copies<16>();
+  } else if (groups >= 8) {
+    wait_for_copies<8>();
+  } else {
+    switch (groups) {
+      case 7:
+        return wait_for_copies<7>();
+      case 6:
+        return wait_for_copies<6>();
+      case 5:
+        return wait_for_copies<5>();
+      case 4:
+        return wait_for_copies<4>();
+      case 3:
+        return wait_for_copies<3>();
+      case 2:
+        return wait_for_copies<2>();
+      case 1:
+        return wait_for_copies<1>();
+      default:
+        return wait_for_copies<0>();
+    }
+  }
+}
+
 // Walks over the steps of a CTA in the order of the body, ahead of it.
 template <typename Args>
 struct StepCursor {
@@ -111,7 +140,7 @@ class CpAsyncRing {
 
   __device__ __forceinline__ SharedView acquire(const RingPosition& at, bool first, int64_t, int,
                                                 int) {
-    if (first) wait_until_ahead(ahead_--);
+    if (first) wait_for_copies_but(ahead_--);
     return {slots_ + static_cast<int64_t>(at.slot) * args_.tile.slot_bytes};
   }
   // The slot's chunks are this thread's own, so it may refill them without asking anybody.
@@ -142,35 +171,6 @@ class CpAsyncRing {
       next_.advance(args_, num_sweeps_);
     }
     commit_copies();
-  }
-
-  // The number of groups that may stay under way is part of the instruction: rounded down to one
-  // there is.
-  __device__ __forceinline__ static void wait_until_ahead(int groups) {
-    if (groups >= 16) {
-      wait_for_copies<16>();
-    } else if (groups >= 8) {
-      wait_for_copies<8>();
-    } else {
-      switch (groups) {
-        case 7:
-          return wait_for_copies<7>();
-        case 6:
-          return wait_for_copies<6>();
-        case 5:
-          return wait_for_copies<5>();
-        case 4:
-          return wait_for_copies<4>();
-        case 3:
-          return wait_for_copies<3>();
-        case 2:
-          return wait_for_copies<2>();
-        case 1:
-          return wait_for_copies<1>();
-        default:
-          return wait_for_copies<0>();
-      }
-    }
   }
 
   const Args& args_;

@@ -1,0 +1,179 @@
+// The backward's counterpart of inter_block_attention_launch.cuh: two kernels, the second for the
+// gradients of queries and gains. Tensor cores serve bfloat16 alone: gradients can be smaller than
+// float16 tells from zero.
+#pragma once
+
+#include "kernels/depth_attention_bwd_launch.cuh"
+#include "kernels/inter_block_attention_bwd.cuh"
+#include "kernels/inter_block_attention_launch.cuh"
+
+namespace attnres::cuda {
+
+static_assert(sizeof(InterBlockBackwardArgs<double, kMaxSources>) < 32764,
+              "limit of kernel parameters");
+
+inline bool rows_are_aligned(const InterBlockBackward& p) {
+  bool aligned = p.hidden % 8 == 0 && is_aligned(p.grad_out, 16) && is_aligned(p.queries, 16) &&
+                 is_aligned(p.key_weights, 16) && is_aligned(p.parts, 16);
+  for (int i = 0; i < p.num_sources; ++i) {
+    aligned = aligned && is_aligned(p.sources[i], 16) && is_aligned(p.grad_sources[i], 16) &&
+              is_aligned(p.grad_base[i], 16);
+  }
+  return aligned;
+}
+
+// Of all rows that are there.
+inline bool have_dtype(const InterBlockBackward& p, DType dtype) {
+  const auto fits = [dtype](const auto& rows) {
+    return rows.data == nullptr || rows.dtype == dtype;
+  };
+  bool same = fits(p.grad_out);
+  for (int i = 0; i < p.num_sources; ++i) {
+    same = same && fits(p.sources[i]) && fits(p.grad_sources[i]) && fits(p.grad_base[i]);
+  }
+  return same;
+}
+
+// Whether a gradient is added to what another source's has left: those two have an order.
+inline bool share_gradients(const InterBlockBackward& p) {
+  for (int i = 0; i < p.num_sources; ++i) {
+    if (p.grad_base[i].data == nullptr) continue;
+    for (int j = 0; j < p.num_sources; ++j) {
+      if (j != i && p.grad_sources[j].data == p.grad_base[i].data) return true;
+    }
+  }
+  return false;
+}
+
+struct InterBlockBackwardTile {
+  InterBlockTile tile;
+  bool sums_are_shared;
+};
+
+// Sums over tokens are read and written once a tile: in shared memory if everything else has room
+// beside them, else in the part itself, which stays in the second-level cache.
+template <typename Products>
+InterBlockBackwardTile inter_block_tile(const InterBlockBackward& p, const DeviceLimits& limits,
+                                        bool uses_slots) {
+  int64_t largest = p.grad_out.data == nullptr ? 0 : size_of(p.grad_out.dtype);
+  for (int i = 0; i < p.num_sources; ++i) largest = std::max(largest, size_of(p.sources[i].dtype));
+  const int gradients = p.grad_out.data == nullptr ? 0 : static_cast<int>(p.num_queries);
+  const InterBlockShape shape = {p.hidden,
+                                 p.num_sources,
+                                 p.num_queries,
+                                 static_cast<int>(largest),
+                                 Products::kVectorValueBytes,
+                                 Products::kVectorParts,
+                                 static_cast<int>(sizeof(typename Products::Compute)),
+                                 uses_slots,
+                                 p.num_sources + gradients,
+                                 Products::Scratch::kMatrices,
+                                 p.num_parts > 0 ? p.num_queries * p.hidden : 0};
+  if (shape.sum_values > 0 && uses_slots) {
+    const InterBlockTile tile = choose_inter_block_tile(shape, limits);
+    if (fits(tile, limits) && tile.num_passes == 1) return {tile, true};
+  }
+  InterBlockShape without_sums = shape;
+  without_sums.sum_values = 0;
+  return {choose_inter_block_tile(without_sums, limits), false};
+}
+
+template <typename Compute, typename Launch>
+auto launch_inter_block_weight_gradients(const InterBlockBackward& p, int num_parts,
+                                         Launch&& launch) {
+  const auto gradient = [](const Rows& rows) {
+    return GradientRows{static_cast<std::byte*>(rows.data), rows.dtype};
+  };
+  const InterBlockWeightGradientArgs<Compute> args = {
+      static_cast<const Compute*>(p.parts),
+      num_parts,
+      static_cast<int>(p.num_queries),
+      static_cast<int>(p.hidden),
+      static_cast<Compute>(p.scale),
+      byte_rows<const std::byte>(p.queries, p.num_queries),
+      byte_rows<const std::byte>(p.key_weights, p.num_queries),
+      gradient(p.grad_queries),
+      gradient(p.grad_key_weights)};
+  const int64_t column_blocks = (p.hidden + kWarpSize - 1) / kWarpSize;
+  constexpr int kThreads = kWeightGradientWarps * kWarpSize;
+  const LaunchShape shape = {static_cast<int>(p.num_queries * column_blocks), kThreads,
+                             kThreads * static_cast<int>(sizeof(Compute)), false};
+  return launch.template operator()<inter_block_attention_weight_gradient_kernel<Compute>>(args,
+                                                                                           shape);
+}
+
+template <typename Policy, int kCapacity, typename Launch>
+auto launch_inter_block_backward_with(const InterBlockBackward& p,
+                                      const InterBlockBackwardTile& choice,
+                                      const DeviceLimits& limits, Launch&& launch) {
+  using Compute = typename Policy::Products::Compute;
+  using Args = InterBlockBackwardArgs<Compute, kCapacity>;
+  using Loader = typename Policy::template Loader<Args>;
+  const InterBlockTile& tile = choice.tile;
+  Args args;
+  args.num_tokens = p.num_tokens;
+  args.num_tiles = (p.num_tokens + tile.tokens - 1) / tile.tokens;
+  args.hidden = static_cast<int>(p.hidden);
+  args.num_sources = p.num_sources;
+  args.num_queries = static_cast<int>(p.num_queries);
+  args.inverse_hidden = static_cast<Compute>(1.0 / static_cast<double>(p.hidden));
+  args.eps = static_cast<Compute>(p.eps);
+  args.scale = static_cast<Compute>(p.scale);
+  args.queries = byte_rows<const std::byte>(p.queries, p.num_queries);
+  args.key_weights = byte_rows<const std::byte>(p.key_weights, p.num_queries);
+  args.grad_out = byte_rows<const std::byte>(p.grad_out, p.num_queries * p.num_tokens);
+  args.grad_lse = static_cast<const Compute*>(p.grad_lse);
+  args.stats = static_cast<const Compute*>(p.stats);
+  args.parts = p.num_parts > 0 ? static_cast<Compute*>(p.parts) : nullptr;
+  args.sums_are_shared = choice.sums_are_shared;
+  args.wants_sources = false;
+  args.tile = tile;
+  for (int i = 0; i < p.num_sources; ++i) {
+    args.sources[i] = byte_rows<const std::byte>(p.sources[i], p.num_tokens);
+    args.grads[i] = byte_rows<std::byte>(p.grad_sources[i], p.num_tokens);
+    args.bases[i] = byte_rows<const std::byte>(p.grad_base[i], p.num_tokens);
+    args.wants_sources = args.wants_sources || p.grad_sources[i].data != nullptr;
+  }
+  int64_t num_ctas =
+      static_cast<int64_t>(std::min(tile.ctas_per_multiprocessor, kPartsPerMultiprocessor)) *
+      limits.num_multiprocessors;
+  num_ctas = std::min(num_ctas, args.num_tiles);
+  if (p.num_parts > 0) num_ctas = std::min(num_ctas, p.num_parts);
+  const LaunchShape shape = {static_cast<int>(num_ctas), tile.num_threads + Loader::kExtraThreads,
+                             tile.shared_bytes, Loader::kUsesSlots};
+  const auto status =
+      launch.template operator()<inter_block_attention_bwd_kernel<Policy, kCapacity>>(args, shape);
+  if (p.num_parts == 0 || status != decltype(status){}) return status;
+  return launch_inter_block_weight_gradients<Compute>(p, static_cast<int>(num_ctas), launch);
+}
+
+template <template <typename> class Ring, typename Launch>
+auto launch_inter_block_attention_backward(const InterBlockBackward& p, const DeviceLimits& limits,
+                                           Launch&& launch) {
+  constexpr int kMatrices = 3;
+  const auto in_place = [&]<typename Compute>(Compute) {
+    using Products = ScalarProducts<Mixed<Compute, 1>, kMatrices>;
+    return launch_inter_block_backward_with<InterBlockPolicy<Products, DirectTiles>, kMaxSources>(
+        p, inter_block_tile<Products>(p, limits, false), limits, launch);
+  };
+  if (p.compute == DType::kFloat64) return in_place(double{});
+  if (!rows_are_aligned(p)) return in_place(float{});
+  if (have_dtype(p, DType::kBFloat16) && !share_gradients(p)) {
+    using Products = TensorProducts<__nv_bfloat16, kMatrices>;
+    using Policy = InterBlockPolicy<Products, Ring>;
+    const InterBlockBackwardTile choice = inter_block_tile<Products>(p, limits, true);
+    if (fits(choice.tile, limits)) {
+      return dispatch_bool(p.num_sources <= kShortTable, [&](auto is_short) {
+        return launch_inter_block_backward_with<Policy, is_short.value ? kShortTable : kMaxSources>(
+            p, choice, limits, launch);
+      });
+    }
+  }
+  using Products = ScalarProducts<Mixed<float, 8>, kMatrices>;
+  const InterBlockBackwardTile choice = inter_block_tile<Products>(p, limits, true);
+  if (!fits(choice.tile, limits)) return in_place(float{});
+  return launch_inter_block_backward_with<InterBlockPolicy<Products, Ring>, kMaxSources>(
+      p, choice, limits, launch);
+}
+
+}  // namespace attnres::cuda

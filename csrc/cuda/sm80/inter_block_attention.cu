@@ -1,0 +1,18 @@
+// Phase 1 for 8.x: all threads copy tiles asynchronously into shared memory.
+#include "kernels/inter_block_attention_bwd_launch.cuh"
+#include "kernels/inter_block_attention_launch.cuh"
+#include "launch.cuh"
+
+namespace attnres::cuda {
+
+cudaError_t launch_inter_block_attention_forward_sm80(const InterBlockForward& p,
+                                                      const LaunchContext& context) {
+  return launch_inter_block_attention_forward<CpAsyncTiles>(p, context.limits, Launcher{context});
+}
+
+cudaError_t launch_inter_block_attention_backward_sm80(const InterBlockBackward& p,
+                                                       const LaunchContext& context) {
+  return launch_inter_block_attention_backward<CpAsyncTiles>(p, context.limits, Launcher{context});
+}
+
+}  // namespace attnres::cuda

@@ -1,0 +1,18 @@
+// Phase 1 for 9.0 and later: the copy engine brings tiles into shared memory.
+#include "kernels/inter_block_attention_bwd_launch.cuh"
+#include "kernels/inter_block_attention_launch.cuh"
+#include "launch.cuh"
+
+namespace attnres::cuda {
+
+cudaError_t launch_inter_block_attention_forward_sm90(const InterBlockForward& p,
+                                                      const LaunchContext& context) {
+  return launch_inter_block_attention_forward<BulkTiles>(p, context.limits, Launcher{context});
+}
+
+cudaError_t launch_inter_block_attention_backward_sm90(const InterBlockBackward& p,
+                                                       const LaunchContext& context) {
+  return launch_inter_block_attention_backward<BulkTiles>(p, context.limits, Launcher{context});
+}
+
+}  // namespace attnres::cuda

@@ -1,0 +1,212 @@
+"""The kernel bodies of phase 1, compiled for the CPU, against the definition."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+
+from .build import build_runner, compiler, cuda_include_dir
+from .cases import Limits, Rows
+from .inter_block_cases import make, run, run_and_check
+from .test_depth_attention import FLAVOURS, HALF
+
+pytestmark = [
+    pytest.mark.skipif(cuda_include_dir() is None, reason="no CUDA headers on this machine"),
+    pytest.mark.skipif(compiler() is None, reason="no C++ compiler on this machine"),
+]
+
+#: Rows of a few kilobytes fit, score vectors only a panel of columns at a time.
+SMALL = Limits(multiprocessors=2, shared_per_multiprocessor=25 * 1024, shared_per_cta=24 * 1024)
+RINGS = ["cp_async", "bulk"]
+#: A runner and a ring.
+Way = tuple[Path, str]
+MIXED = [torch.bfloat16, torch.float32, torch.float16]
+
+
+#: Flavour and ring. Sanitizers cost much: the other ring is under them in the other file.
+WAYS = [("plain", "cp_async"), ("plain", "bulk"), ("sanitized", "bulk")]
+
+
+@pytest.fixture(scope="module", params=WAYS, ids="-".join)
+def way(request: pytest.FixtureRequest) -> Way:
+    flavour, ring = request.param
+    return build_runner(flavour), ring
+
+
+@pytest.fixture(scope="module", params=FLAVOURS)
+def runner(request: pytest.FixtureRequest) -> Path:
+    return build_runner(request.param)
+
+
+def test_rows_of_one_half_precision_dtype(way: Way, tmp_path: Path) -> None:
+    """On tensor cores."""
+    runner, ring = way
+    cases = [
+        make(count, queries, hidden, dtype, ring=ring, order=order, gains=gains)
+        for (count, queries, hidden, dtype), order, gains in zip(
+            [
+                (1, 1, 8, torch.bfloat16),
+                (3, 5, 136, torch.float16),
+                (8, 24, 64, torch.bfloat16),
+                (9, 6, 200, torch.float16),
+                (17, 9, 72, torch.bfloat16),
+            ],
+            itertools.cycle(["forward", "backward", "random"]),
+            itertools.cycle([True, False]),
+            strict=False,
+        )
+    ]
+    results = run_and_check(runner, cases, tmp_path)
+    assert all(result.uses_slots and result.num_spans == 1 for result in results)
+
+
+def test_many_queries_and_sources(way: Way, tmp_path: Path) -> None:
+    runner, ring = way
+    cases = [
+        make(64, 64, 64, torch.bfloat16, ring=ring, tokens=(1, 1)),
+        make(2, 65, 72, torch.float16, ring=ring, tokens=(1, 2), order="random"),
+        make(65, 3, 40, MIXED, ring=ring, tokens=(1, 2)),
+    ]
+    run_and_check(runner, cases, tmp_path)
+
+
+def test_score_vectors_that_do_not_fit_come_in_passes(way: Way, tmp_path: Path) -> None:
+    runner, ring = way
+    cases = [
+        make(3, 12, 456, torch.bfloat16, ring=ring, limits=SMALL),
+        make(2, 14, 392, torch.float16, ring=ring, limits=SMALL, order="random"),
+        make(2, 14, 392, torch.float32, ring=ring, limits=SMALL, order="backward"),
+    ]
+    results = run_and_check(runner, cases, tmp_path)
+    assert all(result.uses_slots and result.num_spans > 1 for result in results)
+
+
+def test_other_aligned_rows_stay_on_chip(way: Way, tmp_path: Path) -> None:
+    """By ordinary arithmetic."""
+    runner, ring = way
+    cases = [
+        make(3, 5, 72, torch.float32, ring=ring, order="random"),
+        make(4, 6, 136, MIXED, ring=ring, gain_dtype=torch.bfloat16),
+        make(1, 3, 8, torch.float32, ring=ring, gains=False),
+    ]
+    assert all(result.uses_slots for result in run_and_check(runner, cases, tmp_path))
+
+
+def test_odd_widths_and_misaligned_rows_are_read_in_place(runner: Path, tmp_path: Path) -> None:
+    cases = [
+        make(1, 1, 1, torch.bfloat16),
+        make(3, 2, 5, torch.float16, query_layout="odd"),
+        make(9, 6, 127, torch.bfloat16, layouts="odd"),
+        make(2, 5, 64, torch.bfloat16, layouts="misaligned"),
+        make(2, 5, 64, torch.bfloat16, query_layout="misaligned"),
+        make(2, 3, 131, MIXED, layouts=["odd", "misaligned"], gain_dtype=torch.float16),
+        make(3, 4, 64, torch.float64, gain_dtype=torch.float64),
+        make(2, 3, 37, [torch.float64, torch.bfloat16], layouts="odd"),
+        # Not even one token fits.
+        make(8, 2, 2048, torch.bfloat16, limits=SMALL, tokens=(1, 2)),
+    ]
+    assert not any(result.uses_slots for result in run_and_check(runner, cases, tmp_path))
+
+
+def test_strided_rows(way: Way, tmp_path: Path) -> None:
+    runner, ring = way
+    cases = [
+        make(
+            3,
+            4,
+            72,
+            dtype,
+            ring=ring,
+            layouts=["sliced", "contiguous"],
+            query_layout="sliced",
+            tokens=(3, 2),
+            order="random",
+        )
+        for dtype in (torch.bfloat16, torch.float32)
+    ]
+    assert all(result.uses_slots for result in run_and_check(runner, cases, tmp_path))
+
+
+def test_more_tiles_than_ctas(way: Way, tmp_path: Path) -> None:
+    runner, ring = way
+    one = Limits(1, 48 * 1024, 47 * 1024)
+    cases = [
+        make(5, 3, 64, torch.bfloat16, ring=ring, tokens=(3, 7), order=order, limits=one)
+        for order in ("forward", "random")
+    ]
+    cases.append(make(1, 2, 64, torch.float32, ring=ring, tokens=(5, 9), limits=one))
+    for result in run_and_check(runner, cases, tmp_path):
+        assert result.num_ctas <= 3
+
+
+def test_sealed_blocks_bring_their_rms(way: Way, tmp_path: Path) -> None:
+    """The block cache's form: known 1/rms, no statistics."""
+    runner, ring = way
+    cases = [
+        make(count, 4, hidden, dtype, ring=ring, save_stats=False)
+        for count, hidden, dtype in [(3, 72, torch.bfloat16), (2, 24, torch.float32)]
+    ]
+    for case in cases:
+        case.known_rstd = 0.5 + torch.rand(len(case.sources), case.num_tokens)
+    run_and_check(runner, cases, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
+def test_one_source_is_returned_exactly(dtype: torch.dtype, runner: Path, tmp_path: Path) -> None:
+    case = make(1, 3, 72, dtype)
+    (result,) = run(runner, [case], tmp_path)
+    values = case.sources[0].view.reshape(1, -1, 72).expand(3, -1, -1)
+    assert torch.equal(result.out, values)
+
+
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
+def test_large_and_tiny_score_vectors(dtype: torch.dtype, runner: Path, tmp_path: Path) -> None:
+    """Parts of a score vector keep its low bits, whatever its size."""
+    cases = [make(3, 2, 64, dtype, scale=scale) for scale in (1e5, 1e-6, 1e-30)]
+    cases[0].eps = 1e6  # small 1/rms: logits of ordinary size
+    cases.append(make(2, 2, 64, dtype, scale=0.0))
+    run_and_check(runner, cases, tmp_path)
+
+
+def test_large_logits_and_ties(runner: Path, tmp_path: Path) -> None:
+    spiked, tied = make(4, 3, 64, scale=1e4), make(2, 3, 64)
+    tied.sources[1] = Rows(tied.sources[0].storage, tied.sources[0].view)
+    spike, tie = run(runner, [spiked, tied], tmp_path)
+    assert spike.out.isfinite().all()
+    assert spike.stats[4:].abs().max() > 1e3
+    assert torch.equal(tie.out[0], tied.sources[0].view.reshape(-1, 64))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "misaligned"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_row_of_nan_or_infinity_stays_in_its_row(
+    dtype: torch.dtype, layout: str, runner: Path, tmp_path: Path
+) -> None:
+    def spoil(ring: str) -> object:
+        case = make(3, 2, 64, dtype, layouts=layout, ring=ring, limits=Limits(1))
+        source = case.sources[1]
+        source.storage[case.hidden + 3] = float("nan")
+        source.storage[4 * case.hidden] = float("inf")
+        return case
+
+    for result in run(runner, [spoil(ring) for ring in RINGS], tmp_path):
+        finite = result.out.isfinite().all(-1).all(0)
+        assert finite.tolist() == [True, False, True, True, False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_result_of_a_row_depends_on_that_row_alone(
+    dtype: torch.dtype, runner: Path, tmp_path: Path
+) -> None:
+    whole = make(5, 3, 72, dtype, tokens=(1, 7), limits=Limits(1))
+    alone = make(5, 3, 72, dtype, tokens=(1, 1), limits=Limits(7))
+    alone.queries, alone.key_weights = whole.queries, whole.key_weights
+    for source, of in zip(alone.sources, whole.sources, strict=True):
+        source.storage = of.view[0, 4].clone()
+        source.view = source.storage.reshape(1, 1, -1)
+    large, small = run(runner, [whole, alone], tmp_path)
+    assert torch.equal(large.out[:, 4], small.out[:, 0])
+    assert torch.equal(large.stats[:, 4], small.stats[:, 0])

@@ -1,0 +1,320 @@
+"""The kernel bodies of phase 1's backward, compiled for the CPU, against autograd."""
+
+from __future__ import annotations
+
+import itertools
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from attnres_ext import reference
+
+from .build import build_runner, compiler, cuda_include_dir
+from .cases import (
+    Launched,
+    Limits,
+    encode_absent,
+    encode_head,
+    encode_output,
+    encode_rows,
+    encode_tensor,
+    rows,
+    run_cases,
+)
+from .inter_block_cases import InterBlock, definition, make
+from .test_depth_attention import FLAVOURS
+from .test_depth_attention_backward import NO_BASE, OTHER_BASE, OWN_BASE, SHARED_BASE
+from .test_inter_block_attention import MIXED, RINGS, Way
+
+pytestmark = [
+    pytest.mark.skipif(cuda_include_dir() is None, reason="no CUDA headers on this machine"),
+    pytest.mark.skipif(compiler() is None, reason="no C++ compiler on this machine"),
+]
+
+#: Score vectors fit a panel of columns at a time.
+SMALL = Limits(multiprocessors=2, shared_per_multiprocessor=33 * 1024, shared_per_cta=32 * 1024)
+
+
+@dataclass
+class Backward:
+    """One call of the backward of a forward case, ready to be written."""
+
+    case: InterBlock
+    saved: bool = True
+    out_too: bool = True
+    lse_too: bool = True
+    base_kinds: list[int] = field(default_factory=list)
+    wanted: list[bool] = field(default_factory=list)
+    gains: bool = True
+    grad_layout: str = "contiguous"
+
+    def __post_init__(self) -> None:
+        case, count = self.case, len(self.case.sources)
+        self.base_kinds = self.base_kinds or [NO_BASE] * count
+        self.wanted = self.wanted or [True] * count
+        # [S * M, D] in two levels: a query's tokens one after the other.
+        shape = (case.num_queries, case.num_tokens)
+        self.grad_out = None
+        if self.out_too:
+            self.grad_out = rows(shape, case.hidden, case.out_dtype, self.grad_layout)
+        self.grad_lse = torch.randn(shape, dtype=case.compute) if self.lse_too else None
+        self.bases = [
+            rows(case.tokens, case.hidden, source.view.dtype) if kind in (1, 2) else None
+            for kind, source in zip(self.base_kinds, case.sources, strict=True)
+        ]
+
+    @property
+    def num_parts(self) -> int:
+        return min(self.case.num_tokens, 2 * self.case.limits.multiprocessors) if self.gains else 0
+
+    def output_shapes(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of the gradients of sources, queries and gains, and of the parts."""
+        case = self.case
+        grads = [
+            (
+                (case.num_tokens, case.hidden) if wanted and kind != SHARED_BASE else (0,),
+                source.view.dtype,
+            )
+            for wanted, kind, source in zip(self.wanted, self.base_kinds, case.sources, strict=True)
+        ]
+        matrix = (case.num_queries, case.hidden)
+        dtype = case.queries.view.dtype
+        has_gains = self.gains and case.key_weights is not None
+        parts = ((self.num_parts, *matrix) if self.gains else (0,), case.compute)
+        return [
+            *grads,
+            (matrix if self.gains else (0,), dtype),
+            (matrix if has_gains else (0,), dtype),
+            parts,
+        ]
+
+    def encode(self, seed: int) -> bytes:
+        """The bytes of the case in the order in which the runner takes them."""
+        case = self.case
+        parts = [encode_head(case, seed, "inter_block_backward")]
+        parts += [struct.pack("=2q", case.num_queries, self.num_parts), case.encode_inputs()]
+        for kind, base in zip(self.base_kinds, self.bases, strict=True):
+            parts.append(struct.pack("=q", kind))
+            parts.append(encode_absent() if base is None else encode_rows(base))
+        parts.append(encode_absent() if self.grad_out is None else encode_rows(self.grad_out))
+        stats = None
+        if self.saved:
+            stats = definition(case, torch.float64)["stats"].to(case.compute)
+        for values in (self.grad_lse, stats):
+            parts.append(encode_absent() if values is None else encode_tensor(values, 1, 0, 0))
+        for shape, dtype in self.output_shapes():
+            offset = dtype.itemsize if self.grad_layout == "misaligned" and len(shape) == 2 else 0
+            parts.append(encode_output(shape, dtype, case.hidden, offset))
+        return b"".join(parts)
+
+
+def gradients(backward: Backward, dtype: torch.dtype, columns: Tensor) -> list[Tensor | None]:
+    """By autograd of the definition: of sources (bases added), queries and key_weights.
+
+    ``columns`` is an order of the columns: the same gradients, rounded differently.
+    """
+    case = backward.case
+    values = [v.view.to(dtype).reshape(-1, case.hidden).requires_grad_() for v in case.sources]
+    vectors = [
+        None if matrix is None else matrix.view[0].to(dtype).requires_grad_()
+        for matrix in (case.queries, case.key_weights)
+    ]
+    out, lse = reference.inter_block_attention(
+        [value[:, columns] for value in values],
+        *(None if matrix is None else matrix[:, columns] for matrix in vectors),
+        eps=case.eps,
+        scale=case.scale,
+    )
+    loss = torch.zeros((), dtype=dtype)
+    if backward.grad_out is not None:
+        loss = loss + (out * backward.grad_out.view.to(dtype)[..., columns]).sum()
+    if backward.grad_lse is not None:
+        loss = loss + (lse * backward.grad_lse.to(dtype)).sum()
+    present = [x for x in (*values, *vectors) if x is not None]
+    found = iter(torch.autograd.grad(loss, present))
+    grads = [None if x is None else next(found) for x in (*values, *vectors)]
+    for i, (kind, base) in enumerate(zip(backward.base_kinds, backward.bases, strict=True)):
+        if base is not None:
+            grads[i] = grads[i] + base.view.to(dtype).reshape(-1, case.hidden)
+        elif kind == SHARED_BASE:
+            grads[i - 1] = grads[i - 1] + grads[i]
+    return grads
+
+
+def check(backward: Backward, outputs: list[Tensor]) -> None:
+    """Within twice the error of autograd in the compute dtype plus roundings."""
+    case = backward.case
+    exact = gradients(backward, torch.float64, torch.arange(case.hidden))
+    samples = [gradients(backward, case.compute, torch.randperm(case.hidden)) for _ in range(4)]
+    largest_logit = definition(case, torch.float64)["logits"].abs().max()
+    count = len(case.sources)
+    # Weights and their gradients have 16 bits on tensor cores.
+    on_tensor_cores = all(source.view.dtype == torch.bfloat16 for source in case.sources)
+    split = 2.0**-17 if on_tensor_cores else 0.0
+    names = [*(f"sources[{i}]" for i in range(count)), "queries", "key_weights"]
+    for i, name in enumerate(names):
+        got, want = outputs[i], exact[i]
+        if got.numel() == 0:
+            continue
+        assert got.isfinite().all(), f"{name}: its gradient holds NaN or infinity"
+        error = (got.double() - want).abs().max()
+        eager = max((sample[i].double() - want).abs().max() for sample in samples)
+        # A second rounding where two sources leave their gradients in the same rows; float16's
+        # smallest values are coarse.
+        dtype = torch.finfo(got.dtype)
+        rounding = dtype.eps * max(want.abs().max(), dtype.tiny)
+        # A rounding of a logit is a relative error of its weight.
+        order = (32 + 4 * largest_logit) * torch.finfo(case.compute).eps * want.abs().max()
+        allowed = 2 * eager + rounding + order + split * want.abs().max()
+        if case.compute == torch.float64:
+            allowed = 64 * order + rounding
+        assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"
+
+
+#: Flavour and ring. Sanitizers cost much: the other ring is under them in the other file.
+WAYS = [("plain", "cp_async"), ("plain", "bulk"), ("sanitized", "cp_async")]
+
+
+@pytest.fixture(scope="module", params=WAYS, ids="-".join)
+def way(request: pytest.FixtureRequest) -> Way:
+    flavour, ring = request.param
+    return build_runner(flavour), ring
+
+
+@pytest.fixture(scope="module", params=FLAVOURS)
+def runner(request: pytest.FixtureRequest) -> Path:
+    return build_runner(request.param)
+
+
+def run_and_check(runner: Path, cases: list[Backward], folder: Path) -> list[Launched]:
+    results = run_cases(runner, cases, folder)
+    for number, (case, (_, outputs)) in enumerate(zip(cases, results, strict=True)):
+        try:
+            check(case, outputs)
+        except AssertionError as error:
+            raise AssertionError(f"case {number}: {error}") from None
+    return [launched for launched, _ in results]
+
+
+def test_rows_of_bfloat16(way: Way, tmp_path: Path) -> None:
+    """On tensor cores."""
+    runner, ring = way
+    cases = [
+        Backward(make(count, queries, hidden, ring=ring, order=order, gains=gains), saved=saved)
+        for (count, queries, hidden), order, gains, saved in zip(
+            [(1, 1, 8), (3, 5, 136), (8, 24, 64), (9, 6, 200), (17, 9, 72), (2, 33, 64)],
+            itertools.cycle(["forward", "backward", "random"]),
+            itertools.cycle([True, False]),
+            itertools.cycle([True, True, False]),
+            strict=False,
+        )
+    ]
+    assert all(one.uses_slots for one in run_and_check(runner, cases, tmp_path))
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_score_vectors_that_do_not_fit_come_in_passes(
+    saved: bool, way: Way, tmp_path: Path
+) -> None:
+    runner, ring = way
+    cases = [
+        Backward(make(2, 11, 328, torch.bfloat16, ring=ring, limits=SMALL), saved=saved),
+        Backward(make(2, 8, 520, torch.float32, ring=ring, limits=SMALL), saved=saved),
+    ]
+    launched = run_and_check(runner, cases, tmp_path)
+    assert all(one.uses_slots and one.num_spans > 1 for one in launched)
+
+
+def test_other_rows(way: Way, tmp_path: Path) -> None:
+    """By ordinary arithmetic, in shared memory or in place."""
+    runner, ring = way
+    cases = [
+        Backward(make(3, 5, 72, torch.float32, ring=ring, order="random")),
+        Backward(make(4, 6, 136, MIXED, ring=ring, gain_dtype=torch.bfloat16), saved=False),
+        Backward(make(2, 3, 64, torch.float16, ring=ring)),
+        Backward(make(1, 1, 1, torch.bfloat16)),
+        Backward(make(3, 2, 5, torch.float16, query_layout="odd"), saved=False),
+        Backward(make(9, 6, 77, torch.bfloat16, layouts="odd"), grad_layout="odd"),
+        Backward(make(2, 5, 64, torch.bfloat16, layouts="misaligned"), grad_layout="misaligned"),
+        Backward(make(2, 3, 37, [torch.float64, torch.bfloat16], layouts="odd")),
+        Backward(make(3, 4, 64, torch.float64, gain_dtype=torch.float64), saved=False),
+        # Not even one token fits.
+        Backward(make(4, 4, 2048, torch.bfloat16, limits=SMALL, tokens=(1, 2))),
+    ]
+    launched = run_and_check(runner, cases, tmp_path)
+    assert [one.uses_slots for one in launched] == [True] * 3 + [False] * 7
+
+
+def test_gradients_are_added_to_what_is_there(way: Way, tmp_path: Path) -> None:
+    runner, ring = way
+    kinds = [NO_BASE, OTHER_BASE, OWN_BASE, SHARED_BASE]
+    mixed = [torch.bfloat16, torch.float32, torch.float16, torch.float16]
+    cases = [
+        Backward(make(3, 3, 72, torch.bfloat16, ring=ring, order="random"), base_kinds=kinds[:3]),
+        Backward(make(4, 3, 72, torch.bfloat16, ring=ring), base_kinds=kinds),
+        Backward(make(4, 2, 72, mixed, ring=ring), base_kinds=kinds),
+        Backward(make(4, 2, 37, torch.bfloat16), base_kinds=kinds),
+        Backward(make(4, 2, 9, torch.float64), base_kinds=kinds),
+    ]
+    run_and_check(runner, cases, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_only_what_is_wanted(dtype: torch.dtype, runner: Path, tmp_path: Path) -> None:
+    cases = [
+        Backward(make(3, 2, 72, dtype), wanted=[True, False, True], gains=False),
+        Backward(make(3, 2, 72, dtype), wanted=[False, False, False]),
+        Backward(make(3, 2, 72, dtype), out_too=False),
+        Backward(make(3, 2, 72, dtype), out_too=False, saved=False, wanted=[False, True, True]),
+        Backward(make(3, 2, 72, dtype), lse_too=False),
+        Backward(make(3, 2, 35, dtype), out_too=False),
+    ]
+    run_and_check(runner, cases, tmp_path)
+
+
+def test_more_tiles_than_ctas(way: Way, tmp_path: Path) -> None:
+    runner, ring = way
+    one = Limits(1, 64 * 1024, 63 * 1024)
+    cases = [
+        Backward(make(5, 3, 64, dtype, ring=ring, tokens=(3, 7), order="random", limits=one))
+        for dtype in (torch.bfloat16, torch.float32)
+    ]
+    assert all(one.num_ctas <= 2 for one in run_and_check(runner, cases, tmp_path))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_one_source_gives_its_query_no_gradient(
+    dtype: torch.dtype, runner: Path, tmp_path: Path
+) -> None:
+    case = Backward(make(1, 2, 72, dtype), lse_too=False)
+    ((_, outputs),) = run_cases(runner, [case], tmp_path)
+    assert torch.equal(outputs[1], torch.zeros_like(outputs[1]))
+    assert torch.equal(outputs[2], torch.zeros_like(outputs[2]))
+    want = case.grad_out.view.float().sum(0)
+    torch.testing.assert_close(outputs[0].float(), want, rtol=2 * torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_every_run_gives_the_same_bits(dtype: torch.dtype, runner: Path, tmp_path: Path) -> None:
+    """Whatever the order in which threads run."""
+    case = make(3, 3, 72, dtype, tokens=(2, 3))
+    backward = Backward(case)
+    found = []
+    for order, ring in itertools.product(("forward", "backward", "random"), RINGS):
+        case.order, case.ring = order, ring
+        ((_, outputs),) = run_cases(runner, [backward], tmp_path)
+        found.append(outputs[:-1])
+    for outputs in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(outputs, found[0], strict=True))
+
+
+def test_source_gradients_of_a_row_depend_on_that_row_alone(runner: Path, tmp_path: Path) -> None:
+    case = make(3, 2, 64, torch.bfloat16, limits=Limits(1))
+    case.sources[1].storage[case.hidden + 3] = float("nan")
+    ((_, outputs),) = run_cases(runner, [Backward(case, saved=False)], tmp_path)
+    for grad in outputs[:3]:
+        assert grad.isfinite().all(-1).tolist() == [True, False, True, True, True, True]
