@@ -4,8 +4,6 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include <cute/arch/mma_sm80.hpp>
-
 #include "common/instructions.cuh"
 
 namespace attnres::cuda {
@@ -20,13 +18,19 @@ namespace attnres::cuda {
 __device__ __forceinline__ void multiply_add_16x8x16(__nv_bfloat16, float (&c)[4],
                                                      const uint32_t (&a)[4],
                                                      const uint32_t (&b)[2]) {
-  cute::SM80_16x8x16_F32BF16BF16F32_TN::fma(c[0], c[1], c[2], c[3], a[0], a[1], a[2], a[3], b[0],
-                                            b[1], c[0], c[1], c[2], c[3]);
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 __device__ __forceinline__ void multiply_add_16x8x16(__half, float (&c)[4], const uint32_t (&a)[4],
                                                      const uint32_t (&b)[2]) {
-  cute::SM80_16x8x16_F32F16F16F32_TN::fma(c[0], c[1], c[2], c[3], a[0], a[1], a[2], a[3], b[0],
-                                          b[1], c[0], c[1], c[2], c[3]);
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
 }  // namespace attnres::cuda
