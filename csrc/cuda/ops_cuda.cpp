@@ -1,6 +1,7 @@
 // The CUDA backend: the only file that knows both torch and CUDA. Parameters in, launcher of the
 // device's architecture called, failures turned into sentences.
 #include <cuda_runtime_api.h>
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/c/shim.h>
 #include <torch/headeronly/util/shim_utils.h>
 
@@ -11,6 +12,7 @@
 
 #include "attnres/backend.hpp"
 #include "attnres/check.hpp"
+#include "kernel_sets.hpp"
 #include "kernels/inter_block_attention_tile.hpp"
 #include "launchers.hpp"
 
@@ -36,6 +38,7 @@ struct Device {
 Device query_device(int index) {
   cudaDeviceProp properties;
   const cudaError_t status = cudaGetDeviceProperties(&properties, index);
+  if (status != cudaSuccess) cudaGetLastError();
   ATTNRES_CHECK(status == cudaSuccess, "attnres_ext cannot read the properties of cuda:", index,
                 ": ", describe(status));
   return {properties.name, 10 * properties.major + properties.minor,
@@ -55,25 +58,19 @@ const Device& device_at(int index) {
   return devices[index];
 }
 
-// Makes a device current, and the one before it again at the end.
+// Makes a device current, and the one before it again at the end. Torch does it, which knows not to
+// wake a device that nobody uses; the CUDA runtime in this library, another than torch's, is told.
 class DeviceGuard {
  public:
-  explicit DeviceGuard(int device) {
-    cudaError_t status = cudaGetDevice(&before_);
-    changed_ = status == cudaSuccess && before_ != device;
-    if (changed_) status = cudaSetDevice(device);
-    ATTNRES_CHECK(status == cudaSuccess, "attnres_ext cannot switch to cuda:", device, ": ",
-                  describe(status));
+  explicit DeviceGuard(int device) : guard_(device) {
+    const cudaError_t status = cudaSetDevice(device);
+    if (status == cudaSuccess) return;
+    cudaGetLastError();
+    ATTNRES_CHECK(false, "attnres_ext cannot switch to cuda:", device, ": ", describe(status));
   }
-  ~DeviceGuard() {
-    if (changed_) cudaSetDevice(before_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
 
  private:
-  int before_ = 0;
-  bool changed_ = false;
+  torch::stable::accelerator::DeviceGuard guard_;
 };
 
 cudaStream_t current_stream(int device) {
@@ -106,12 +103,9 @@ void launch_on(int index, const Params& p, cudaError_t (*sm80)(const Params&, co
   check_size(p.op, p.num_tokens, p.hidden);
   const Device& device = device_at(index);
   const DeviceGuard guard(index);
-  const auto launch = device.capability >= 90 ? sm90 : device.capability >= 80 ? sm80 : nullptr;
-  ATTNRES_CHECK(launch != nullptr, p.op, ": ", text(device, index),
-                " has no kernel in this build of attnres_ext, which holds the sets "
-                "\"" ATTNRES_CUDA_ARCHITECTURES
-                "\" (80 serves 8.x, 90 serves 9.0 and later); build it with the right "
-                "ATTNRES_CUDA_ARCHS, or move the tensors to the CPU");
+  const auto launch = kernel_set(device.capability) == 90 ? sm90 : sm80;
+  ATTNRES_CHECK(kernel_set(device.capability) != 0 && launch != nullptr, p.op, ": ",
+                no_kernels_for(text(device, index), device.capability, ATTNRES_CUDA_ARCHITECTURES));
   const cudaError_t status = launch(p, {current_stream(index), index, device.limits});
   ATTNRES_CHECK(status == cudaSuccess, p.op, ": the launch over ", p.num_sources, " sources of ",
                 p.num_tokens, " x ", p.hidden, " values failed on ", text(device, index), ": ",

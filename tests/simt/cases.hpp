@@ -1,6 +1,7 @@
 // The files of cases and results, and what every case begins with.
 #pragma once
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -83,6 +84,7 @@ struct Report {
   int64_t num_threads = 0;
   int64_t num_ctas = 0;
   int64_t shared_bytes = 0;
+  int64_t cluster_size = 0;
 };
 
 // Until the previous kernel has ended, every tensor holds NaN, and nobody may have written there.
@@ -124,6 +126,12 @@ struct Launch {
   Report& report;
   std::vector<const std::vector<Buffer>*> tensors;
 
+  // As if the device had room for all that fill its multiprocessors.
+  template <auto kKernel>
+  int64_t num_clusters(const cuda::LaunchShape& shape, int64_t) const {
+    return std::max(1, shape.num_ctas / shape.cluster_size);
+  }
+
   template <auto kKernel, typename Args>
   int operator()(const Args& args, const cuda::LaunchShape& shape) const {
     // Of a kernel that has no tile of rows there is nothing to tell.
@@ -134,10 +142,11 @@ struct Launch {
     } else if constexpr (requires { args.tile; }) {
       report = {args.tile.slot_bytes > 0, args.tile.resident, args.tile.num_spans,
                 args.tile.num_slots,      shape.num_threads,  shape.num_ctas,
-                shape.shared_bytes};
+                shape.shared_bytes,       shape.cluster_size};
     }
     const Withheld withheld(tensors);
-    run({shape.num_ctas, shape.num_threads, shape.shared_bytes, order, seed, 1,
+    const int cluster_size = std::max(1, shape.cluster_size);
+    run({shape.num_ctas, shape.num_threads, shape.shared_bytes, order, seed, cluster_size,
          [&] { withheld.release(); }},
         [&] { kKernel(args); });
     return 0;

@@ -224,6 +224,7 @@ class Launched:
     num_threads: int
     num_ctas: int
     shared_bytes: int
+    cluster_size: int
 
 
 @dataclass
@@ -254,8 +255,8 @@ def run_cases(
     results = []
     position = 0
     for case in cases:
-        report = struct.unpack_from("=7q", data, position)
-        position += 7 * 8
+        report = struct.unpack_from("=8q", data, position)
+        position += 8 * 8
         outputs = []
         for shape, dtype in case.output_shapes():
             count = torch.Size(shape).numel()

@@ -14,42 +14,46 @@ struct ExchangeArgs {
 
 void exchange_kernel(const ExchangeArgs& args) {
   using namespace cuda;
-  using Numbers = Exchange<Pair<float>>;
-  Numbers numbers(dynamic_shared_memory(), args.count);
-  auto* shown = reinterpret_cast<float*>(dynamic_shared_memory() +
-                                         Numbers::bytes(args.count, cluster_size()));
+  const int capacity = cluster_size() * args.count * static_cast<int>(sizeof(Pair<float>));
+  Exchange exchange(dynamic_shared_memory(), capacity);
+  auto* shown = reinterpret_cast<float*>(dynamic_shared_memory() + Exchange::bytes(capacity));
   wait_for_previous_kernel();
-  numbers.start();
+  exchange.start();
   float* sums = args.sums + cta_rank() * args.num_rounds * args.count;
   for (int round = 0; round < args.num_rounds; ++round, sums += args.count) {
     const auto number = [&](int i) { return static_cast<float>((cta_rank() + 1) * (round + i)); };
-    const auto sum = [&](int i) {
+    const auto give = [&](int rank, int i) {
+      exchange.give_to(rank, rank_in_cluster() * args.count + i, Pair<float>{number(i), 1});
+    };
+    const auto sum = [&](const Pair<float>* numbers, int i) {
       float total = 0;
       for (int rank = 0; rank < cluster_size(); ++rank) {
-        const Pair<float> pair = numbers.get(rank, i);
+        const Pair<float> pair = numbers[rank * args.count + i];
         total += pair.first + pair.second;
       }
       return total;
     };
-    if (thread_rank() == 0) numbers.begin(args.count);
+    if (thread_rank() == 0) exchange.begin(static_cast<uint32_t>(capacity));
     if (args.all_read) {
       // Lane r of a warp gives to rank r.
       for (int i = thread_rank() / kWarpSize; i < args.count; i += 2) {
         const int rank = thread_rank() % kWarpSize;
-        if (rank < cluster_size()) numbers.give_to(rank, i, {number(i), 1});
+        if (rank < cluster_size()) give(rank, i);
       }
-      numbers.wait();
-      for (int i = thread_rank(); i < args.count; i += 2 * kWarpSize) sums[i] = sum(i);
+      const auto* numbers = exchange.wait<Pair<float>>();
+      for (int i = thread_rank(); i < args.count; i += 2 * kWarpSize) sums[i] = sum(numbers, i);
     } else {
       if (thread_rank() < kWarpSize) {
-        for (int i = thread_rank(); i < args.count; i += kWarpSize) numbers.give(i, {number(i), 1});
-        numbers.wait();
-        for (int i = thread_rank(); i < args.count; i += kWarpSize) shown[i] = sum(i);
+        for (int i = thread_rank(); i < args.count; i += kWarpSize) {
+          for (int rank = 0; rank < cluster_size(); ++rank) give(rank, i);
+        }
+        const auto* numbers = exchange.wait<Pair<float>>();
+        for (int i = thread_rank(); i < args.count; i += kWarpSize) shown[i] = sum(numbers, i);
       }
       sync_cta();
       for (int i = thread_rank(); i < args.count; i += 2 * kWarpSize) sums[i] = shown[i];
     }
-    numbers.next();
+    exchange.next();
     sync_cta();
   }
 }
@@ -63,8 +67,9 @@ void run_exchange(File& cases, File& results) {
   const auto all_read = cases.take<int64_t>() != 0;
   constexpr int kRounds = 6, kTeams = 2;
   std::vector<float> sums(static_cast<size_t>(kTeams * size * kRounds * count));
-  const int shared_bytes = cuda::Exchange<cuda::Pair<float>>::bytes(count, size) +
-                           count * static_cast<int>(sizeof(float));
+  const int capacity = size * count * static_cast<int>(sizeof(cuda::Pair<float>));
+  const int shared_bytes =
+      cuda::Exchange::bytes(capacity) + count * static_cast<int>(sizeof(float));
   run({kTeams * size, 2 * kWarpSize, shared_bytes, order, 7, size, nullptr},
       [&] { exchange_kernel({kRounds, count, all_read, sums.data()}); });
   results.put(sums.data(), sums.size() * sizeof(float));

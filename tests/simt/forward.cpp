@@ -43,9 +43,9 @@ void run_forward(File& cases, File& results) {
   Report report;
   const Launch launch = {run.order, run.seed, report, {&inputs, &outputs}};
   if (run.bulk_ring) {
-    cuda::launch_depth_attention_forward<cuda::BulkRing>(p, run.limits, launch);
+    cuda::launch_depth_attention_forward<cuda::BulkRing, cuda::CtaCluster>(p, run.limits, launch);
   } else {
-    cuda::launch_depth_attention_forward<cuda::CpAsyncRing>(p, run.limits, launch);
+    cuda::launch_depth_attention_forward<cuda::CpAsyncRing, cuda::OneCta>(p, run.limits, launch);
   }
   put_results(results, report, outputs);
 }

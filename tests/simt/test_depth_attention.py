@@ -159,12 +159,13 @@ def test_aligned_rows_stay_on_chip(ring: str, runner: Path, tmp_path: Path) -> N
 def test_rows_too_large_for_the_ring_are_swept_again(
     ring: str, runner: Path, tmp_path: Path
 ) -> None:
+    # A single segment, which a cluster cannot share.
     cases = [
-        make(count, 1024, torch.bfloat16, ring=ring, order=order, norm=norm, limits=TINY)
+        make(count, 512, torch.bfloat16, ring=ring, order=order, norm=norm, limits=TINY)
         for count, order, norm in [
             (9, "forward", True),
             (17, "random", False),
-            (5, "backward", True),
+            (12, "backward", True),
         ]
     ]
     for result in run_and_check(runner, cases, tmp_path):
@@ -177,16 +178,21 @@ def test_rows_too_large_for_the_ring_are_swept_again(
 def test_rows_too_large_for_registers_come_in_spans(
     ring: str, runner: Path, tmp_path: Path
 ) -> None:
-    # 480 threads hold 4 chunks of 4 values each: 7680 values are one span.
-    large = Limits(multiprocessors=1)
+    # 480 threads hold 4 chunks of 4 values each: 7680 values are one span, and 8 times as many are
+    # one of a cluster.
+    share = {"cp_async": 1, "bulk": 8}[ring]
+    large = Limits(1, share * 228 * 1024, share * 227 * 1024)
     small = Limits(1, 64 * 1024, 63 * 1024)
     cases = [
-        make(2, 7696, torch.float32, ring=ring, tokens=(1, 2), norm=norm, limits=limits)
+        make(
+            2, share * 7680 + 16, torch.float32, ring=ring, tokens=(1, 2), norm=norm, limits=limits
+        )
         for norm, limits in itertools.product((True, False), (large, small))
     ]
     results = run_and_check(runner, cases, tmp_path)
-    assert [result.num_spans for result in results] == [2, 2, 2, 2]
+    assert [result.num_spans for result in results] == 4 * [share + 1]
     assert [result.resident for result in results] == [True, False, True, False]
+    assert not any(result.cluster_size for result in results)
 
 
 @pytest.mark.parametrize("ring", ["cp_async", "bulk"])
@@ -364,22 +370,34 @@ def test_block_summation(ring: str, runner: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ring", ["cp_async", "bulk"])
 def test_block_summation_of_rows_that_stream(ring: str, runner: Path, tmp_path: Path) -> None:
+    # A cluster cannot share single segments, and 61456 columns are more than it can hold.
+    share = {"cp_async": 1, "bulk": 8}[ring]
     cases = [
-        summed(count, hidden, torch.bfloat16, ring=ring, order=order, limits=TINY, **way)
-        for (count, hidden), way, order in zip(
-            [(1, 2048), (6, 1024), (5, 1024), (9, 1024)],
+        summed(count, 512, torch.bfloat16, ring=ring, order=order, limits=TINY, **way)
+        for count, way, order in zip(
+            (17, 12, 11, 9),
             [SUM_WAYS[1], *SUM_WAYS],
             itertools.cycle(["forward", "random"]),
             strict=False,
         )
     ]
-    # Two spans, a mix made twice: every sweep but the first reads the sum where it was put.
+    # Several spans, a mix made twice: every sweep but the first reads the sum where it was put.
+    large, small = Limits(1, share * 228 * 1024, share * 227 * 1024), Limits(1, 65536, 64512)
     cases += [
-        summed(2, 7696, torch.float32, ring=ring, tokens=(1, 2), limits=limits, in_place=True)
-        for limits in (Limits(multiprocessors=1), Limits(1, 64 * 1024, 63 * 1024))
+        summed(
+            2,
+            share * 7680 + 16,
+            torch.float32,
+            ring=ring,
+            tokens=(1, 2),
+            limits=limits,
+            in_place=True,
+        )
+        for limits in (large, small)
     ]
     results = run_and_check(runner, cases, tmp_path)
     assert [result.resident for result in results] == [*[False] * 4, True, False]
+    assert not any(result.cluster_size for result in results)
 
 
 @pytest.mark.parametrize("ring", ["cp_async", "bulk"])
@@ -400,6 +418,107 @@ def test_block_summation_in_awkward_rows(ring: str, runner: Path, tmp_path: Path
     run_and_check(runner, cases, tmp_path)
 
 
+def shared(
+    count: int,
+    hidden: int,
+    dtypes: torch.dtype | list[torch.dtype] = torch.bfloat16,
+    *,
+    multiprocessors: int = 8,
+    tokens: int = 1,
+    delta: bool = False,
+    **options: object,
+) -> Case:
+    """Few tokens on a device with more multiprocessors."""
+    build = summed if delta else make
+    limits = Limits(multiprocessors=multiprocessors)
+    return build(count, hidden, dtypes, tokens=(1, tokens), limits=limits, **options)  # type: ignore[operator]
+
+
+def test_few_tokens_share_the_multiprocessors(runner: Path, tmp_path: Path) -> None:
+    cases = [
+        (1, shared(5, 4096, multiprocessors=1)),
+        (2, shared(5, 4096, multiprocessors=3, order="random")),
+        (4, shared(5, 4096, tokens=2, norm=False)),
+        (8, shared(5, 4096, order="backward")),
+        (8, shared(9, 4104, torch.float16, multiprocessors=17, tokens=2, order="random")),
+        # Segments of 512 columns: five, so four CTAs at most.
+        (4, shared(5, 2052 + 4, torch.float32, order="random")),
+        (4, shared(5, 2056, [torch.bfloat16, torch.float32])),
+        (2, shared(20, 1032, order="random")),
+        (1, shared(2, 264, tokens=3)),
+        (1, shared(2, 264, delta=True, in_place=True)),
+        (8, shared(5, 4096, delta=True, in_place=True, order="random")),
+        (8, shared(9, 4096, torch.float16, delta=True, norm=False)),
+        (8, shared(9, 4096, delta=True, absent_partial=True, order="backward")),
+        (4, shared(5, 2056, torch.bfloat16, delta=True, delta_dtype=torch.float32, in_place=True)),
+        # One source, of two spans in one CTA.
+        (4, shared(1, 15368, norm=False)),
+    ]
+    results = run_and_check(runner, [case for _, case in cases], tmp_path)
+    assert [result.cluster_size for result in results] == [size for size, _ in cases]
+    assert all(result.num_spans == 1 for result in results)
+
+
+def test_few_tokens_merge_a_state_and_know_rstd(runner: Path, tmp_path: Path) -> None:
+    cases = [
+        shared(5, 4096, delta=True, in_place=True),
+        shared(5, 4096, multiprocessors=4),
+        shared(20, 1032, tokens=3, order="random"),
+    ]
+    for case in cases:
+        case.first_logit = torch.randn(case.num_tokens)
+        case.known_rstd = 1 + torch.rand(len(case.sources) - 1, case.num_tokens)
+    assert all(result.cluster_size > 1 for result in run_and_check(runner, cases, tmp_path))
+
+
+def test_rows_too_large_for_a_cta_are_shared(runner: Path, tmp_path: Path) -> None:
+    def narrow(shared_bytes: int) -> Limits:
+        return Limits(8, shared_bytes, shared_bytes)
+
+    cases = [
+        make(9, 1024, torch.bfloat16, limits=narrow(18 << 10), tokens=(3, 3)),
+        make(9, 2048, torch.float16, limits=narrow(18 << 10), order="random"),
+        make(17, 2080, torch.bfloat16, limits=narrow(40 << 10), tokens=(4, 3)),
+        make(20, 2048, torch.float32, limits=narrow(80 << 10), order="backward", norm=False),
+        make(9, 1536, [torch.bfloat16, torch.float32], limits=narrow(40 << 10)),
+        summed(9, 1024, torch.bfloat16, limits=narrow(20 << 10), tokens=(3, 3), in_place=True),
+        # Too large for any cluster: the second sweep reads again.
+        make(17, 1040, torch.bfloat16, limits=narrow(10 << 10), order="random"),
+        summed(17, 1040, torch.bfloat16, limits=narrow(10 << 10), in_place=True),
+    ]
+    results = run_and_check(runner, cases, tmp_path)
+    assert all(result.cluster_size > 1 for result in results)
+    assert [result.resident for result in results] == [True] * 6 + [False] * 2
+    # More rows than clusters.
+    assert results[0].num_ctas < 9 * results[0].cluster_size
+
+
+def test_result_does_not_depend_on_how_many_share_a_row(runner: Path, tmp_path: Path) -> None:
+    for dtype, hidden in [(torch.bfloat16, 8200), (torch.float16, 4104), (torch.float32, 2056)]:
+        torch.manual_seed(5)
+        alone = shared(5, hidden, dtype, tokens=9, multiprocessors=2)
+        cases = [alone]
+        for multiprocessors in (1, 2, 4, 8):
+            case = shared(5, hidden, dtype, multiprocessors=multiprocessors)
+            case.query, case.key_weight, case.out_weight = (
+                alone.query,
+                alone.key_weight,
+                alone.out_weight,
+            )
+            for source, of in zip(case.sources, alone.sources, strict=True):
+                source.storage = of.view[0, 4].clone()
+                source.view = source.storage.reshape(1, 1, -1)
+            cases.append(case)
+        first, *others = run(runner, cases, tmp_path)
+        assert first.cluster_size == 0
+        assert {other.cluster_size for other in others} >= {2, 4}
+        for other in others:
+            for name in ("out", "mix"):
+                assert torch.equal(getattr(first, name)[4], getattr(other, name)[0])
+            for name in ("weights", "stats"):
+                assert torch.equal(getattr(first, name)[:, 4], getattr(other, name)[:, 0])
+
+
 @pytest.mark.parametrize("ring", ["cp_async", "bulk"])
 def test_summation_alone(ring: str, runner: Path, tmp_path: Path) -> None:
     cases = [
@@ -408,6 +527,7 @@ def test_summation_alone(ring: str, runner: Path, tmp_path: Path) -> None:
             [
                 (264, torch.bfloat16, Limits(multiprocessors=1)),
                 (1024, torch.float32, TINY),
+                (10240, torch.bfloat16, Limits(multiprocessors=120)),
                 (7, torch.float16, Limits()),
             ],
             SUM_WAYS,

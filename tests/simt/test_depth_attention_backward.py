@@ -261,7 +261,8 @@ def test_every_save_level_in_every_way(save: str, norm: bool, runner: Path, tmp_
         for count, hidden, dtype, options in [
             (5, 136, torch.bfloat16, {"ring": "bulk"}),
             (5, 136, torch.float32, {"ring": "cp_async"}),
-            (6, 1024, torch.bfloat16, {"ring": "bulk", "limits": TINY, "order": "random"}),
+            # A single segment, which a cluster cannot share.
+            (12, 512, torch.bfloat16, {"ring": "bulk", "limits": TINY, "order": "random"}),
             (6, 1024, torch.float32, {"ring": "cp_async", "limits": TINY}),
             (3, 77, torch.float32, {}),
             (2, 4001, torch.bfloat16, {"tokens": (1, 2)}),  # two spans in place
@@ -269,11 +270,43 @@ def test_every_save_level_in_every_way(save: str, norm: bool, runner: Path, tmp_
         ]
     ]
     # Two spans of aligned rows.
-    cases.append(Backward(make(2, 7688, torch.bfloat16, norm=norm, tokens=(1, 2)), save=save))
+    wide = make(2, 7688, torch.bfloat16, norm=norm, tokens=(1, 2), ring="cp_async")
+    cases.append(Backward(wide, save=save))
     launched = run_and_check(runner, cases, tmp_path)
     assert [one.uses_slots for one in launched] == [True] * 4 + [False] * 4
     assert [one.resident for one in launched[:4]] == [True, True, False, False]
     assert launched[5].num_spans == launched[7].num_spans == 2
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("save", SAVES)
+def test_rows_too_large_for_a_cta_are_shared(
+    save: str, norm: bool, runner: Path, tmp_path: Path
+) -> None:
+    def narrow(kilobytes: int) -> Limits:
+        return Limits(8, kilobytes << 10, kilobytes << 10)
+
+    kinds = [NO_BASE, OTHER_BASE, OWN_BASE, SHARED_BASE, *[NO_BASE] * 13]
+    cases = [
+        Backward(
+            make(count, hidden, dtypes, norm=norm, **options),
+            save=save,
+            weights_too=True,
+            base_kinds=kinds[:count],
+        )
+        for count, hidden, dtypes, options in [
+            (9, 1024, torch.bfloat16, {"limits": narrow(20), "order": "random"}),
+            (17, 2080, torch.float16, {"limits": narrow(48), "tokens": (4, 3)}),
+            (5, 1544, [torch.bfloat16, torch.float32], {"limits": narrow(40), "tokens": (1, 2)}),
+            # Read again by every sweep.
+            (17, 1040, torch.float32, {"limits": narrow(24), "order": "backward"}),
+            # Alone, two spans.
+            (2, 7688, torch.bfloat16, {"tokens": (1, 2), "order": "random"}),
+        ]
+    ]
+    launched = run_and_check(runner, cases, tmp_path)
+    assert [one.cluster_size > 1 for one in launched] == [True] * 5
+    assert [one.resident for one in launched] == [True, True, True, False, True]
 
 
 @pytest.mark.parametrize("ring", ["cp_async", "bulk"])

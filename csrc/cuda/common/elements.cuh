@@ -156,7 +156,7 @@ template <typename T>
 struct Uniform {
   using Compute = float;
   static constexpr int kWidth = 16 / sizeof(T);
-  static constexpr bool kAligned = true;
+  static constexpr bool kUniform = true;
   static constexpr int kDispatchRegisters = 0;
 
   __device__ static constexpr int bytes(DType) { return sizeof(T); }
@@ -181,7 +181,7 @@ template <typename ComputeType, int kChunkWidth>
 struct Mixed {
   using Compute = ComputeType;
   static constexpr int kWidth = kChunkWidth;
-  static constexpr bool kAligned = kWidth > 1;
+  static constexpr bool kUniform = false;
   static_assert(kWidth == 1 || kWidth == 4 || kWidth == 8);
   // What addresses of rows of any dtype take beside the values.
   static constexpr int kDispatchRegisters = 4 * sizeof(Compute);

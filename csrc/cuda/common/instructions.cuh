@@ -47,6 +47,16 @@ __device__ __forceinline__ int rank_in_cluster() {
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return static_cast<int>(rank);
 }
+__device__ __forceinline__ int cluster_rank() {
+  uint32_t rank;
+  asm("mov.u32 %0, %%clusterid.x;" : "=r"(rank));
+  return static_cast<int>(rank);
+}
+__device__ __forceinline__ int num_clusters() {
+  uint32_t count;
+  asm("mov.u32 %0, %%nclusterid.x;" : "=r"(count));
+  return static_cast<int>(count);
+}
 // Every thread of the cluster arrives, and may do something else before it waits for the others.
 // Threads that have ended count as arrived.
 __device__ __forceinline__ void arrive_at_cluster() {

@@ -19,6 +19,7 @@
 #include "common/elements.cuh"
 #include "common/reduce.cuh"
 #include "common/rows.cuh"
+#include "common/teams.cuh"
 #include "kernels/depth_attention_tile.hpp"
 
 namespace attnres::cuda {
@@ -65,10 +66,10 @@ __device__ __forceinline__ void wait_for_copies_but(int groups) {
   }
 }
 
-// Walks over the steps of a CTA in the order of the body, ahead of it.
+// Walks over the steps of a team in the order of the body, ahead of it.
 template <typename Args>
 struct StepCursor {
-  int64_t row = cta_rank();
+  int64_t row = Args::Team::index();
   int sweep = 0;
   int span = 0;
   int source = 0;
@@ -81,20 +82,48 @@ struct StepCursor {
     span = 0;
     if (++sweep < num_sweeps) return;
     sweep = 0;
-    row += num_ctas();
+    row += Args::Team::count();
   }
 };
 
-// How many chunks of a row lie in its span number `span`, and where they start.
+// The segments of a row that are this CTA's: a cluster shares them out evenly, in order.
+template <typename Args>
+__device__ __forceinline__ SegmentRange segments_of_cta(const Args& args) {
+  if constexpr (!Args::Team::kIsCluster) {
+    return {0, args.tile.num_segments, args.tile.num_segments};
+  } else {
+    const int rank = Args::Team::rank();
+    const int fewest = args.tile.least_segments, larger = args.tile.num_larger_slices;
+    return {rank * fewest + (rank < larger ? rank : larger), fewest + (rank < larger ? 1 : 0),
+            args.tile.num_segments};
+  }
+}
+
+// How many chunks of a row lie in this CTA's span number `span`, and where they start. A cluster's
+// CTA has one span, and in it a segment for every warp.
 template <int kChunks, typename Args>
 __device__ __forceinline__ int first_chunk(const Args& args, int span) {
-  return span * args.tile.num_threads * kChunks;
+  if constexpr (Args::Team::kIsCluster) {
+    return segments_of_cta(args).first * (kWarpSize * kChunks);
+  } else {
+    return span * args.tile.num_threads * kChunks;
+  }
 }
 template <int kChunks, typename Args>
 __device__ __forceinline__ int chunks_in_span(const Args& args, int span) {
   const int left = args.row_chunks - first_chunk<kChunks>(args, span);
-  const int most = args.tile.num_threads * kChunks;
+  int most = args.tile.num_threads * kChunks;
+  if constexpr (Args::Team::kIsCluster) {
+    most = segments_of_cta(args).count * (kWarpSize * kChunks);
+  }
   return left < most ? left : most;
+}
+
+// Chunk number k of a thread, in its span: a warp's chunks lie side by side.
+template <int kChunks>
+__device__ __forceinline__ int chunk_in_span(int k) {
+  const int warp = thread_rank() / kWarpSize;
+  return thread_rank() + (warp * (kChunks - 1) + k) * kWarpSize;
 }
 
 template <typename Elements, int kChunks, typename Args>
@@ -160,7 +189,7 @@ class CpAsyncRing {
       const int chunks = chunks_in_span<kChunks>(args_, next_.span);
 #pragma unroll
       for (int k = 0; k < kChunks; ++k) {
-        const int chunk = thread_rank() + k * args_.tile.num_threads;
+        const int chunk = chunk_in_span<kChunks>(k);
         if (chunk < chunks) {
           for (int b = 0; b < chunk_bytes; b += 16) {
             copy_async_16(to + chunk * chunk_bytes + b,

@@ -31,26 +31,26 @@ __device__ __forceinline__ T warp_max(T value) {
   return value;
 }
 
-// Both sums of a warp with 6 shuffles instead of 10: the halves of the warp first share the work,
-// one sum each. Lane 0 gets the first sum and lane 16 the second.
-template <typename T>
-__device__ __forceinline__ T warp_sum_pair(Pair<T> value, int lane) {
-  const bool lower = lane < kWarpSize / 2;
-  const T sent = shuffle_xor(lower ? value.second : value.first, kWarpSize / 2);
-  T sum = (lower ? value.first : value.second) + sent;
+// kCount sums at once, a power of two: the halves of the warp first share them out, then the halves
+// of the halves, and so on: 5 shuffles for 2 sums and 9 for 8, where one after the other they would
+// take 10 and 40. Lane i gets sum number i / (32 / kCount), added in the order of warp_sum().
+template <int kCount, typename T>
+__device__ __forceinline__ T warp_sums(T (&values)[kCount], int lane) {
+  static_assert(kCount > 1 && kCount <= kWarpSize && (kCount & (kCount - 1)) == 0);
+  int mask = kWarpSize / 2;
 #pragma unroll
-  for (int mask = kWarpSize / 4; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+  for (int kept = kCount / 2; kept > 0; kept /= 2, mask /= 2) {
+    const bool upper = (lane & mask) != 0;
+#pragma unroll
+    for (int i = 0; i < kept; ++i) {
+      const T sent = shuffle_xor(upper ? values[i] : values[kept + i], mask);
+      values[i] = (upper ? values[kept + i] : values[i]) + sent;
+    }
+  }
+  T sum = values[0];
+#pragma unroll
+  for (; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
   return sum;
-}
-
-// The sum over all `num_warps` warps of values that are equal within a warp; `scratch` holds one
-// value a warp. Every one of the first 32 * num_warps threads takes part and gets the sum.
-template <typename T>
-__device__ __forceinline__ T cta_sum(T value, T* scratch, int num_warps) {
-  const int lane = thread_rank() % kWarpSize;
-  if (lane == 0) scratch[thread_rank() / kWarpSize] = value;
-  sync_first_threads(num_warps * kWarpSize);
-  return warp_sum(lane < num_warps ? scratch[lane] : T(0));
 }
 
 }  // namespace attnres::cuda

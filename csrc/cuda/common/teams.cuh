@@ -1,5 +1,9 @@
 // Who works on a row: one CTA, or the CTAs of a cluster, which split its columns and tell one
 // another the sums that they find.
+//
+// A row's columns are cut into segments, one warp's work each, and a sum over a row is the sum of
+// its segments' sums in their order. However many CTAs share a row, the result is the same to the
+// last bit.
 #pragma once
 
 #include "common/instructions.cuh"
@@ -10,6 +14,7 @@ namespace attnres::cuda {
 struct OneCta {
   static constexpr bool kIsCluster = false;
 
+  // Of this CTA in its team; of this team among all, and how many there are.
   __device__ __forceinline__ static int rank() { return 0; }
   __device__ __forceinline__ static int index() { return cta_rank(); }
   __device__ __forceinline__ static int count() { return num_ctas(); }
@@ -18,38 +23,34 @@ struct OneCta {
 struct CtaCluster {
   static constexpr bool kIsCluster = true;
 
-  // Of this CTA in its team.
   __device__ __forceinline__ static int rank() { return rank_in_cluster(); }
-  // Of this team among all, and how many there are.
-  __device__ __forceinline__ static int index() { return cta_rank() / cluster_size(); }
-  __device__ __forceinline__ static int count() { return num_ctas() / cluster_size(); }
+  __device__ __forceinline__ static int index() { return cluster_rank(); }
+  __device__ __forceinline__ static int count() { return num_clusters(); }
 };
 
-// Numbers that every CTA of a cluster gives to every other, in rounds:
+// Numbers that the CTAs of a cluster give to one another and to themselves, in rounds:
 //
-//   begin(count)     by one thread
-//   give(i, value)   number i < count of this CTA; by as many threads as one likes
-//   wait()           by every thread that then wants get() or sum()
-//   next()           by every thread, when it has got what it wants
+//   begin(bytes)              by one thread: how many a CTA gets in all
+//   give_to(rank, i, value)   by any threads: number i of the round, for the CTA of that rank
+//   wait<T>()                 by every thread that wants to read them: all numbers of the round
+//   next()                    by every thread, when it has read what it wants
 //
 // A store that its receiver's barrier counts arrives in one trip, where storing and then meeting at
 // the cluster's barrier takes two. Numbers of a round lie in one of two halves of a buffer: a CTA
 // gives numbers of the round after next only when it has those of the next from everybody, who gave
-// them after they were done with this round. That holds if the threads of a CTA meet (sync_...)
-// between the last get() of a round and the first give() of the next.
-template <typename T>
+// them after they were done with this round. That holds if a warp that reads a round's numbers
+// gives some in the next, or the threads of its CTA meet (sync_...) in between.
 class Exchange {
  public:
-  // Of shared memory, aligned to 16 bytes.
-  static constexpr int bytes(int capacity, int cluster_size) {
-    return 2 * static_cast<int>(sizeof(Barrier)) +
-           2 * capacity * cluster_size * static_cast<int>(sizeof(T));
+  // Of shared memory, aligned to 16 bytes, for rounds of at most `capacity` bytes, a multiple of 8.
+  static constexpr int bytes(int capacity) {
+    return 2 * static_cast<int>(sizeof(Barrier)) + 2 * capacity;
   }
 
-  // By every thread of the cluster, and start() before the first round.
+  // By every thread of the cluster; and start() before the first round.
   __device__ __forceinline__ Exchange(std::byte* shared, int capacity)
       : barriers_(reinterpret_cast<Barrier*>(shared)),
-        buffer_(reinterpret_cast<T*>(barriers_ + 2)),
+        numbers_(shared + 2 * sizeof(Barrier)),
         capacity_(capacity) {
     if (thread_rank() == 0) {
       init_barrier(barriers_, 1);
@@ -58,33 +59,104 @@ class Exchange {
     }
     arrive_at_cluster();
   }
-  // When it returns the others' barriers can be stored to.
+  // When it returns, the others' barriers can be stored to.
   __device__ __forceinline__ void start() { wait_for_cluster(); }
 
-  __device__ __forceinline__ void begin(int count) {
-    arrive_and_expect(barrier(), static_cast<uint32_t>(cluster_size() * count) * sizeof(T));
-  }
-  __device__ __forceinline__ void give(int i, T value) {
-    for (int rank = 0; rank < cluster_size(); ++rank) give_to(rank, i, value);
-  }
-  // What all ranks together are given is what give() gives.
+  __device__ __forceinline__ void begin(uint32_t bytes) { arrive_and_expect(barrier(), bytes); }
+  template <typename T>
   __device__ __forceinline__ void give_to(int rank, int i, T value) {
-    store_remote(half() + rank_in_cluster() * capacity_ + i, value, rank, barrier());
+    store_remote(half<T>() + i, value, rank, barrier());
   }
-  __device__ __forceinline__ void wait() { wait_for_remote(barrier(), round_ / 2 % 2); }
-  __device__ __forceinline__ T get(int rank, int i) const { return half()[rank * capacity_ + i]; }
+  template <typename T>
+  __device__ __forceinline__ const T* wait() {
+    wait_for_remote(barrier(), round_ / 2 % 2);
+    return half<T>();
+  }
   __device__ __forceinline__ void next() { ++round_; }
 
  private:
   __device__ __forceinline__ Barrier* barrier() const { return barriers_ + round_ % 2; }
+  template <typename T>
   __device__ __forceinline__ T* half() const {
-    return buffer_ + round_ % 2 * (cluster_size() * capacity_);
+    return reinterpret_cast<T*>(numbers_ + round_ % 2 * capacity_);
   }
 
   Barrier* barriers_;
-  T* buffer_;
+  std::byte* numbers_;
   int capacity_;
   uint32_t round_ = 0;
+};
+
+// The segments of a row that are this CTA's, and of which a warp has one.
+struct SegmentRange {
+  int first;
+  int count;
+  int of;  // all segments of the row
+};
+
+// What the warps of a team found out, `count` numbers each for its segment:
+//
+//   share(mine, count)   when a warp has written its line of mine [segments of this CTA, count]
+//   sync_first_threads   of the CTA
+//   all(mine)            by every thread that wants to read them, but in warps that take_part():
+//                        [segments of the row, count]
+//   next()               by every thread
+template <typename Team>
+class SegmentNumbers;
+
+template <>
+class SegmentNumbers<OneCta> {
+ public:
+  __device__ __forceinline__ SegmentNumbers(std::byte*, int, const SegmentRange&) {}
+  __device__ __forceinline__ void start() {}
+  template <typename T>
+  __device__ __forceinline__ void share(const T*, int) {}
+  __device__ __forceinline__ bool takes_part() const { return true; }
+  template <typename T>
+  __device__ __forceinline__ const T* all(const T* mine) {
+    return mine;
+  }
+  __device__ __forceinline__ void next() {}
+};
+
+template <>
+class SegmentNumbers<CtaCluster> {
+ public:
+  __device__ __forceinline__ SegmentNumbers(std::byte* shared, int capacity,
+                                            const SegmentRange& segments)
+      : exchange_(shared, capacity), segments_(segments) {}
+  __device__ __forceinline__ void start() { exchange_.start(); }
+
+  template <typename T>
+  __device__ __forceinline__ void share(const T* mine, int count) {
+    const int size = cluster_size();
+    if (size == 1) return;
+    if (thread_rank() == 0) {
+      exchange_.begin(static_cast<uint32_t>(segments_.of * count) * sizeof(T));
+    }
+    if (!takes_part()) return;
+    const int warp = thread_rank() / kWarpSize;
+    sync_warp();
+    for (int pair = thread_rank() % kWarpSize; pair < count * size; pair += kWarpSize) {
+      const int i = pair / size, rank = pair % size;
+      exchange_.give_to(rank, (segments_.first + warp) * count + i, mine[warp * count + i]);
+    }
+  }
+  // Whether this warp has a segment: some CTAs of a cluster may have one fewer than others.
+  __device__ __forceinline__ bool takes_part() const {
+    return thread_rank() / kWarpSize < segments_.count;
+  }
+  template <typename T>
+  __device__ __forceinline__ const T* all(const T* mine) {
+    return cluster_size() == 1 ? mine : exchange_.template wait<T>();
+  }
+  __device__ __forceinline__ void next() {
+    if (cluster_size() > 1) exchange_.next();
+  }
+
+ private:
+  Exchange exchange_;
+  SegmentRange segments_;
 };
 
 }  // namespace attnres::cuda

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/rows.cuh"
+#include "common/teams.cuh"
 #include "kernels/depth_attention_tile.hpp"
 
 namespace attnres::cuda {
@@ -13,8 +14,10 @@ struct GainVector {
 };
 
 // Room for kCapacity sources: a launch copies all of it, so short lists use a short table.
-template <typename Compute, int kCapacity>
+template <typename Compute, int kCapacity, typename TeamPolicy>
 struct DepthAttentionForwardArgs {
+  using Team = TeamPolicy;
+
   int64_t num_tokens;
   int row_chunks;  // D / kWidth
   int num_sources;
@@ -44,8 +47,10 @@ struct DepthAttentionForwardArgs {
   ConstByteRows sources[kCapacity + 1];
 };
 
-template <typename Compute, int kCapacity>
+template <typename Compute, int kCapacity, typename TeamPolicy>
 struct DepthAttentionBackwardArgs {
+  using Team = TeamPolicy;
+
   int64_t num_tokens;
   int row_chunks;
   int num_sources;
@@ -64,7 +69,7 @@ struct DepthAttentionBackwardArgs {
   const Compute* stats;         // [2N + 1, M], or null
   const Compute* first_logit;   // [M], or null
   Compute* grad_first_logit;    // [M], or null
-  Compute* parts;  // [num_ctas, 2, D]: sums over each CTA's rows of the gradients of the score
+  Compute* parts;  // [num_teams, 2, D]: sums over each team's rows of the gradients of the score
                    // vector (scale * query * key_weight) and of out_weight, or null
   bool sums_are_shared;  // made in shared memory first
   DepthAttentionTile tile;

@@ -6,11 +6,11 @@
 //   dv_i = p_i g + dl_i r_i u - dl_i l_i r_i^2 / D v_i
 //   du   = sum_i dl_i r_i v_i
 //
-// A CTA takes one row at a time and sweeps over its sources up to four times: for the logits (or
+// A team takes one row at a time and sweeps over its sources up to four times: for the logits (or
 // takes them from the forward), for the mix that an output norm's gradient needs (or takes it), for
 // <g, v_i>, and for dv. Where a row's sources fit into the loader's slots, only the first sweep
-// reads memory. du and the gradient of the output norm's gain are summed over the rows of a CTA by
-// the threads that own their columns, and over CTAs by a second kernel, in order.
+// reads memory. du and the gradient of the output norm's gain are summed over the rows of a team by
+// the threads that own their columns, and over teams by a second kernel, in order.
 #pragma once
 
 #include "kernels/depth_attention_thread.cuh"
@@ -21,7 +21,8 @@ template <typename Policy, int kCapacity>
 class DepthAttentionBackwardBody {
   using Elements = typename Policy::Elements;
   using Compute = typename Elements::Compute;
-  using Args = DepthAttentionBackwardArgs<Compute, kCapacity>;
+  using Team = typename Policy::Team;
+  using Args = DepthAttentionBackwardArgs<Compute, kCapacity, Team>;
   using Loader = typename Policy::template Loader<Args>;
   using Thread = DepthAttentionThread<Policy, Args>;
   using Share = typename Thread::Share;
@@ -32,22 +33,28 @@ class DepthAttentionBackwardBody {
  public:
   __device__ __forceinline__ static void run(const Args& args) {
     const DepthAttentionTile& tile = args.tile;
+    static_assert(Thread::kSegments == 1);
     const int num_warps = tile.num_threads / kWarpSize;
-    // slots | barriers | sums [2, D] if they are shared | partials [num_warps, N] | weights [N] |
-    // score factors [N] | value factors [N] | norm [num_warps]
+    // slots | barriers | numbers of the team | sums [2, columns of the CTA] if they are shared |
+    // partials [num_warps, N] | norm [num_warps] | weights [N] | score factors [N] |
+    // value factors [N]
     std::byte* slots = dynamic_shared_memory();
     auto* barriers = reinterpret_cast<Barrier*>(slots + tile.num_slots * tile.slot_bytes);
-    auto* sums = reinterpret_cast<Compute*>(barriers + 2 * tile.num_slots);
+    auto* team_numbers = reinterpret_cast<std::byte*>(barriers + 2 * tile.num_slots);
+    auto* shared_sums = reinterpret_cast<Compute*>(team_numbers + tile.team_bytes);
     const int64_t hidden = static_cast<int64_t>(args.row_chunks) * kWidth;
-    auto* partials =
-        reinterpret_cast<Pair<Compute>*>(args.sums_are_shared ? sums + 2 * hidden : sums);
+    const Sums part = {args.parts + (args.parts == nullptr ? 0 : Team::index() * 2 * hidden),
+                       args.row_chunks, 0};
+    const Sums sums = args.sums_are_shared
+                          ? Sums{shared_sums, args.tile.slice_chunks, first_chunk<kChunks>(args, 0)}
+                          : part;
+    auto* partials = reinterpret_cast<Pair<Compute>*>(
+        args.sums_are_shared ? shared_sums + 2 * tile.slice_chunks * kWidth : shared_sums);
     // One sum a source takes the place of the pair that its logit was made of.
     auto* dots = reinterpret_cast<Compute*>(partials);
-    auto* norm_scratch = partials + num_warps * args.num_sources;
-    const Factors factors = {reinterpret_cast<Compute*>(norm_scratch + num_warps),
+    auto* norm_partials = partials + num_warps * args.num_sources;
+    const Factors factors = {reinterpret_cast<Compute*>(norm_partials + num_warps),
                              args.num_sources};
-    Compute* part = args.parts + (args.parts == nullptr ? 0 : cta_rank() * 2 * hidden);
-    if (!args.sums_are_shared) sums = part;
 
     const bool has_norm = args.out_weight.data != nullptr;
     // A ring serves its steps in one order, and that of several spans would be another.
@@ -55,44 +62,60 @@ class DepthAttentionBackwardBody {
     const bool makes_mix = has_norm && args.mix.data == nullptr;
     Loader loader(args, slots, barriers,
                   tile.resident ? 1 : 2 + (args.stats == nullptr) + (makes_mix ? 1 : 0));
+    SegmentNumbers<Team> numbers(
+        team_numbers,
+        static_cast<int>(sizeof(Pair<Compute>)) * tile.num_segments * args.num_sources,
+        segments_of_cta(args));
     wait_for_previous_kernel();
     let_next_kernel_start();
-    if (loader.produce()) return;
+    if (loader.produce()) {
+      numbers.start();
+      return;
+    }
 
     if (args.parts != nullptr) clear(args, sums);
     Share score = {};
     if (one_span) load_score(args, 0, score);
+    numbers.start();
     RingPosition at;
-    for (int64_t row = cta_rank(); row < args.num_tokens; row += num_ctas()) {
+    for (int64_t row = Team::index(); row < args.num_tokens; row += Team::count()) {
       const RingPosition row_start = at;
       bool arriving = true;
       // f(source, view) for every source of a span. In several spans rows are read in place, in any
       // order.
+      const auto step = [&](int span, int source, bool last, auto&& f) {
+        const auto values = loader.acquire(at, arriving || !tile.resident, row, span, source);
+        f(source, values);
+        if (last || !tile.resident) loader.release(at);
+        at.advance(tile.num_slots);
+      };
       const auto sweep = [&](int span, bool last, auto&& f) {
         if (tile.resident) at = row_start;
-        for (int source = 0; source < args.num_sources; ++source) {
-          const auto values = loader.acquire(at, arriving || !tile.resident, row, span, source);
-          f(source, values);
-          if (last || !tile.resident) loader.release(at);
-          at.advance(tile.num_slots);
-        }
+        for (int source = 0; source < args.num_sources; ++source) step(span, source, last, f);
         arriving = false;
       };
 
       if (args.stats == nullptr) {
         for (int span = 0; span < tile.num_spans; ++span) {
           if (!one_span) load_score(args, span, score);
-          sweep(span, false, [&](int source, auto values) {
-            Thread::add_partial(args, span, source, score, partials,
-                                [&](int, int chunk, Compute(&x)[kWidth]) {
-                                  Elements::load(values, args.sources[source].dtype, chunk, x);
-                                });
-          });
+          const auto add_source = [&](int source, auto&& add) {
+            step(span, source, false, [&](int, auto values) {
+              add([&](int, int chunk, Compute(&x)[kWidth]) {
+                Elements::load(values, args.sources[source].dtype, chunk, x);
+              });
+            });
+          };
+          Thread::add_partials(args, span, args.num_sources, score, partials, add_source);
         }
+        arriving = false;
+        numbers.share(partials, args.num_sources);
       }
       sync_first_threads(tile.num_threads);
-      if (thread_rank() < kWarpSize) softmax(args, row, partials, factors);
+      if (thread_rank() < kWarpSize) {
+        softmax(args, row, args.stats == nullptr ? numbers.all(partials) : nullptr, factors);
+      }
       sync_first_threads(tile.num_threads);
+      if (args.stats == nullptr) numbers.next();
 
       // g = the gradient of the mix; made again for each span where there are several.
       Share g = {};
@@ -124,15 +147,15 @@ class DepthAttentionBackwardBody {
           load_mix(span);
           add_norm_products(args, row, span, g, products);
         }
-        norm = output_norm(args, products, norm_scratch, num_warps);
+        norm = output_norm(args, products, norm_partials, numbers);
       }
-      const auto load_gradient = [&](int span, Compute* gain_sums) {
+      const auto load_gradient = [&](int span, bool add_to_sums) {
         if (has_norm && !one_span) load_mix(span);
-        mix_gradient(args, row, span, norm, g, gain_sums);
+        mix_gradient(args, row, span, norm, g, sums, add_to_sums);
       };
 
       for (int span = 0; span < tile.num_spans; ++span) {
-        load_gradient(span, args.parts == nullptr ? nullptr : sums + hidden);
+        load_gradient(span, args.parts != nullptr);
         sweep(span, false, [&](int source, auto values) {
           Compute dot = 0;
           if (!is_empty(args, source, factors)) {
@@ -150,13 +173,17 @@ class DepthAttentionBackwardBody {
           }
         });
       }
+      numbers.share(dots, args.num_sources);
       sync_first_threads(tile.num_threads);
-      if (thread_rank() < kWarpSize) logit_gradients(args, row, dots, factors);
+      if (thread_rank() < kWarpSize) {
+        logit_gradients(args, row, numbers.all(dots), dots, factors);
+      }
       sync_first_threads(tile.num_threads);
+      numbers.next();
 
       for (int span = 0; span < tile.num_spans; ++span) {
         if (!one_span) {
-          load_gradient(span, nullptr);
+          load_gradient(span, false);
           load_score(args, span, score);
         }
         Share grad_score = {};
@@ -182,6 +209,25 @@ class DepthAttentionBackwardBody {
     }
     __device__ __forceinline__ Compute& value(int source) const {
       return data[2 * num_sources + source];
+    }
+  };
+
+  // The sums over the rows of this team, of the gradients of the score vector and of out_weight:
+  // each thread reads and writes its own columns only.
+  enum WhichSum { kScore, kOutWeight };
+  struct Sums {
+    Compute* data;
+    int chunks;  // from one sum to the other
+    int first;   // chunk of the row
+
+    __device__ __forceinline__ void load(WhichSum which, int chunk, Compute (&x)[kWidth]) const {
+      Gains::load(SharedView{reinterpret_cast<const std::byte*>(data)}, kDTypeOf<Compute>,
+                  which * chunks + chunk - first, x);
+    }
+    __device__ __forceinline__ void store(WhichSum which, int chunk,
+                                          const Compute (&x)[kWidth]) const {
+      Gains::store(reinterpret_cast<std::byte*>(data), kDTypeOf<Compute>,
+                   which * chunks + chunk - first, x);
     }
   };
 
@@ -215,7 +261,6 @@ class DepthAttentionBackwardBody {
                                                  const Pair<Compute>* partials,
                                                  const Factors& factors) {
     const int lane = thread_rank();
-    const int num_warps = args.tile.num_threads / kWarpSize;
     Compute largest = -INFINITY;
     for (int source = lane; source < args.num_sources; source += kWarpSize) {
       Compute rstd, logit;
@@ -227,8 +272,8 @@ class DepthAttentionBackwardBody {
         logit = args.stats[(args.num_sources + source) * args.num_tokens + row];
       } else {
         Pair<Compute> sums = partials[source];
-        for (int warp = 1; warp < num_warps; ++warp) {
-          const Pair<Compute> more = partials[warp * args.num_sources + source];
+        for (int segment = 1; segment < args.tile.num_segments; ++segment) {
+          const Pair<Compute> more = partials[segment * args.num_sources + source];
           sums.first += more.first;
           sums.second += more.second;
         }
@@ -254,15 +299,18 @@ class DepthAttentionBackwardBody {
     }
   }
 
-  // One warp: from t_i to the factors of u and v_i in dv_i.
+  // One warp: from t_i, of every segment, to the factors of u and v_i in dv_i. `dots` has room for
+  // what it finds in between.
   __device__ __forceinline__ static void logit_gradients(const Args& args, int64_t row,
-                                                         Compute* dots, const Factors& factors) {
+                                                         const Compute* of_segments, Compute* dots,
+                                                         const Factors& factors) {
     const int lane = thread_rank();
-    const int num_warps = args.tile.num_threads / kWarpSize;
     Compute mean = 0;
     for (int source = lane; source < args.num_sources; source += kWarpSize) {
-      Compute dot = dots[source];
-      for (int warp = 1; warp < num_warps; ++warp) dot += dots[warp * args.num_sources + source];
+      Compute dot = of_segments[source];
+      for (int segment = 1; segment < args.tile.num_segments; ++segment) {
+        dot += of_segments[segment * args.num_sources + source];
+      }
       if (args.grad_weights != nullptr) dot += args.grad_weights[source * args.num_tokens + row];
       dots[source] = dot;
       mean += factors.weight(source) * dot;
@@ -275,7 +323,8 @@ class DepthAttentionBackwardBody {
                                      ? Compute(0) * mean
                                      : factors.weight(source) * (dots[source] - mean);
       if (is_state(args, source)) {
-        if (args.grad_first_logit != nullptr) args.grad_first_logit[row] = grad_logit;
+        if (args.grad_first_logit != nullptr && Team::rank() == 0)
+          args.grad_first_logit[row] = grad_logit;
         factors.score(source) = factors.value(source) = 0;
         continue;
       }
@@ -312,22 +361,32 @@ class DepthAttentionBackwardBody {
   }
 
   __device__ __forceinline__ static OutputNorm output_norm(const Args& args, Pair<Compute> products,
-                                                           Pair<Compute>* scratch, int num_warps) {
+                                                           Pair<Compute>* partials,
+                                                           SegmentNumbers<Team>& numbers) {
     const int lane = thread_rank() % kWarpSize;
     products = {warp_sum(products.first), warp_sum(products.second)};
-    if (lane == 0) scratch[thread_rank() / kWarpSize] = products;
-    sync_first_threads(num_warps * kWarpSize);
-    products = lane < num_warps ? scratch[lane] : Pair<Compute>{0, 0};
+    if (lane == 0) partials[Thread::first_segment()] = products;
+    numbers.share(partials, 1);
+    sync_first_threads(args.tile.num_threads);
+    products = {0, 0};
+    if (numbers.takes_part()) {
+      const Pair<Compute>* of_segments = numbers.all(partials);
+      for (int i = lane; i < args.tile.num_segments; i += kWarpSize) {
+        products.first += of_segments[i].first;
+        products.second += of_segments[i].second;
+      }
+    }
+    numbers.next();
     const Compute rstd =
         inverse_square_root(warp_sum(products.first) * args.inverse_hidden + args.out_eps);
     return {rstd, warp_sum(products.second) * rstd * args.inverse_hidden};
   }
 
-  // From the mix to its gradient, in place, and gain_sums += grad_out * normed mix. Without an
+  // From the mix to its gradient, in place, and to the sums grad_out * normed mix. Without an
   // output norm the mix does not matter.
   __device__ __forceinline__ static void mix_gradient(const Args& args, int64_t row, int span,
                                                       const OutputNorm& norm, Share& g,
-                                                      Compute* gain_sums) {
+                                                      const Sums& sums, bool add_to_sums) {
     Thread::for_chunks(args, span, [&](int k, int chunk, int) {
       if (args.out_weight.data == nullptr) {
         load_grad_out(args, row, chunk, g[k]);
@@ -341,12 +400,12 @@ class DepthAttentionBackwardBody {
         normed[j] = g[k][j] * norm.rstd;
         g[k][j] = (grad[j] * gain[j] - normed[j] * norm.mean) * norm.rstd;
       }
-      if (gain_sums == nullptr) return;
+      if (!add_to_sums) return;
       Compute total[kWidth];
-      load_sums(gain_sums, chunk, total);
+      sums.load(kOutWeight, chunk, total);
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) total[j] += grad[j] * normed[j];
-      store_sums(gain_sums, chunk, total);
+      sums.store(kOutWeight, chunk, total);
     });
   }
 
@@ -386,56 +445,47 @@ class DepthAttentionBackwardBody {
     });
   }
 
-  // The sums over the rows of this CTA: each thread reads and writes its own columns only.
-  __device__ __forceinline__ static void load_sums(const Compute* sums, int chunk,
-                                                   Compute (&x)[kWidth]) {
-    Gains::load(SharedView{reinterpret_cast<const std::byte*>(sums)}, kDTypeOf<Compute>, chunk, x);
-  }
-  __device__ __forceinline__ static void store_sums(Compute* sums, int chunk,
-                                                    const Compute (&x)[kWidth]) {
-    Gains::store(reinterpret_cast<std::byte*>(sums), kDTypeOf<Compute>, chunk, x);
-  }
-  __device__ __forceinline__ static void add_to_sums(const Args& args, int span, Compute* sums,
+  __device__ __forceinline__ static void add_to_sums(const Args& args, int span, const Sums& sums,
                                                      const Share& more) {
     Thread::for_chunks(args, span, [&](int k, int chunk, int) {
       Compute total[kWidth];
-      load_sums(sums, chunk, total);
+      sums.load(kScore, chunk, total);
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) total[j] += more[k][j];
-      store_sums(sums, chunk, total);
+      sums.store(kScore, chunk, total);
     });
   }
-  // f(chunk of [2, D]) for this thread's columns of both sums.
+  // f(which, chunk) for this thread's columns of both sums.
   template <typename F>
   __device__ __forceinline__ static void for_sums(const Args& args, F&& f) {
     for (int span = 0; span < args.tile.num_spans; ++span) {
       Thread::for_chunks(args, span, [&](int, int chunk, int) {
-        f(chunk);
-        f(args.row_chunks + chunk);
+        f(kScore, chunk);
+        f(kOutWeight, chunk);
       });
     }
   }
-  __device__ __forceinline__ static void clear(const Args& args, Compute* sums) {
-    for_sums(args, [&](int chunk) {
+  __device__ __forceinline__ static void clear(const Args& args, const Sums& sums) {
+    for_sums(args, [&](WhichSum which, int chunk) {
       const Compute zero[kWidth] = {};
-      store_sums(sums, chunk, zero);
+      sums.store(which, chunk, zero);
     });
   }
-  __device__ __forceinline__ static void copy_sums(const Args& args, const Compute* sums,
-                                                   Compute* part) {
-    for_sums(args, [&](int chunk) {
+  __device__ __forceinline__ static void copy_sums(const Args& args, const Sums& sums,
+                                                   const Sums& part) {
+    for_sums(args, [&](WhichSum which, int chunk) {
       Compute x[kWidth];
-      load_sums(sums, chunk, x);
-      store_sums(part, chunk, x);
+      sums.load(which, chunk, x);
+      part.store(which, chunk, x);
     });
   }
 };
 
 template <typename Policy, int kCapacity>
-__global__ void __launch_bounds__(kMaxThreads, 1) depth_attention_bwd_kernel(
-    const __grid_constant__
-        DepthAttentionBackwardArgs<typename Policy::Elements::Compute, kCapacity>
-            args) {
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    depth_attention_bwd_kernel(const __grid_constant__ DepthAttentionBackwardArgs<
+                               typename Policy::Elements::Compute, kCapacity, typename Policy::Team>
+                                   args) {
   DepthAttentionBackwardBody<Policy, kCapacity>::run(args);
 }
 

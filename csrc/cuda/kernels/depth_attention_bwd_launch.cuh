@@ -1,15 +1,15 @@
 // The backward's counterpart of depth_attention_launch.cuh: two kernels, the second for the weight
-// gradients. A ring serves rows of one span; longer ones, too, are read in place.
+// gradients. A ring serves rows of one span; longer ones, too, are read in place. Where the
+// architecture has clusters they serve the rows that do not fit one CTA.
 #pragma once
 
-#include "attnres/dispatch.hpp"
 #include "kernels/depth_attention_bwd.cuh"
 #include "kernels/depth_attention_launch.cuh"
 #include "kernels/launch_shape.hpp"
 
 namespace attnres::cuda {
 
-static_assert(sizeof(DepthAttentionBackwardArgs<double, kMaxSources>) < 32764,
+static_assert(sizeof(DepthAttentionBackwardArgs<double, kMaxSources, OneCta>) < 32764,
               "limit of kernel parameters");
 
 inline bool rows_are_aligned(const DepthAttentionBackward& p) {
@@ -35,10 +35,10 @@ inline bool one_dtype(const DepthAttentionBackward& p) {
   return same;
 }
 
-template <typename Compute, int kCapacity>
+template <typename Compute, int kCapacity, typename Team>
 auto make_backward_args(const DepthAttentionBackward& p, int width, const DepthAttentionTile& tile,
                         bool sums_are_shared) {
-  DepthAttentionBackwardArgs<Compute, kCapacity> args;
+  DepthAttentionBackwardArgs<Compute, kCapacity, Team> args;
   args.num_tokens = p.num_tokens;
   args.row_chunks = static_cast<int>(p.hidden / width);
   args.num_sources = args.num_steps = args.num_later_steps = p.num_sources;
@@ -87,44 +87,93 @@ auto launch_weight_gradients(const DepthAttentionBackward& p, int num_parts, Lau
   return launch.template operator()<depth_attention_weight_gradient_kernel<Compute>>(args, shape);
 }
 
+template <typename Policy>
+DepthAttentionShape backward_shape(const DepthAttentionBackward& p, bool sums_are_shared) {
+  using Elements = typename Policy::Elements;
+  using Compute = typename Elements::Compute;
+  using Args = DepthAttentionBackwardArgs<Compute, 1, typename Policy::Team>;
+  using Thread = DepthAttentionThread<Policy, Args>;
+  int64_t largest = 0;
+  for (int i = 0; i < p.num_sources; ++i) largest = std::max(largest, size_of(p.sources[i].dtype));
+  return {.row_chunks = p.hidden / Elements::kWidth,
+          .chunk_bytes = Elements::kWidth * static_cast<int>(largest),
+          .chunks_per_thread = Policy::kChunks,
+          .segments_per_warp = Thread::kSegments,
+          .registers = depth_attention_backward_registers(
+              Policy::kChunks * Elements::kWidth * sizeof(Compute), Elements::kDispatchRegisters),
+          .num_sources = p.num_sources,
+          .num_steps = p.num_sources,
+          .compute_bytes = sizeof(Compute),
+          .values_per_segment = 2,
+          .values_per_source = 3,
+          .values_per_chunk = sums_are_shared ? 2 * Elements::kWidth : 0,
+          .uses_slots = Policy::template Loader<Args>::kUsesSlots};
+}
+
+struct BackwardTile {
+  DepthAttentionTile tile;
+  bool sums_are_shared;
+};
+
+// The tile for one CTA, or for a cluster's.
+template <typename Policy>
+BackwardTile choose_backward_tile(const DepthAttentionBackward& p, const DeviceLimits& limits,
+                                  int cluster_size) {
+  constexpr bool kIsCluster = Policy::Team::kIsCluster;
+  const auto choose = [&](bool sums_are_shared) {
+    const DepthAttentionShape shape = backward_shape<Policy>(p, sums_are_shared);
+    return choose_depth_attention_tile(shape, limits, kIsCluster, cluster_size);
+  };
+  const DepthAttentionTile without = choose(false);
+  // Sums over rows are read and written once a row: in shared memory where that leaves half of it
+  // to the slots, else in the part itself, which stays in the second-level cache.
+  const int64_t slots_bytes = without.num_slots * (static_cast<int64_t>(without.slot_bytes) + 16);
+  const int64_t sum_bytes = backward_shape<Policy>(p, true).values_per_chunk *
+                            static_cast<int64_t>(without.slice_chunks) *
+                            backward_shape<Policy>(p, true).compute_bytes;
+  const bool shares =
+      without.slot_bytes > 0 && p.num_parts > 0 &&
+      2 * (without.shared_bytes - slots_bytes + sum_bytes) <= limits.shared_bytes_per_cta;
+  return {shares ? choose(true) : without, shares};
+}
+
+template <typename Policy, int kCapacity, typename Launch>
+auto launch_backward_tile(const DepthAttentionBackward& p, const BackwardTile& chosen,
+                          const DeviceLimits& limits, Launch&& launch) {
+  using Elements = typename Policy::Elements;
+  using Compute = typename Elements::Compute;
+  using Team = typename Policy::Team;
+  using Args = DepthAttentionBackwardArgs<Compute, kCapacity, Team>;
+  using Loader = typename Policy::template Loader<Args>;
+  constexpr auto kKernel = depth_attention_bwd_kernel<Policy, kCapacity>;
+  const DepthAttentionTile& tile = chosen.tile;
+  LaunchShape shape = {
+      std::min(tile.ctas_per_multiprocessor, kPartsPerMultiprocessor) * limits.num_multiprocessors,
+      tile.num_threads + Loader::kExtraThreads, tile.shared_bytes, Loader::kUsesSlots,
+      Team::kIsCluster ? tile.cluster_size : 0};
+  int64_t teams = shape.num_ctas;
+  if (tile.cluster_size > 1) teams = launch.template num_clusters<kKernel>(shape, p.num_tokens);
+  teams = std::min(teams, p.num_tokens);
+  if (p.num_parts > 0) teams = std::min(teams, p.num_parts);
+  shape.num_ctas = static_cast<int>(teams) * tile.cluster_size;
+  const auto status =
+      launch.template operator()<kKernel>(make_backward_args<Compute, kCapacity, Team>(
+                                              p, Elements::kWidth, tile, chosen.sums_are_shared),
+                                          shape);
+  if (p.num_parts == 0 || status != decltype(status){}) return status;
+  return launch_weight_gradients<Compute>(p, static_cast<int>(teams), launch);
+}
+
 template <typename Policy, int kCapacity, typename Launch>
 auto launch_backward_with(const DepthAttentionBackward& p, const DeviceLimits& limits,
                           Launch&& launch) {
-  using Elements = typename Policy::Elements;
-  using Compute = typename Elements::Compute;
-  using Loader = typename Policy::template Loader<DepthAttentionBackwardArgs<Compute, kCapacity>>;
-  int64_t largest = 0;
-  for (int i = 0; i < p.num_sources; ++i) largest = std::max(largest, size_of(p.sources[i].dtype));
-  const int64_t row_chunks = p.hidden / Elements::kWidth;
-  const int num_warps = depth_attention_threads(row_chunks, Policy::kChunks) / kWarpSize;
-  const int scratch_bytes =
-      depth_attention_backward_scratch_bytes(p.num_sources, num_warps, sizeof(Compute));
-  // Sums over rows are read and written once a row: in shared memory where that leaves half of it
-  // to the slots, else in the part itself, which stays in the second-level cache.
-  const int64_t sum_bytes = 2 * p.hidden * static_cast<int64_t>(sizeof(Compute));
-  const bool sums_are_shared = Loader::kUsesSlots && p.num_parts > 0 &&
-                               2 * (scratch_bytes + sum_bytes) <= limits.shared_bytes_per_cta;
-  const DepthAttentionTile tile = choose_depth_attention_tile(
-      {row_chunks, Elements::kWidth * static_cast<int>(largest), Policy::kChunks,
-       depth_attention_backward_registers(Policy::kChunks * Elements::kWidth * sizeof(Compute),
-                                          Elements::kDispatchRegisters),
-       p.num_sources, scratch_bytes + (sums_are_shared ? static_cast<int>(sum_bytes) : 0),
-       Loader::kUsesSlots},
-      limits);
-  int64_t num_ctas =
-      static_cast<int64_t>(std::min(tile.ctas_per_multiprocessor, kPartsPerMultiprocessor)) *
-      limits.num_multiprocessors;
-  num_ctas = std::min(num_ctas, p.num_tokens);
-  if (p.num_parts > 0) num_ctas = std::min(num_ctas, p.num_parts);
-  const LaunchShape shape = {static_cast<int>(num_ctas), tile.num_threads + Loader::kExtraThreads,
-                             tile.shared_bytes, Loader::kUsesSlots};
-  const auto status = launch.template operator()<depth_attention_bwd_kernel<Policy, kCapacity>>(
-      make_backward_args<Compute, kCapacity>(p, Elements::kWidth, tile, sums_are_shared), shape);
-  if (p.num_parts == 0 || status != decltype(status){}) return status;
-  return launch_weight_gradients<Compute>(p, static_cast<int>(num_ctas), launch);
+  return launch_backward_tile<Policy, kCapacity>(p, choose_backward_tile<Policy>(p, limits, 1),
+                                                 limits, launch);
 }
 
-template <template <typename, int, typename> class Ring, typename Launch>
+// `Ring` and `Team` are the architecture's: the loader for aligned rows, and CtaCluster where there
+// are clusters.
+template <template <typename, int, typename> class Ring, typename Team, typename Launch>
 auto launch_depth_attention_backward(const DepthAttentionBackward& p, const DeviceLimits& limits,
                                      Launch&& launch) {
   // 16 values of a row a thread: see depth_attention_backward_registers().
@@ -136,6 +185,16 @@ auto launch_depth_attention_backward(const DepthAttentionBackward& p, const Devi
   if (!rows_are_aligned(p)) {
     using Policy = DepthAttentionPolicy<Mixed<float, 1>, Direct, 8>;
     return launch_backward_with<Policy, kMaxSources>(p, limits, launch);
+  }
+  if constexpr (Team::kIsCluster) {
+    using Alone = DepthAttentionPolicy<Mixed<float, 8>, Ring, 2>;
+    using Shared = DepthAttentionPolicy<Mixed<float, 8>, Ring, 2, Team>;
+    const int size = large_row_cluster_size(backward_shape<Shared>(p, p.num_parts > 0),
+                                            choose_backward_tile<Alone>(p, limits, 1).tile, limits);
+    if (size > 0) {
+      return launch_backward_tile<Shared, kMaxSources>(
+          p, choose_backward_tile<Shared>(p, limits, size), limits, launch);
+    }
   }
   if (p.hidden > kMostInOneSpan) {
     using Policy = DepthAttentionPolicy<Mixed<float, 8>, Direct, 2>;

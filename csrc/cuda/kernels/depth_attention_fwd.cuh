@@ -1,9 +1,9 @@
 // Depth attention, forward: out = sum_i softmax_i(scale * <query * key_weight, v_i / rms(v_i)>)
 // v_i, optionally RMS-normalised.
 //
-// A CTA takes one row at a time. Each thread owns the same chunks of every source's row, so between
-// reading a source for its logit and reading it again for the mix nothing moves between threads but
-// the two sums behind a logit.
+// A team - a CTA, or a cluster of them - takes one row at a time. Each thread owns the same chunks
+// of every source's row, so between reading a source for its logit and reading it again for the mix
+// nothing moves between threads but the two sums behind a logit.
 //
 // Block summation makes the last source from two rows as it reads them, stores it, and scores and
 // mixes what it stored. Merging a state takes source 0's logit as given. See attnres/params.hpp.
@@ -17,7 +17,8 @@ template <typename Policy, int kCapacity>
 class DepthAttentionForwardBody {
   using Elements = typename Policy::Elements;
   using Compute = typename Elements::Compute;
-  using Args = DepthAttentionForwardArgs<Compute, kCapacity>;
+  using Team = typename Policy::Team;
+  using Args = DepthAttentionForwardArgs<Compute, kCapacity, Team>;
   using Loader = typename Policy::template Loader<Args>;
   using Thread = DepthAttentionThread<Policy, Args>;
   using Share = typename Thread::Share;
@@ -28,13 +29,16 @@ class DepthAttentionForwardBody {
  public:
   __device__ __forceinline__ static void run(const Args& args) {
     const DepthAttentionTile& tile = args.tile;
-    const int num_warps = tile.num_threads / kWarpSize;
-    // slots | barriers | partials [num_warps, N] | weights [N] | norm [num_warps]
+    // Segments of this CTA: one or more a warp.
+    const int num_segments = tile.num_threads / kWarpSize * Thread::kSegments;
+    // slots | barriers | numbers of the team | partials [segments, N] | norm [segments] |
+    // weights [N]
     std::byte* slots = dynamic_shared_memory();
     auto* barriers = reinterpret_cast<Barrier*>(slots + tile.num_slots * tile.slot_bytes);
-    auto* partials = reinterpret_cast<Pair<Compute>*>(barriers + 2 * tile.num_slots);
-    auto* weights = reinterpret_cast<Compute*>(partials + num_warps * args.num_sources);
-    Compute* norm_scratch = weights + args.num_sources;
+    auto* team_numbers = reinterpret_cast<std::byte*>(barriers + 2 * tile.num_slots);
+    auto* partials = reinterpret_cast<Pair<Compute>*>(team_numbers + tile.team_bytes);
+    auto* norm_partials = reinterpret_cast<Compute*>(partials + num_segments * args.num_sources);
+    Compute* weights = norm_partials + num_segments;
 
     const bool has_norm = args.out_weight.data != nullptr;
     const bool sums = args.new_partial.data != nullptr;
@@ -44,47 +48,60 @@ class DepthAttentionForwardBody {
     const int num_mixes = args.out.data == nullptr ? 0 : has_norm && tile.num_spans > 1 ? 2 : 1;
     Loader loader(args, slots, barriers,
                   tile.resident || args.num_later_steps == 0 ? 1 : 1 + num_mixes);
+    SegmentNumbers<Team> numbers(
+        team_numbers,
+        static_cast<int>(sizeof(Pair<Compute>)) * tile.num_segments * args.num_sources,
+        segments_of_cta(args));
     wait_for_previous_kernel();
     let_next_kernel_start();
-    if (loader.produce()) return;
+    if (loader.produce()) {
+      numbers.start();
+      return;
+    }
 
     Share query = {};
     if (tile.num_spans == 1) Thread::load_query(args, 0, query);
+    numbers.start();
     RingPosition at;
-    for (int64_t row = cta_rank(); row < args.num_tokens; row += num_ctas()) {
+    for (int64_t row = Team::index(); row < args.num_tokens; row += Team::count()) {
       RingPosition row_start = at;
       for (int span = 0; span < tile.num_spans; ++span) {
         if (tile.num_spans > 1) Thread::load_query(args, span, query);
-        for (int source = 0; source < num_plain; ++source) {
+        const auto add_source = [&](int source, auto&& add) {
           const auto values = loader.acquire(at, true, row, span, source);
-          Thread::add_partial(args, span, source, query, partials,
-                              [&](int, int chunk, Compute(&x)[kWidth]) {
-                                Elements::load(values, args.sources[source].dtype, chunk, x);
-                              });
+          add([&](int, int chunk, Compute(&x)[kWidth]) {
+            Elements::load(values, args.sources[source].dtype, chunk, x);
+          });
           if (!tile.resident) loader.release(at);
           at.advance(tile.num_slots);
-        }
-        if (sums) {
+        };
+        const auto add_sum = [&](int, auto&& add) {
           const Summands summands = acquire_summands(loader, args, at, true, row, span);
           std::byte* to = row_at(args.new_partial, row);
-          Thread::add_partial(args, span, num_plain, query, partials,
-                              [&](int row_chunk, int chunk, Compute(&x)[kWidth]) {
-                                add_summands(args, summands, chunk, x);
-                                Elements::store(to, args.new_partial.dtype, row_chunk, x);
-                              });
+          add([&](int row_chunk, int chunk, Compute(&x)[kWidth]) {
+            add_summands(args, summands, chunk, x);
+            Elements::store(to, args.new_partial.dtype, row_chunk, x);
+          });
           finish_summands(loader, args, at, !tile.resident);
+        };
+        Thread::add_partials(args, span, num_plain, query, partials, add_source);
+        if (sums) {
+          Thread::template add_some_partials<1>(args, span, num_plain, num_plain + 1, query,
+                                                partials, add_sum);
         }
       }
+      numbers.share(partials, args.num_sources);
       sync_first_threads(tile.num_threads);
-      if (thread_rank() < kWarpSize) softmax(args, row, partials, weights);
+      if (thread_rank() < kWarpSize) softmax(args, row, numbers.all(partials), weights);
       sync_first_threads(tile.num_threads);
+      numbers.next();
 
-      Compute sum_of_squares = 0;
+      Compute sum_of_squares[Thread::kSegments] = {};
       for (int pass = 0; pass < num_mixes; ++pass) {
         const bool last_pass = pass == num_mixes - 1;
         if (tile.resident) at = row_start;
         // What the second of two mixes is multiplied by.
-        const Compute out_scale = pass == 0 ? Compute(1) : inverse_rms(args, sum_of_squares);
+        const Compute out_scale = pass == 0 ? Compute(1) : inverse_rms(args, sum_of_squares[0]);
         for (int span = 0; span < tile.num_spans; ++span) {
           Share mix = {};
           for (int source = 0; source < num_plain; ++source) {
@@ -118,17 +135,18 @@ class DepthAttentionForwardBody {
           if (pass == 0 && args.mix.data != nullptr) store_mix(args, row, span, mix);
           if (!has_norm) {
             store_out(args, row, span, mix, Compute(1));
-          } else if (num_mixes == 1) {
-            sum_of_squares = cta_sum(warp_sum(squares(mix)), norm_scratch, num_warps);
-            store_out(args, row, span, mix, inverse_rms(args, sum_of_squares));
           } else if (pass == 0) {
-            sum_of_squares += squares(mix);
+            add_squares(mix, sum_of_squares);
+            if (num_mixes == 1) {
+              const Compute sum = row_sum(args, sum_of_squares, norm_partials, numbers);
+              store_out(args, row, span, mix, inverse_rms(args, sum));
+            }
           } else {
             store_out(args, row, span, mix, out_scale);
           }
         }
         if (num_mixes > 1 && pass == 0) {
-          sum_of_squares = cta_sum(warp_sum(sum_of_squares), norm_scratch, num_warps);
+          sum_of_squares[0] = row_sum(args, sum_of_squares, norm_partials, numbers);
         }
       }
     }
@@ -185,17 +203,17 @@ class DepthAttentionForwardBody {
   }
 
   // One warp: logits of all sources, their softmax into `weights`, and what the caller wants to
-  // keep.
+  // keep, by one CTA of the team.
   __device__ __forceinline__ static void softmax(const Args& args, int64_t row,
                                                  const Pair<Compute>* partials, Compute* weights) {
     const int lane = thread_rank();
-    const int num_warps = args.tile.num_threads / kWarpSize;
-    Compute* stats = args.stats;
+    const bool keeps = Team::rank() == 0;
+    Compute* stats = keeps ? args.stats : nullptr;
     Compute largest = -INFINITY;
     for (int source = lane; source < args.num_sources; source += kWarpSize) {
       Pair<Compute> sums = partials[source];
-      for (int warp = 1; warp < num_warps; ++warp) {
-        const Pair<Compute> more = partials[warp * args.num_sources + source];
+      for (int segment = 1; segment < args.tile.num_segments; ++segment) {
+        const Pair<Compute> more = partials[segment * args.num_sources + source];
         sums.first += more.first;
         sums.second += more.second;
       }
@@ -212,7 +230,7 @@ class DepthAttentionForwardBody {
         stats[source * args.num_tokens + row] = rstd;
         stats[(args.num_sources + source) * args.num_tokens + row] = logit;
       }
-      if (args.last_rstd != nullptr && source == args.num_sources - 1) {
+      if (args.last_rstd != nullptr && keeps && source == args.num_sources - 1) {
         args.last_rstd[row] = static_cast<float>(rstd);
       }
     }
@@ -229,21 +247,45 @@ class DepthAttentionForwardBody {
     for (int source = lane; source < args.num_sources; source += kWarpSize) {
       const Compute weight = weights[source] * inverse_sum;
       weights[source] = weight;
-      if (args.weights != nullptr) args.weights[source * args.num_tokens + row] = weight;
+      if (args.weights != nullptr && keeps) args.weights[source * args.num_tokens + row] = weight;
     }
     if (stats != nullptr && lane == 0) {
       stats[2 * args.num_sources * args.num_tokens + row] = largest + logarithm(sum);
     }
   }
 
-  __device__ __forceinline__ static Compute squares(const Share& mix) {
-    Compute sum = 0;
+  // sums[segment] += this thread's share of sum mix^2.
+  __device__ __forceinline__ static void add_squares(const Share& mix,
+                                                     Compute (&sums)[Thread::kSegments]) {
 #pragma unroll
     for (int k = 0; k < kChunks; ++k) {
 #pragma unroll
-      for (int j = 0; j < kWidth; ++j) sum += mix[k][j] * mix[k][j];
+      for (int j = 0; j < kWidth; ++j) {
+        sums[k / Thread::kSegmentChunks] += mix[k][j] * mix[k][j];
+      }
     }
-    return sum;
+  }
+
+  // From the threads' shares of a sum over a row to the sum, in every thread.
+  __device__ __forceinline__ static Compute row_sum(const Args& args,
+                                                    const Compute (&shares)[Thread::kSegments],
+                                                    Compute* partials,
+                                                    SegmentNumbers<Team>& numbers) {
+    const int lane = thread_rank() % kWarpSize;
+#pragma unroll
+    for (int segment = 0; segment < Thread::kSegments; ++segment) {
+      const Compute sum = warp_sum(shares[segment]);
+      if (lane == 0) partials[Thread::first_segment() + segment] = sum;
+    }
+    numbers.share(partials, 1);
+    sync_first_threads(args.tile.num_threads);
+    Compute sum = 0;
+    if (numbers.takes_part()) {
+      const Compute* of_segments = numbers.all(partials);
+      for (int i = lane; i < args.tile.num_segments; i += kWarpSize) sum += of_segments[i];
+    }
+    numbers.next();
+    return warp_sum(sum);
   }
 
   __device__ __forceinline__ static Compute inverse_rms(const Args& args, Compute sum_of_squares) {
@@ -278,9 +320,10 @@ class DepthAttentionForwardBody {
 };
 
 template <typename Policy, int kCapacity>
-__global__ void __launch_bounds__(kMaxThreads, 1) depth_attention_fwd_kernel(
-    const __grid_constant__ DepthAttentionForwardArgs<typename Policy::Elements::Compute, kCapacity>
-        args) {
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    depth_attention_fwd_kernel(const __grid_constant__ DepthAttentionForwardArgs<
+                               typename Policy::Elements::Compute, kCapacity, typename Policy::Team>
+                                   args) {
   DepthAttentionForwardBody<Policy, kCapacity>::run(args);
 }
 

@@ -1,9 +1,9 @@
 // From what an operator asks for to one instantiation of a body, its arguments and its launch
 // shape. The ring of the architecture serves aligned rows; rows that 16-byte copies cannot reach,
-// and float64, are read in place.
+// and float64, are read in place. Where the architecture has clusters they serve few tokens, and
+// rows that do not fit one CTA.
 #pragma once
 
-#include "attnres/dispatch.hpp"
 #include "kernels/depth_attention_fwd.cuh"
 #include "kernels/launch_shape.hpp"
 
@@ -12,7 +12,7 @@ namespace attnres::cuda {
 // The table of sources is part of a kernel's parameters, and a launch copies all of them: 32 bytes
 // a source.
 constexpr int kShortTable = 16;
-static_assert(sizeof(DepthAttentionForwardArgs<double, kMaxSources>) < 32764,
+static_assert(sizeof(DepthAttentionForwardArgs<double, kMaxSources, OneCta>) < 32764,
               "limit of kernel parameters");
 
 inline bool rows_are_aligned(const DepthAttentionForward& p) {
@@ -42,9 +42,12 @@ inline GainVector gain_vector(const ConstVector& v) {
   return {static_cast<const std::byte*>(v.data), v.dtype};
 }
 
-template <typename Compute, int kCapacity>
+static_assert(depth_attention_team_bytes(2, 3, 5) ==
+              Exchange::bytes(3 * 5 * static_cast<int>(sizeof(Pair<float>))));
+
+template <typename Compute, int kCapacity, typename Team>
 auto make_forward_args(const DepthAttentionForward& p, int width, const DepthAttentionTile& tile) {
-  DepthAttentionForwardArgs<Compute, kCapacity> args;
+  DepthAttentionForwardArgs<Compute, kCapacity, Team> args;
   args.num_tokens = p.num_tokens;
   args.row_chunks = static_cast<int>(p.hidden / width);
   args.num_sources = p.num_sources;
@@ -76,53 +79,121 @@ auto make_forward_args(const DepthAttentionForward& p, int width, const DepthAtt
   return args;
 }
 
-// launch<kernel>(args, LaunchShape) for the policies chosen.
-template <typename Policy, int kCapacity, typename Launch>
-auto launch_forward_with(const DepthAttentionForward& p, const DeviceLimits& limits,
-                         Launch&& launch) {
+template <typename Policy>
+DepthAttentionShape forward_shape(const DepthAttentionForward& p) {
   using Elements = typename Policy::Elements;
   using Compute = typename Elements::Compute;
-  using Loader = typename Policy::template Loader<DepthAttentionForwardArgs<Compute, kCapacity>>;
+  using Args = DepthAttentionForwardArgs<Compute, 1, typename Policy::Team>;
+  using Thread = DepthAttentionThread<Policy, Args>;
   int64_t largest = 0;
   for (int i = 0; i < p.num_sources; ++i) largest = std::max(largest, size_of(p.sources[i].dtype));
   if (p.delta.data != nullptr) largest = std::max(largest, size_of(p.delta.dtype));
-  const int64_t row_chunks = p.hidden / Elements::kWidth;
-  const int num_warps = depth_attention_threads(row_chunks, Policy::kChunks) / kWarpSize;
-  DepthAttentionTile tile = choose_depth_attention_tile(
-      {row_chunks, Elements::kWidth * static_cast<int>(largest), Policy::kChunks,
-       depth_attention_registers(Policy::kChunks * Elements::kWidth * sizeof(Compute),
-                                 Elements::kDispatchRegisters),
-       num_forward_steps(p),
-       depth_attention_scratch_bytes(p.num_sources, num_warps, sizeof(Compute)),
-       Loader::kUsesSlots},
-      limits);
+  return {.row_chunks = p.hidden / Elements::kWidth,
+          .chunk_bytes = Elements::kWidth * static_cast<int>(largest),
+          .chunks_per_thread = Policy::kChunks,
+          .segments_per_warp = Thread::kSegments,
+          .registers = depth_attention_registers(
+              Policy::kChunks * Elements::kWidth * sizeof(Compute), Elements::kDispatchRegisters),
+          .num_sources = p.num_sources,
+          .num_steps = num_forward_steps(p),
+          .compute_bytes = sizeof(Compute),
+          .values_per_segment = 1,
+          .values_per_source = 1,
+          .values_per_chunk = 0,
+          .uses_slots = Policy::template Loader<Args>::kUsesSlots};
+}
+
+// launch<kernel>(args, LaunchShape) for the policies chosen.
+template <typename Policy, int kCapacity, typename Launch>
+auto launch_forward_tile(const DepthAttentionForward& p, DepthAttentionTile tile,
+                         const DeviceLimits& limits, Launch&& launch) {
+  using Elements = typename Policy::Elements;
+  using Compute = typename Elements::Compute;
+  using Team = typename Policy::Team;
+  using Args = DepthAttentionForwardArgs<Compute, kCapacity, Team>;
+  using Loader = typename Policy::template Loader<Args>;
+  constexpr auto kKernel = depth_attention_fwd_kernel<Policy, kCapacity>;
   // Nobody comes back for a row whose mix is not wanted.
   if (p.out.data == nullptr) tile.resident = false;
-  const int64_t most_ctas =
-      static_cast<int64_t>(tile.ctas_per_multiprocessor) * limits.num_multiprocessors;
-  const LaunchShape shape = {static_cast<int>(std::min(p.num_tokens, most_ctas)),
-                             tile.num_threads + Loader::kExtraThreads, tile.shared_bytes,
-                             Loader::kUsesSlots};
-  return launch.template operator()<depth_attention_fwd_kernel<Policy, kCapacity>>(
-      make_forward_args<Compute, kCapacity>(p, Elements::kWidth, tile), shape);
+  LaunchShape shape = {tile.ctas_per_multiprocessor * limits.num_multiprocessors,
+                       tile.num_threads + Loader::kExtraThreads, tile.shared_bytes,
+                       Loader::kUsesSlots, Team::kIsCluster ? tile.cluster_size : 0};
+  int64_t teams = shape.num_ctas;
+  if (tile.cluster_size > 1) teams = launch.template num_clusters<kKernel>(shape, p.num_tokens);
+  shape.num_ctas = static_cast<int>(std::min(p.num_tokens, teams)) * tile.cluster_size;
+  return launch.template operator()<kKernel>(
+      make_forward_args<Compute, kCapacity, Team>(p, Elements::kWidth, tile), shape);
+}
+
+template <typename Policy, int kCapacity, typename Launch>
+auto launch_forward_with(const DepthAttentionForward& p, const DeviceLimits& limits,
+                         Launch&& launch) {
+  return launch_forward_tile<Policy, kCapacity>(
+      p, choose_depth_attention_tile(forward_shape<Policy>(p), limits), limits, launch);
+}
+
+// One or several CTAs for a row, whichever is better; `Alone` is the policy for one, and `Shared`
+// that of a CTA in a cluster.
+template <typename Alone, typename Shared, int kCapacity, typename Launch>
+auto launch_forward_alone_or_shared(const DepthAttentionForward& p, const DeviceLimits& limits,
+                                    Launch&& launch) {
+  if constexpr (Shared::Team::kIsCluster) {
+    const DepthAttentionShape shape = forward_shape<Shared>(p);
+    const DepthAttentionTile alone = choose_depth_attention_tile(forward_shape<Alone>(p), limits);
+    int size = 0;
+    if (p.out.data != nullptr) size = large_row_cluster_size(shape, alone, limits);
+    // A row in several spans adds up its sums in another order than a cluster.
+    if (p.num_tokens <= limits.num_multiprocessors && (size > 0 || alone.num_spans == 1)) {
+      size = std::max(
+          size, few_token_cluster_size(
+                    p.num_tokens, choose_depth_attention_tile(shape, limits, true, 1).num_segments,
+                    shape.num_steps * shape.row_chunks * shape.chunk_bytes, limits));
+    }
+    if (size > 0) {
+      const DepthAttentionTile tile = choose_depth_attention_tile(shape, limits, true, size);
+      // A cluster's CTA has its columns in registers, and the sums of all others in shared memory.
+      if (tile.num_spans == 1 && tile.shared_bytes <= limits.shared_bytes_per_cta) {
+        return launch_forward_tile<Shared, kCapacity>(p, tile, limits, launch);
+      }
+    }
+    return launch_forward_tile<Alone, kCapacity>(p, alone, limits, launch);
+  } else {
+    return launch_forward_with<Alone, kCapacity>(p, limits, launch);
+  }
+}
+
+// In a cluster 16 values a thread are always enough. Where the table of sources is short each
+// thread copies what it will read itself: the copies of a few tokens then start with no barriers to
+// set up.
+template <typename Elements, template <typename, int, typename> class Ring, typename Team,
+          int kChunks, typename Launch>
+auto launch_forward_chunks(const DepthAttentionForward& p, const DeviceLimits& limits,
+                           Launch&& launch) {
+  using Alone = DepthAttentionPolicy<Elements, Ring, kChunks>;
+  if (p.num_sources <= kShortTable) {
+    using Shared = DepthAttentionPolicy<Elements, CpAsyncRing, 16 / Elements::kWidth, Team>;
+    return launch_forward_alone_or_shared<Alone, Shared, kShortTable>(p, limits, launch);
+  }
+  using Shared = DepthAttentionPolicy<Elements, Ring, 16 / Elements::kWidth, Team>;
+  return launch_forward_alone_or_shared<Alone, Shared, kMaxSources>(p, limits, launch);
 }
 
 // 16 values a thread where that is enough for a row: more threads, fewer registers.
-template <typename Elements, template <typename, int, typename> class Ring, typename Launch>
+template <typename Elements, template <typename, int, typename> class Ring, typename Team,
+          typename Launch>
 auto launch_forward_through(const DepthAttentionForward& p, const DeviceLimits& limits,
                             Launch&& launch) {
   constexpr int kFew = 16 / Elements::kWidth;
   constexpr int kMany = Elements::kWidth == 8 ? 2 * kFew : kFew;
-  return dispatch_bool(p.hidden <= 16 * kMaxComputeThreads, [&](auto few) {
-    using Policy = DepthAttentionPolicy<Elements, Ring, few.value ? kFew : kMany>;
-    return dispatch_bool(p.num_sources <= kShortTable, [&](auto is_short) {
-      return launch_forward_with<Policy, is_short.value ? kShortTable : kMaxSources>(p, limits,
-                                                                                     launch);
-    });
-  });
+  if (p.hidden <= 16 * kMaxComputeThreads) {
+    return launch_forward_chunks<Elements, Ring, Team, kFew>(p, limits, launch);
+  }
+  return launch_forward_chunks<Elements, Ring, Team, kMany>(p, limits, launch);
 }
 
-template <template <typename, int, typename> class Ring, typename Launch>
+// `Ring` and `Team` are the architecture's: the loader for aligned rows, and CtaCluster where there
+// are clusters.
+template <template <typename, int, typename> class Ring, typename Team, typename Launch>
 auto launch_depth_attention_forward(const DepthAttentionForward& p, const DeviceLimits& limits,
                                     Launch&& launch) {
   if (p.compute == DType::kFloat64) {
@@ -134,16 +205,17 @@ auto launch_depth_attention_forward(const DepthAttentionForward& p, const Device
     return launch_forward_with<Policy, kMaxSources>(p, limits, launch);
   }
   if (!one_dtype(p)) {
-    using Policy = DepthAttentionPolicy<Mixed<float, 8>, Ring, 2>;
-    return launch_forward_with<Policy, kMaxSources>(p, limits, launch);
+    using Alone = DepthAttentionPolicy<Mixed<float, 8>, Ring, 2>;
+    using Shared = DepthAttentionPolicy<Mixed<float, 8>, Ring, 2, Team>;
+    return launch_forward_alone_or_shared<Alone, Shared, kMaxSources>(p, limits, launch);
   }
   switch (p.out.dtype) {
     case DType::kBFloat16:
-      return launch_forward_through<Uniform<__nv_bfloat16>, Ring>(p, limits, launch);
+      return launch_forward_through<Uniform<__nv_bfloat16>, Ring, Team>(p, limits, launch);
     case DType::kFloat16:
-      return launch_forward_through<Uniform<__half>, Ring>(p, limits, launch);
+      return launch_forward_through<Uniform<__half>, Ring, Team>(p, limits, launch);
     default:
-      return launch_forward_through<Uniform<float>, Ring>(p, limits, launch);
+      return launch_forward_through<Uniform<float>, Ring, Team>(p, limits, launch);
   }
 }
 

@@ -1,5 +1,5 @@
-// How a CTA of the depth attention forward cuts its work: a pure function of sizes and of what the
-// device has.
+// How a CTA of depth attention cuts its work, and how many CTAs share a row: pure functions of
+// sizes and of what the device has.
 //
 // A row's N x D values pass through a ring of slots in shared memory. A slot holds one step: a span
 // of a source's row, all of it unless D is too large for the registers of one CTA. When all steps
@@ -19,12 +19,18 @@ struct DeviceLimits {
 };
 
 struct DepthAttentionTile {
-  int num_threads;  // that compute; a multiple of 32
+  int cluster_size;    // CTAs that share a row
+  int num_segments;    // one warp's share of the columns: of a row; without a cluster, of a span
+  int least_segments;  // of a cluster's CTA, and how many CTAs, the first ones, have one more
+  int num_larger_slices;
+  int slice_chunks;  // of a row, in the CTA that has most
+  int num_threads;   // that compute; a multiple of 32
   int num_spans;
   int num_slots;
   int slot_bytes;
   bool resident;  // all steps of a row fit into the slots
   int ctas_per_multiprocessor;
+  int team_bytes;  // of shared memory, for what CTAs of a cluster tell one another
   int shared_bytes;
 };
 
@@ -57,41 +63,55 @@ constexpr int kPartsPerMultiprocessor = 2;
 // What the driver takes from a CTA's shared memory.
 constexpr int kReservedSharedBytes = 1024;
 
-// Shared memory beside the slots and their barriers. Forward: partial sums of every warp, softmax
-// weights, sums of the output norm.
-constexpr int depth_attention_scratch_bytes(int num_sources, int num_warps, int compute_bytes) {
-  return (num_warps * num_sources * 2 + num_sources + num_warps) * compute_bytes;
-}
-// Backward: partial sums, three factors of every source, sums of the output norm.
-constexpr int depth_attention_backward_scratch_bytes(int num_sources, int num_warps,
-                                                     int compute_bytes) {
-  return (num_warps * num_sources * 2 + 3 * num_sources + 2 * num_warps) * compute_bytes;
-}
-
-// Threads that compute, for rows of `row_chunks` chunks of which a thread holds at most
-// `chunks_per_thread`.
-constexpr int depth_attention_threads(int64_t row_chunks, int chunks_per_thread) {
-  const int64_t threads = (row_chunks + chunks_per_thread - 1) / chunks_per_thread;
-  return static_cast<int>(std::clamp<int64_t>((threads + 31) / 32 * 32, 32, kMaxComputeThreads));
+// Barriers, and two rounds of a pair of sums for every segment and source.
+constexpr int depth_attention_team_bytes(int cluster_size, int num_segments, int num_sources) {
+  return 2 * 8 + (cluster_size > 1 ? 2 * 8 * num_segments * num_sources : 0);
 }
 
 struct DepthAttentionShape {
   int64_t row_chunks;  // in a row
   int chunk_bytes;
   int chunks_per_thread;
+  int segments_per_warp;
   int registers;
-  int num_steps;      // source rows that a token loads
-  int scratch_bytes;  // of shared memory beside slots and barriers
-  bool uses_slots;    // whether the loader stages its steps in shared memory at all
+  int num_sources;
+  int num_steps;  // source rows that a token loads
+  int compute_bytes;
+  // Values of the compute dtype in shared memory: for each segment beside its pair of sums for
+  // every source, for each source, for each chunk of the CTA's columns.
+  int values_per_segment;
+  int values_per_source;
+  int values_per_chunk;
+  bool uses_slots;  // whether the loader stages its steps in shared memory at all
 };
 
 inline DepthAttentionTile choose_depth_attention_tile(const DepthAttentionShape& shape,
-                                                      const DeviceLimits& limits) {
+                                                      const DeviceLimits& limits,
+                                                      bool is_cluster = false,
+                                                      int cluster_size = 1) {
   DepthAttentionTile tile = {};
   constexpr int kBarrierBytes = 2 * 8;  // of a slot
-  tile.num_threads = depth_attention_threads(shape.row_chunks, shape.chunks_per_thread);
+  tile.cluster_size = cluster_size;
+  const int warp_chunks = 32 * shape.chunks_per_thread;
+  const auto warps = static_cast<int>((shape.row_chunks + warp_chunks - 1) / warp_chunks);
+  const int most_warps = (warps + cluster_size - 1) / cluster_size;
+  tile.num_threads = std::min(32 * most_warps, kMaxComputeThreads);
+  tile.num_segments = (is_cluster ? warps : tile.num_threads / 32) * shape.segments_per_warp;
+  tile.least_segments = warps / cluster_size;
+  tile.num_larger_slices = warps % cluster_size;
+  const int64_t slice_chunks =
+      std::min(shape.row_chunks, static_cast<int64_t>(most_warps) * warp_chunks);
+  tile.slice_chunks = static_cast<int>(slice_chunks);
   const int64_t span_chunks = static_cast<int64_t>(tile.num_threads) * shape.chunks_per_thread;
-  tile.num_spans = static_cast<int>((shape.row_chunks + span_chunks - 1) / span_chunks);
+  tile.num_spans = static_cast<int>((slice_chunks + span_chunks - 1) / span_chunks);
+  tile.team_bytes =
+      is_cluster ? depth_attention_team_bytes(cluster_size, tile.num_segments, shape.num_sources)
+                 : 0;
+  const int cta_segments = tile.num_threads / 32 * shape.segments_per_warp;
+  const int64_t values =
+      static_cast<int64_t>(cta_segments) * (2 * shape.num_sources + shape.values_per_segment) +
+      shape.num_sources * shape.values_per_source + slice_chunks * shape.values_per_chunk;
+  const int64_t beside_slots = tile.team_bytes + values * shape.compute_bytes;
 
   const int threads_per_cta = tile.num_threads + kProducerThreads;
   const int most_ctas =
@@ -100,19 +120,18 @@ inline DepthAttentionTile choose_depth_attention_tile(const DepthAttentionShape&
     tile.resident = true;
     tile.num_slots = 1;
     tile.ctas_per_multiprocessor = most_ctas;
-    tile.shared_bytes = kBarrierBytes + shape.scratch_bytes;
+    tile.shared_bytes = static_cast<int>(kBarrierBytes + beside_slots);
     return tile;
   }
 
-  tile.slot_bytes = static_cast<int>(
-      (std::min(shape.row_chunks, span_chunks) * shape.chunk_bytes + 127) / 128 * 128);
+  tile.slot_bytes =
+      static_cast<int>((std::min(slice_chunks, span_chunks) * shape.chunk_bytes + 127) / 128 * 128);
   const int64_t steps = static_cast<int64_t>(shape.num_steps) * tile.num_spans;
   const auto slots_that_fit = [&](int ctas) {
-    const int budget =
+    const int64_t budget =
         std::min(limits.shared_bytes_per_cta,
                  limits.shared_bytes_per_multiprocessor / ctas - kReservedSharedBytes);
-    return static_cast<int64_t>(std::max(0, budget - shape.scratch_bytes) /
-                                (tile.slot_bytes + kBarrierBytes));
+    return std::max<int64_t>(0, budget - beside_slots) / (tile.slot_bytes + kBarrierBytes);
   };
   // As many CTAs as possible while each keeps half a row in flight beyond the row it works on: with
   // fewer slots the copies of the next row wait for the mix of this one. (Arithmetic, not a
@@ -129,8 +148,55 @@ inline DepthAttentionTile choose_depth_attention_tile(const DepthAttentionShape&
   tile.num_slots = static_cast<int>(
       std::clamp<int64_t>(slots_that_fit(ctas), kLeastSlots, tile.resident ? 2 * steps : 64));
   tile.ctas_per_multiprocessor = ctas;
-  tile.shared_bytes = tile.num_slots * (tile.slot_bytes + kBarrierBytes) + shape.scratch_bytes;
+  tile.shared_bytes = static_cast<int>(
+      tile.num_slots * (static_cast<int64_t>(tile.slot_bytes) + kBarrierBytes) + beside_slots);
   return tile;
+}
+
+// The largest cluster that every device with clusters runs.
+constexpr int kMostCtasInCluster = 8;
+// A multiprocessor takes about 64 bytes a cycle from the second-level cache, so a row of B bytes
+// takes B / 64 cycles on one and B / 512 on a cluster of 8, which costs it an exchange of sums, a
+// trip of about 250 cycles to another multiprocessor's shared memory, and another one for an output
+// norm: even at 7/8 B / 64 = 500, B = 36 KB. Not yet measured.
+constexpr int64_t kLeastBytesToShare = 36 << 10;
+
+// CTAs for a row of a few tokens, of which each has a multiprocessor to itself, and could have more
+// than one: as many as there are for all, while each has a segment. One segment is 512 columns:
+// slices are multiples of 8, and sums do not depend on their number.
+inline int few_token_cluster_size(int64_t num_tokens, int num_segments, int64_t row_bytes,
+                                  const DeviceLimits& limits) {
+  int size = 1;
+  if (row_bytes < kLeastBytesToShare) return size;
+  while (2 * size <= std::min(kMostCtasInCluster, num_segments) &&
+         num_tokens * 2 * size <= limits.num_multiprocessors) {
+    size *= 2;
+  }
+  return size;
+}
+
+// CTAs for rows that do not fit one (`alone` is the tile that it would have), or 0 to leave them to
+// one nevertheless. The smallest cluster that has half a row in flight beyond the one it works on,
+// else the largest one that holds a row. Where none holds a row, its second sweep should find the
+// row in the second-level cache: that is so while rows in work are smaller than the cache. On an
+// H100 (132 multiprocessors, 50 MB) that is 380 KB a row where each multiprocessor has its own, and
+// 3 MB in clusters of 8. So a row of 54 sources of 7168 bf16 values (774 KB) is read twice from
+// memory by one CTA, and once by a cluster of 8, of which each holds 97 KB; 256 such sources
+// (3.7 MB) are read nearly twice in any case. Not yet measured.
+inline int large_row_cluster_size(const DepthAttentionShape& shape, const DepthAttentionTile& alone,
+                                  const DeviceLimits& limits) {
+  if (alone.resident && alone.num_spans == 1) return 0;
+  const int warp_chunks = 32 * shape.chunks_per_thread;
+  const int64_t warps = (shape.row_chunks + warp_chunks - 1) / warp_chunks;
+  int largest = 0, largest_resident = 0;
+  for (int size = 2; size <= std::min<int64_t>(kMostCtasInCluster, warps); size *= 2) {
+    const DepthAttentionTile tile = choose_depth_attention_tile(shape, limits, true, size);
+    if (tile.num_spans > 1 || tile.shared_bytes > limits.shared_bytes_per_cta) continue;
+    if (tile.resident && 2 * tile.num_slots >= 3 * shape.num_steps) return size;
+    largest = size;
+    if (tile.resident) largest_resident = size;
+  }
+  return largest_resident > 0 ? largest_resident : largest;
 }
 
 }  // namespace attnres::cuda

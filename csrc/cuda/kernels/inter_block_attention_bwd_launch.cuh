@@ -3,6 +3,7 @@
 // float16 tells from zero.
 #pragma once
 
+#include "attnres/dispatch.hpp"
 #include "kernels/depth_attention_bwd_launch.cuh"
 #include "kernels/inter_block_attention_bwd.cuh"
 #include "kernels/inter_block_attention_launch.cuh"

@@ -4,6 +4,7 @@
 // arithmetic.
 #pragma once
 
+#include "attnres/dispatch.hpp"
 #include "kernels/depth_attention_launch.cuh"
 #include "kernels/inter_block_attention_fwd.cuh"
 #include "kernels/launch_shape.hpp"

@@ -8,12 +8,12 @@ namespace attnres::cuda {
 
 cudaError_t launch_depth_attention_forward_sm80(const DepthAttentionForward& p,
                                                 const LaunchContext& context) {
-  return launch_depth_attention_forward<CpAsyncRing>(p, context.limits, Launcher{context});
+  return launch_depth_attention_forward<CpAsyncRing, OneCta>(p, context.limits, Launcher{context});
 }
 
 cudaError_t launch_depth_attention_backward_sm80(const DepthAttentionBackward& p,
                                                  const LaunchContext& context) {
-  return launch_depth_attention_backward<CpAsyncRing>(p, context.limits, Launcher{context});
+  return launch_depth_attention_backward<CpAsyncRing, OneCta>(p, context.limits, Launcher{context});
 }
 
 }  // namespace attnres::cuda

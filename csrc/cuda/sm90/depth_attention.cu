@@ -1,4 +1,5 @@
-// Depth attention for 9.0 and later: the copy engine fills a ring in shared memory.
+// Depth attention for 9.0 and later: the copy engine fills a ring in shared memory, clusters share
+// rows, and kernels start before the one before them has ended.
 #include "kernels/depth_attention_bwd_launch.cuh"
 #include "kernels/depth_attention_launch.cuh"
 #include "launch.cuh"
@@ -7,12 +8,14 @@ namespace attnres::cuda {
 
 cudaError_t launch_depth_attention_forward_sm90(const DepthAttentionForward& p,
                                                 const LaunchContext& context) {
-  return launch_depth_attention_forward<BulkRing>(p, context.limits, Launcher{context});
+  return launch_depth_attention_forward<BulkRing, CtaCluster>(p, context.limits,
+                                                              Launcher{context, true});
 }
 
 cudaError_t launch_depth_attention_backward_sm90(const DepthAttentionBackward& p,
                                                  const LaunchContext& context) {
-  return launch_depth_attention_backward<BulkRing>(p, context.limits, Launcher{context});
+  return launch_depth_attention_backward<BulkRing, CtaCluster>(p, context.limits,
+                                                               Launcher{context, true});
 }
 
 }  // namespace attnres::cuda

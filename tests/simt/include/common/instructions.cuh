@@ -36,6 +36,8 @@ inline void sync_first_threads(int count) { simt::sync_threads(1, count); }
 
 inline int cluster_size() { return simt::cluster_size(); }
 inline int rank_in_cluster() { return simt::rank_in_cluster(); }
+inline int cluster_rank() { return simt::cta_rank() / simt::cluster_size(); }
+inline int num_clusters() { return simt::num_ctas() / simt::cluster_size(); }
 inline void arrive_at_cluster() { simt::arrive_at_cluster(); }
 inline void wait_for_cluster() { simt::wait_for_cluster(); }
 
