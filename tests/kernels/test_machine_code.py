@@ -134,8 +134,13 @@ def test_registers_are_what_the_plan_counts_on(kernels) -> None:
         # depth_attention_registers() and depth_attention_backward_registers() in
         # csrc/cuda/kernels/depth_attention_tile.hpp; kDispatchRegisters in
         # csrc/cuda/common/elements.cuh
-        dispatch = 32 if is_double else 16 if "Mixed" in parts["elements"] else 0
+        dispatch = 48 if is_double else 24 if "Mixed" in parts["elements"] else 0
         budget = (2 if parts["way"] == "fwd" else 3) * share + 64 + dispatch
+        if "CtaCluster" in kernel.name and kernel.arch != "sm_90":
+            # The driver counts the clusters that fit. The plan only shares out slots by its count,
+            # and after 9.0, where cluster addresses take more registers, may leave some unused.
+            assert kernel.registers <= 128, f"{kernel.arch} {kernel.name}"
+            continue
         if parts["loader"] == "BulkRing":
             assert kernel.registers <= budget, f"{kernel.arch} {kernel.name}"
             continue

@@ -184,7 +184,7 @@ struct Mixed {
   static constexpr bool kUniform = false;
   static_assert(kWidth == 1 || kWidth == 4 || kWidth == 8);
   // What addresses of rows of any dtype take beside the values.
-  static constexpr int kDispatchRegisters = 4 * sizeof(Compute);
+  static constexpr int kDispatchRegisters = 6 * sizeof(Compute);
 
   __device__ static constexpr int bytes(DType dtype) { return bytes_of(dtype); }
 

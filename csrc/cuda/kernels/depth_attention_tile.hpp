@@ -53,7 +53,7 @@ static_assert(kMaxThreads * depth_attention_registers(32 * 4, 0) <= kRegistersPe
 constexpr int depth_attention_backward_registers(int share_bytes, int dispatch) {
   return 3 * share_bytes / 4 + 64 + dispatch;
 }
-static_assert(kMaxThreads * depth_attention_backward_registers(16 * 4, 16) <=
+static_assert(kMaxThreads * depth_attention_backward_registers(16 * 4, 0) <=
               kRegistersPerMultiprocessor);
 // Block summation holds two slots at a time.
 constexpr int kLeastSlots = 2;
