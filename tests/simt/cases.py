@@ -65,8 +65,33 @@ def rows(
     return Rows(storage, view, offset=dtype.itemsize if layout == "misaligned" else 0)
 
 
+class Sources:
+    """Sizes and dtypes of a case, as its ``sources`` have them."""
+
+    sources: list[Rows]
+
+    @property
+    def tokens(self) -> tuple[int, int]:
+        return tuple(self.sources[0].view.shape[:2])
+
+    @property
+    def num_tokens(self) -> int:
+        return self.tokens[0] * self.tokens[1]
+
+    @property
+    def hidden(self) -> int:
+        return self.sources[0].view.shape[2]
+
+    @property
+    def out_dtype(self) -> torch.dtype:
+        dtype = self.sources[0].view.dtype
+        for source in self.sources[1:]:
+            dtype = torch.promote_types(dtype, source.view.dtype)
+        return dtype
+
+
 @dataclass
-class Case:
+class Case(Sources):
     """One call of the forward, ready to be written.
 
     With ``delta`` the last source is a partial sum (``absent_partial``: there is none, its rows are
@@ -92,18 +117,6 @@ class Case:
     attend: bool = True
 
     @property
-    def tokens(self) -> tuple[int, int]:
-        return tuple(self.sources[0].view.shape[:2])
-
-    @property
-    def num_tokens(self) -> int:
-        return self.tokens[0] * self.tokens[1]
-
-    @property
-    def hidden(self) -> int:
-        return self.sources[0].view.shape[2]
-
-    @property
     def values(self) -> list[Tensor]:
         """The rows that are scored and mixed."""
         values = [source.view for source in self.sources]
@@ -114,13 +127,6 @@ class Case:
                 total = total + values[-1].to(dtype)
             values[-1] = total.to(values[-1].dtype)
         return values
-
-    @property
-    def out_dtype(self) -> torch.dtype:
-        dtype = self.sources[0].view.dtype
-        for source in self.sources[1:]:
-            dtype = torch.promote_types(dtype, source.view.dtype)
-        return dtype
 
     @property
     def compute(self) -> torch.dtype:

@@ -16,6 +16,7 @@ from .cases import (
     Launched,
     Limits,
     Rows,
+    Sources,
     encode_absent,
     encode_head,
     encode_output,
@@ -27,7 +28,7 @@ from .cases import (
 
 
 @dataclass
-class InterBlock:
+class InterBlock(Sources):
     """One call of phase 1's forward: S queries against N sources."""
 
     sources: list[Rows]
@@ -42,27 +43,8 @@ class InterBlock:
     save_stats: bool = True
 
     @property
-    def tokens(self) -> tuple[int, int]:
-        return tuple(self.sources[0].view.shape[:2])
-
-    @property
-    def num_tokens(self) -> int:
-        return self.tokens[0] * self.tokens[1]
-
-    @property
     def num_queries(self) -> int:
         return self.queries.view.shape[1]
-
-    @property
-    def hidden(self) -> int:
-        return self.sources[0].view.shape[2]
-
-    @property
-    def out_dtype(self) -> torch.dtype:
-        dtype = self.sources[0].view.dtype
-        for source in self.sources[1:]:
-            dtype = torch.promote_types(dtype, source.view.dtype)
-        return dtype
 
     @property
     def compute(self) -> torch.dtype:

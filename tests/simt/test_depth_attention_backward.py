@@ -19,12 +19,12 @@ from .cases import (
     Launched,
     Limits,
     encode_absent,
-    encode_output,
     encode_rows,
     encode_tensor,
     rows,
     run_cases,
 )
+from .gradient_cases import NO_BASE, OTHER_BASE, OWN_BASE, SHARED_BASE, GradientCase
 from .test_depth_attention import FLAVOURS, HALF, TINY, make
 
 pytestmark = [
@@ -33,13 +33,10 @@ pytestmark = [
 ]
 
 SAVES = ("nothing", "stats", "output")
-#: What the gradient of a source is added to: nothing, other rows, what its own rows hold, or what
-#: the source before has left in the rows that both share.
-NO_BASE, OTHER_BASE, OWN_BASE, SHARED_BASE = range(4)
 
 
 @dataclass
-class Backward:
+class Backward(GradientCase):
     """One call of the backward of a forward case, ready to be written."""
 
     case: Case
@@ -54,31 +51,15 @@ class Backward:
         case, count = self.case, len(self.case.sources)
         # Weights of one and zero would only test what is left after cancellation.
         case.scale = min(case.scale, 4 / case.hidden**0.5)
-        self.base_kinds = self.base_kinds or [NO_BASE] * count
-        self.wanted = self.wanted or [True] * count
         self.grad_out = rows(case.tokens, case.hidden, case.out_dtype, self.grad_layout)
-        self.bases = [
-            rows(case.tokens, case.hidden, source.view.dtype) if kind in (1, 2) else None
-            for kind, source in zip(self.base_kinds, case.sources, strict=True)
-        ]
+        self.choose_bases()
         self.grad_weights = None
         if self.weights_too:
             self.grad_weights = torch.randn(count, case.num_tokens, dtype=case.compute)
 
-    @property
-    def num_parts(self) -> int:
-        return min(self.case.num_tokens, 2 * self.case.limits.multiprocessors) if self.gains else 0
-
     def output_shapes(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of the gradients of sources, lse, query and gains, and of the parts."""
         case = self.case
-        grads = [
-            (
-                (case.num_tokens, case.hidden) if wanted and kind != SHARED_BASE else (0,),
-                source.view.dtype,
-            )
-            for wanted, kind, source in zip(self.wanted, self.base_kinds, case.sources, strict=True)
-        ]
         lse = ((case.num_tokens,) if case.first_logit is not None else (0,), case.compute)
         vectors = [
             ((0,) if vector is None or not self.gains else (case.hidden,), torch.float32)
@@ -86,6 +67,7 @@ class Backward:
             else ((case.hidden,) if self.gains else (0,), vector.dtype)
             for vector in (case.query, case.key_weight, case.out_weight)
         ]
+        grads = self.source_gradient_shapes()
         return [*grads, lse, *vectors, ((self.num_parts, 2, case.hidden), case.compute)]
 
     def encode(self, seed: int) -> bytes:
@@ -97,9 +79,7 @@ class Backward:
         mix = saved["mix"].to(case.compute) if has_mix else None
         parts = [case.encode_head(seed, "backward"), struct.pack("=q", self.num_parts)]
         parts += [encode_rows(source) for source in case.sources]
-        for kind, base in zip(self.base_kinds, self.bases, strict=True):
-            parts.append(struct.pack("=q", kind))
-            parts.append(encode_absent() if base is None else encode_rows(base))
+        parts.append(self.encode_bases())
         for vector in (case.query, case.key_weight, case.out_weight):
             parts.append(encode_absent() if vector is None else encode_tensor(vector, 1, 0, 0))
         parts.append(encode_rows(self.grad_out))
@@ -108,9 +88,7 @@ class Backward:
         )
         for values in (case.first_logit, self.grad_weights, stats):
             parts.append(encode_absent() if values is None else encode_tensor(values, 1, 0, 0))
-        for shape, dtype in self.output_shapes():
-            offset = dtype.itemsize if self.grad_layout == "misaligned" and len(shape) == 2 else 0
-            parts.append(encode_output(shape, dtype, case.hidden, offset))
+        parts.append(self.encode_outputs(self.output_shapes()))
         return b"".join(parts)
 
 

@@ -19,15 +19,14 @@ from .cases import (
     Limits,
     encode_absent,
     encode_head,
-    encode_output,
     encode_rows,
     encode_tensor,
     rows,
     run_cases,
 )
+from .gradient_cases import NO_BASE, OTHER_BASE, OWN_BASE, SHARED_BASE, GradientCase
 from .inter_block_cases import InterBlock, definition, make
 from .test_depth_attention import FLAVOURS
-from .test_depth_attention_backward import NO_BASE, OTHER_BASE, OWN_BASE, SHARED_BASE
 from .test_inter_block_attention import MIXED, RINGS, Way
 
 pytestmark = [
@@ -40,7 +39,7 @@ SMALL = Limits(multiprocessors=2, shared_per_multiprocessor=33 * 1024, shared_pe
 
 
 @dataclass
-class Backward:
+class Backward(GradientCase):
     """One call of the backward of a forward case, ready to be written."""
 
     case: InterBlock
@@ -53,40 +52,24 @@ class Backward:
     grad_layout: str = "contiguous"
 
     def __post_init__(self) -> None:
-        case, count = self.case, len(self.case.sources)
-        self.base_kinds = self.base_kinds or [NO_BASE] * count
-        self.wanted = self.wanted or [True] * count
+        case = self.case
         # [S * M, D] in two levels: a query's tokens one after the other.
         shape = (case.num_queries, case.num_tokens)
         self.grad_out = None
         if self.out_too:
             self.grad_out = rows(shape, case.hidden, case.out_dtype, self.grad_layout)
         self.grad_lse = torch.randn(shape, dtype=case.compute) if self.lse_too else None
-        self.bases = [
-            rows(case.tokens, case.hidden, source.view.dtype) if kind in (1, 2) else None
-            for kind, source in zip(self.base_kinds, case.sources, strict=True)
-        ]
-
-    @property
-    def num_parts(self) -> int:
-        return min(self.case.num_tokens, 2 * self.case.limits.multiprocessors) if self.gains else 0
+        self.choose_bases()
 
     def output_shapes(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of the gradients of sources, queries and gains, and of the parts."""
         case = self.case
-        grads = [
-            (
-                (case.num_tokens, case.hidden) if wanted and kind != SHARED_BASE else (0,),
-                source.view.dtype,
-            )
-            for wanted, kind, source in zip(self.wanted, self.base_kinds, case.sources, strict=True)
-        ]
         matrix = (case.num_queries, case.hidden)
         dtype = case.queries.view.dtype
         has_gains = self.gains and case.key_weights is not None
         parts = ((self.num_parts, *matrix) if self.gains else (0,), case.compute)
         return [
-            *grads,
+            *self.source_gradient_shapes(),
             (matrix if self.gains else (0,), dtype),
             (matrix if has_gains else (0,), dtype),
             parts,
@@ -97,18 +80,14 @@ class Backward:
         case = self.case
         parts = [encode_head(case, seed, "inter_block_backward")]
         parts += [struct.pack("=2q", case.num_queries, self.num_parts), case.encode_inputs()]
-        for kind, base in zip(self.base_kinds, self.bases, strict=True):
-            parts.append(struct.pack("=q", kind))
-            parts.append(encode_absent() if base is None else encode_rows(base))
+        parts.append(self.encode_bases())
         parts.append(encode_absent() if self.grad_out is None else encode_rows(self.grad_out))
         stats = None
         if self.saved:
             stats = definition(case, torch.float64)["stats"].to(case.compute)
         for values in (self.grad_lse, stats):
             parts.append(encode_absent() if values is None else encode_tensor(values, 1, 0, 0))
-        for shape, dtype in self.output_shapes():
-            offset = dtype.itemsize if self.grad_layout == "misaligned" and len(shape) == 2 else 0
-            parts.append(encode_output(shape, dtype, case.hidden, offset))
+        parts.append(self.encode_outputs(self.output_shapes()))
         return b"".join(parts)
 
 
