@@ -123,15 +123,8 @@ def _collect(device: str) -> None:
 
 
 def _figures(case: ModelCase, timing: Timing, yardstick: Timing | None) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        "seconds": timing.median,
-        "best_seconds": timing.best,
-        "spread": timing.spread,
-        "samples": tuple(timing.samples),
-        "preemptions": timing.preemptions,
-        "tokens_per_second": case.batch * case.tokens / timing.median,
-        "timer": timing.timer,
-    }
+    found = timing.figures()
+    found["tokens_per_second"] = case.batch * case.tokens / timing.median
     if yardstick is not None:
         over = [a / b - 1 for a, b in zip(timing.samples, yardstick.samples, strict=True)]
         low, middle, high = statistics.quantiles(over, n=4, method="inclusive")

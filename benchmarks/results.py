@@ -10,7 +10,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,11 @@ from typing import Any
 FORMAT = 1
 
 
-@dataclass(frozen=True)
-class Result:
-    """One contestant in one case. Times are seconds per call.
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """What came of timing somebody, or why nobody did. Times are seconds per call.
 
     Attributes:
-        case: the case's name.
-        operator: the operator's name.
-        shape: its shape, for people.
-        work: what one call does, for people.
-        origin: where the shape comes from.
-        contestant: who, or "copy" for the yardstick.
         status: "timed"; or not timed because "absent" (cannot run here), "unsupported" (does not
             do this), "failed" (raised an error) or "wrong" (the correctness gate refused it).
         reason: why it was not timed.
@@ -37,11 +31,40 @@ class Result:
         spread: distance between the quartiles, as a share of the median.
         samples: all of them.
         preemptions: how often the system took a core away while this was timed.
-        bytes: what the call must move.
-        operations: multiplications and additions on matrices, where the operator has any.
-        error: largest error as a share of what the gate allows.
         timer: "clock" for the host's clock, "graph" for replays of a CUDA graph between two events,
             "events" for plain CUDA launches between two events.
+        error: largest error as a share of what the correctness gate allows.
+    """
+
+    status: str
+    reason: str = ""
+    seconds: float | None = None
+    best_seconds: float | None = None
+    spread: float | None = None
+    samples: tuple[float, ...] = ()
+    preemptions: int | None = None
+    timer: str = "clock"
+    error: float | None = None
+
+    @property
+    def shared_cores(self) -> bool:
+        """Whether other processes ran on its cores about as often as it did."""
+        return (self.preemptions or 0) > len(self.samples)
+
+
+@dataclass(frozen=True)
+class Result(Measurement):
+    """One contestant in one case.
+
+    Attributes:
+        case: the case's name.
+        operator: the operator's name.
+        shape: its shape, for people.
+        work: what one call does, for people.
+        origin: where the shape comes from.
+        contestant: who, or "copy" for the yardstick.
+        bytes: what the call must move.
+        operations: multiplications and additions on matrices, where the operator has any.
     """
 
     case: str
@@ -50,17 +73,8 @@ class Result:
     work: str
     origin: str
     contestant: str
-    status: str
-    reason: str = ""
-    seconds: float | None = None
-    best_seconds: float | None = None
-    spread: float | None = None
-    samples: tuple[float, ...] = ()
-    preemptions: int | None = None
     bytes: int | None = None
     operations: int | None = None
-    error: float | None = None
-    timer: str = "clock"
 
     @property
     def bandwidth(self) -> float | None:
@@ -74,8 +88,10 @@ class Result:
 
 
 @dataclass(frozen=True)
-class ModelResult:
-    """One residual, by one implementation, in one stack of layers. Times are seconds per call.
+class ModelResult(Measurement):
+    """One residual, by one implementation, in one stack of layers.
+
+    The n-th samples of a case's arms were taken in the same turn.
 
     Attributes:
         case: the case's name: the work and the stack. All arms of a case take turns.
@@ -93,19 +109,10 @@ class ModelResult:
         dtype: of activations.
         scaling: axes ("layers", "blocks", "tokens", "hidden") that this case is a point of.
         origin: where the shape comes from.
-        status: as in :class:`Result`.
-        reason: why it was not timed.
-        seconds: median.
-        best_seconds: fastest sample.
-        spread: distance between the quartiles, as a share of the median.
-        samples: all of them; the n-th samples of a case's arms were taken in the same turn.
-        preemptions: how often the system took a core away while this was timed.
         tokens_per_second: ``batch * tokens / seconds``.
         peak_bytes: most memory that one call held beyond what was there before it.
         overhead: median over the turns of the time over the standard residual's, less one.
         overhead_quartiles: lower and upper quartile of the same.
-        error: largest error of the outputs as a share of what the gate allows.
-        timer: as in :class:`Result`.
     """
 
     case: str
@@ -123,19 +130,16 @@ class ModelResult:
     dtype: str
     scaling: tuple[str, ...]
     origin: str
-    status: str
-    reason: str = ""
-    seconds: float | None = None
-    best_seconds: float | None = None
-    spread: float | None = None
-    samples: tuple[float, ...] = ()
-    preemptions: int | None = None
     tokens_per_second: float | None = None
     peak_bytes: int | None = None
     overhead: float | None = None
     overhead_quartiles: tuple[float, float] | None = None
-    error: float | None = None
-    timer: str = "clock"
+
+
+def shared_cores(rows: Iterable[Measurement]) -> tuple[int, int]:
+    """How many measurements shared their cores with other processes, and how many there are."""
+    timed = [row for row in rows if row.status == "timed"]
+    return sum(row.shared_cores for row in timed), len(timed)
 
 
 _KINDS: dict[str, type[Result] | type[ModelResult]] = {"result": Result, "model": ModelResult}
@@ -152,7 +156,7 @@ def write(path: Path, run: dict[str, Any], results: Iterable[Result | ModelResul
     path.parent.mkdir(parents=True, exist_ok=True)
     records = [{"kind": "run", "format": FORMAT, **run}]
     names = {kind: name for name, kind in _KINDS.items()}
-    records += [{"kind": names[type(result)], **asdict(result)} for result in results]
+    records += [{"kind": names[type(result)], **_record(result)} for result in results]
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w") as file:
@@ -163,6 +167,13 @@ def write(path: Path, run: dict[str, Any], results: Iterable[Result | ModelResul
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def _record(result: Measurement) -> dict[str, Any]:
+    """Who and what first, as people read it, then what was measured."""
+    values = asdict(result)
+    measured = {field.name: values.pop(field.name) for field in fields(Measurement)}
+    return {**values, **measured}
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[Result]]:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 try:
     import resource
@@ -44,7 +44,7 @@ class Action:
 class Sampler(Protocol):
     """Takes samples of one action."""
 
-    #: As in :attr:`attnres_ext.benchmarks.results.Result.timer`.
+    #: As in :attr:`attnres_ext.benchmarks.results.Measurement.timer`.
     timer: str
 
     def sample(self, repeats: int) -> float:
@@ -89,6 +89,17 @@ class Timing:
             return 0.0
         low, _, high = statistics.quantiles(self.samples, n=4, method="inclusive")
         return (high - low) / self.median
+
+    def figures(self) -> dict[str, Any]:
+        """What results keep of it (:class:`attnres_ext.benchmarks.results.Measurement`)."""
+        return {
+            "seconds": self.median,
+            "best_seconds": self.best,
+            "spread": self.spread,
+            "samples": tuple(self.samples),
+            "preemptions": self.preemptions,
+            "timer": self.timer,
+        }
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,11 @@ def version(run: dict[str, Any]) -> str:
     return f"commit {run['commit'][:10]}{', with changes' if run.get('modified') else ''}"
 
 
+def shared_cores(shared: int, timed: int) -> str:
+    """That other processes ran beside ``shared`` of ``timed`` measurements."""
+    return f"{shared} of {timed} measurements shared their cores with other processes"
+
+
 def processor(run: dict[str, Any]) -> str:
     """What did the work: the GPU if there was one, else the CPU."""
     machine = run.get("machine", {})

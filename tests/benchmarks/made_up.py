@@ -13,6 +13,8 @@ from attnres_ext.benchmarks.registry import Case
 from attnres_ext.benchmarks.results import ModelResult, Result
 
 PRESENT, OLD = "a" * 64, "b" * 64
+#: What lies here now.
+HASHES = {"csrc_sha256": PRESENT, "backend_sha256": {"cpu": "c" * 64, "cuda": "d" * 64}}
 #: Shares of the median, so that the quartiles lie 4 % around it.
 SAMPLES = (0.94, 0.96, 1.0, 1.04, 1.06)
 
@@ -51,7 +53,7 @@ def timed(case: Case, contestant: str, seconds: float, **others: Any) -> Result:
         case.work,
         case.origin,
         contestant,
-        "timed",
+        status="timed",
         seconds=seconds,
         best_seconds=SAMPLES[0] * seconds,
         spread=SAMPLES[3] - SAMPLES[1],
@@ -66,8 +68,9 @@ def timed(case: Case, contestant: str, seconds: float, **others: Any) -> Result:
 def refused(case: Case, contestant: str, status: str, reason: str) -> Result:
     """Somebody who was not timed."""
     return Result(
-        case.name, case.operator, case.shape, case.work, case.origin, contestant, status, reason
-    )
+        case.name, case.operator, case.shape, case.work, case.origin, contestant, status=status,
+        reason=reason,
+    )  # fmt: skip
 
 
 def model(

@@ -49,7 +49,7 @@ def keep(
             case.work,
             case.origin,
             contestant,
-            "absent" if seconds is None else "timed",
+            status="absent" if seconds is None else "timed",
             seconds=seconds,
             bytes=4_000_000,
         )
@@ -203,7 +203,7 @@ def test_figures_of_a_check_count_as_a_run(tmp_path: Path) -> None:
 
 def result(case: object, contestant: str, seconds: float) -> object:
     return tool.results.Result(
-        case.name, case.operator, case.shape, case.work, case.origin, contestant, "timed",
+        case.name, case.operator, case.shape, case.work, case.origin, contestant, status="timed",
         seconds=seconds, bytes=8_000_000,
     )  # fmt: skip
 

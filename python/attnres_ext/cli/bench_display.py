@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from attnres_ext.benchmarks import contestants
+from attnres_ext.benchmarks import contestants, results, wording
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -146,12 +146,11 @@ def print_notes(
             "host's launches, too",
             style="yellow",
         )
-    timed = [row for row in rows if row.status == "timed"]
-    disturbed = sum(1 for row in timed if (row.preemptions or 0) > len(row.samples))
-    if disturbed:
+    shared, timed = results.shared_cores(rows)
+    if shared:
         say(
-            f"{disturbed} of {len(timed)} measurements shared their cores with other processes; "
-            "figures are only as good as the machine was quiet.",
+            f"{wording.shared_cores(shared, timed)}; figures are only as good as the machine was "
+            "quiet.",
             style="yellow",
         )
 
