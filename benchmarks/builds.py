@@ -1,7 +1,7 @@
 """What a build costs: time by target, and bytes of the libraries by part.
 
 ``tools/time_build.py`` builds from nothing and keeps what it finds as one JSON file,
-``build-<date>.json``: date, command, commit, ``csrc_sha256``, machine and versions as in other
+``build-<date>.json``: date, command, commit, hashes of ``csrc/``, machine and versions as in other
 results, and
 
 ``seconds``, ``jobs``

@@ -29,10 +29,16 @@ def repository() -> Path | None:
     return root if (root / "csrc").is_dir() and (root / "pyproject.toml").is_file() else None
 
 
-def source_hash(root: Path | None = None) -> str | None:
-    """:func:`attnres_ext.benchmarks.sources.source_hash`; None without sources."""
+def source_hashes(root: Path | None = None) -> dict[str, Any] | None:
+    """:func:`attnres_ext.benchmarks.sources.hashes`; None without sources."""
     root = root or repository()
-    return None if root is None else sources.source_hash(root)
+    return None if root is None else sources.hashes(root)
+
+
+def code(root: Path | None = None) -> dict[str, Any]:
+    """Which code lies here: its commit, and the hashes of its sources (None without sources)."""
+    unknown = {"csrc_sha256": None, "backend_sha256": {}}
+    return {**commit(root), **(source_hashes(root) or unknown)}
 
 
 def commit(root: Path | None = None) -> dict[str, Any]:

@@ -239,14 +239,7 @@ def _result(
 ) -> Result:
     measured: dict[str, Any] = {}
     if timing is not None:
-        measured = {
-            "seconds": timing.median,
-            "best_seconds": timing.best,
-            "spread": timing.spread,
-            "samples": tuple(timing.samples),
-            "preemptions": timing.preemptions,
-            "timer": timing.timer,
-        }
+        measured = timing.figures()
         if not case.is_host:
             # A yardstick moves less than the operator, and multiplies nothing.
             own = contestant == "copy" or hasattr(contestants.get(contestant), "bytes_moved")
@@ -275,8 +268,7 @@ def describe_run(suite: str, device: str, options: Options, pages_kept: bool) ->
         "threads": torch.get_num_threads(),
         "cache": "cold" if options.cold else "warm",
         "pages_kept": pages_kept,
-        **machine.commit(),
-        "csrc_sha256": machine.source_hash(),
+        **machine.code(),
         "machine": machine.describe(options.device),
         "versions": machine.versions(),
     }

@@ -1,4 +1,4 @@
-"""Which code was measured: hashes of ``csrc/``, all of it and what each CUDA kernel is made of.
+"""Which code was measured: hashes of ``csrc/``, of each backend and of each file of CUDA kernels.
 
 Needs nothing but the standard library: the build runs it too (``python benchmarks/sources.py
 FILE``), so that a binary can say which sources it was compiled from.
@@ -9,15 +9,56 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
+#: Folders of ``csrc/`` that each backend has to itself: what runs on the other knows nothing of it.
+_BACKENDS = ("cpu", "cuda")
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 
 
 def source_hash(root: Path) -> str:
     """SHA-256 over names and contents of everything under ``csrc/`` of the checkout ``root``."""
-    return _digest(root, (path for path in (root / "csrc").rglob("*") if path.is_file()))
+    return _digest(root, _files(root))
+
+
+def backend_hashes(root: Path) -> dict[str, str]:
+    """A hash for "cpu" and one for "cuda": ``csrc/`` without the other's folder.
+
+    A figure of the CPU stands while only CUDA kernels change, and the other way round.
+    """
+    return {
+        backend: _digest(
+            root,
+            (
+                path
+                for path in _files(root)
+                if path.relative_to(root / "csrc").parts[0] not in {*_BACKENDS} - {backend}
+            ),
+        )
+        for backend in _BACKENDS
+    }
+
+
+def hashes(root: Path) -> dict[str, Any]:
+    """What every record says about its sources: ``csrc_sha256`` and ``backend_sha256``."""
+    return {"csrc_sha256": source_hash(root), "backend_sha256": backend_hashes(root)}
+
+
+def is_current(record: Mapping[str, Any], present: Mapping[str, Any]) -> bool:
+    """Whether a record is of the present sources, as far as they can matter to its figures.
+
+    Args:
+        record: what :func:`hashes` said when it was made, and its ``device``. Without a device (a
+            build), or in records from before there were hashes of backends, everything matters.
+        present: what :func:`hashes` says now.
+    """
+    if record.get("csrc_sha256") == present["csrc_sha256"]:
+        return True
+    backend = str(record.get("device", "")).split(":")[0]
+    measured = record.get("backend_sha256", {}).get(backend)
+    return measured is not None and measured == present["backend_sha256"][backend]
 
 
 def kernel_hashes(root: Path) -> dict[str, str]:
@@ -30,6 +71,10 @@ def kernel_hashes(root: Path) -> dict[str, str]:
         f"{path.parent.name}/{path.stem}": _digest(root, _with_includes(path, root))
         for path in sorted((root / "csrc" / "cuda").glob("sm*/*.cu"))
     }
+
+
+def _files(root: Path) -> list[Path]:
+    return [path for path in (root / "csrc").rglob("*") if path.is_file()]
 
 
 def _with_includes(path: Path, root: Path) -> set[Path]:

@@ -60,11 +60,6 @@ def choices() -> list[str]:
     return [f"{name}={os.environ[name]}" for name in names if os.environ.get(name)]
 
 
-def sources() -> dict[str, Any]:
-    """Which code lies here now: asked before a build, because somebody may edit it meanwhile."""
-    return {**machine.commit(), "csrc_sha256": machine.source_hash()}
-
-
 def _processor_seconds() -> float:
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
@@ -118,7 +113,8 @@ def main() -> int:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="attnres-build-") as name:
         folder = Path(name)
-        code = sources()
+        # Asked before the build, because somebody may edit it meanwhile.
+        code = machine.code()
         try:
             spent = build(folder, arguments.jobs)
         except subprocess.CalledProcessError as error:

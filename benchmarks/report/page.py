@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from attnres_ext.benchmarks.report.html import Html, tag
 from attnres_ext.benchmarks.report.kept import Kept
@@ -38,13 +40,13 @@ CONTENTS = {
 }
 
 
-def render(kept: Kept, csrc_sha256: str | None, command: str) -> str:
+def render(kept: Kept, present: Mapping[str, Any] | None, command: str) -> str:
     """The page.
 
     Args:
         kept: what to show.
-        csrc_sha256: of the present sources, to say which results are of older code; None where
-            there are no sources.
+        present: hashes of the present sources (:func:`attnres_ext.benchmarks.sources.hashes`), to
+            say which results are of older code; None where there are no sources.
         command: that made the page.
     """
     parts = {
@@ -56,7 +58,7 @@ def render(kept: Kept, csrc_sha256: str | None, command: str) -> str:
         "build": build.section(kept),
         "history": changes.section(kept),
         "checks": checks.section(kept),
-        "where": where.section(kept, csrc_sha256),
+        "where": where.section(kept, present),
         "records": records.section(kept),
     }
     shown = {ident: drawn for ident, drawn in parts.items() if drawn}
@@ -64,14 +66,14 @@ def render(kept: Kept, csrc_sha256: str | None, command: str) -> str:
         _header(shown),
         tag(
             "main",
-            _notices(kept, csrc_sha256),
+            _notices(kept, present),
             glance.section(kept),
             list(shown.values()),
             id="main",
         ),
         tag(
             "footer",
-            tag("p", "Made by ", tag("code", command), "; ", _code_shown(csrc_sha256), "."),
+            tag("p", "Made by ", tag("code", command), "; ", _code_shown(present), "."),
             tag(
                 "p",
                 "How everything is measured: ",
@@ -104,15 +106,15 @@ def _header(shown: dict[str, Html]) -> Html:
     )
 
 
-def _notices(kept: Kept, csrc_sha256: str | None) -> Html | None:
-    said = notices(kept, csrc_sha256)
+def _notices(kept: Kept, present: Mapping[str, Any] | None) -> Html | None:
+    said = notices(kept, present)
     if not said:
         return None
     items = [tag("li", sentence) for sentence in said]
     return tag("ul", items, id="notices", aria_label="What to mind")
 
 
-def _code_shown(csrc_sha256: str | None) -> Html | str:
-    if csrc_sha256 is None:
+def _code_shown(present: Mapping[str, Any] | None) -> Html | str:
+    if present is None:
         return "no sources here to compare with"
-    return Html(f"present csrc/ {tag('code', csrc_sha256[:10])}")
+    return Html(f"present csrc/ {tag('code', present['csrc_sha256'][:10])}")

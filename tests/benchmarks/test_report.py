@@ -77,7 +77,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def source(folder: Path) -> str:
-    return page.render(kept.load(folder), made_up.PRESENT, "attnres bench report DIR")
+    return page.render(kept.load(folder), made_up.HASHES, "attnres bench report DIR")
 
 
 @pytest.fixture(scope="module")
@@ -241,10 +241,10 @@ def test_markup_in_records_is_text() -> None:
 # What to mind
 
 
-def said(*runs: dict[str, object], csrc: str | None = made_up.PRESENT) -> str:
+def said(*runs: dict[str, object], present: dict[str, object] | None = made_up.HASHES) -> str:
     rows = (made_up.timed(made_up.MIX, "ours", 1e-3),)
     made = tuple(kept.Run(f"{i}.jsonl", dict(run), rows, ()) for i, run in enumerate(runs))
-    return "\n".join(notices.notices(kept.Kept(Path(), made), csrc))
+    return "\n".join(notices.notices(kept.Kept(Path(), made), present))
 
 
 def test_nothing_to_mind_where_everything_is_of_the_present_sources() -> None:
@@ -260,14 +260,41 @@ def test_missing_and_older_results_are_said_in_plain_words() -> None:
         "There is no CUDA result for the present csrc/. The newest is of 2026"
     )
     assert "commit bbbbbbbbbb, and measured older code" in sentence
-    assert "outside of a checkout" in said(cpu, old, csrc=None)
+    assert "outside of a checkout" in said(cpu, old, present=None)
     assert "changes that no commit holds: 0.jsonl" in said({**cpu, "modified": True})
+
+
+def test_changes_of_the_other_backend_make_no_result_old() -> None:
+    hashes = {"cpu": made_up.HASHES["backend_sha256"]["cpu"], "cuda": "e" * 64}
+    cpu, cuda = (
+        made_up.facts("2026-01-01", device=device, csrc=made_up.OLD, backend_sha256=hashes)
+        for device in ("cpu", "cuda")
+    )
+    assert said(cpu, cuda).startswith("There is no CUDA result for the present csrc/.")
+    assert "CPU" not in said(cpu, cuda)
+
+
+def test_cases_that_only_older_code_ran_are_counted() -> None:
+    old = made_up.facts("2026-01-01", csrc=made_up.OLD)
+    new = made_up.facts("2026-01-02")
+    cases = (made_up.MIX, made_up.ADD)
+    rows = [
+        tuple(made_up.timed(case, "ours", 1e-3) for case in some) for some in (cases, cases[:1])
+    ]
+    runs = (
+        kept.Run("old.jsonl", old, rows[0], tuple(made_up.models()[:4])),
+        kept.Run("new.jsonl", new, rows[1], ()),
+    )
+    _, sentence = notices.notices(kept.Kept(Path(), runs), made_up.HASHES)
+    assert sentence == (
+        "2 of 3 CPU cases were last measured with older code than the present csrc/: old.jsonl."
+    )
 
 
 def test_disturbed_runs_are_named() -> None:
     busy = made_up.timed(made_up.MIX, "ours", 1e-3, preemptions=6)
     made = kept.Run("busy.jsonl", made_up.facts("2026-01-01"), (busy,), ())
-    sentences = "\n".join(notices.notices(kept.Kept(Path(), (made,)), made_up.PRESENT))
+    sentences = "\n".join(notices.notices(kept.Kept(Path(), (made,)), made_up.HASHES))
     assert "In busy.jsonl, 1 of 1 measurements shared their cores" in sentences
 
 

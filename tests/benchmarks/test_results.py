@@ -28,7 +28,9 @@ TIMED = Result(
     bytes=10,
     error=0.2,
 )
-ABSENT = Result("op/N2/none", "op", "N2", "forward", "host", "eager", "absent", reason="not here")
+ABSENT = Result(
+    "op/N2/none", "op", "N2", "forward", "host", "eager", status="absent", reason="not here"
+)
 MODEL = ModelResult(
     case="train/L2-D8-T4-fp32",
     work="train",
@@ -165,16 +167,66 @@ def test_the_hash_of_a_kernel_follows_what_it_includes(tmp_path: Path) -> None:
     assert after["sm90/b"] == before["sm90/b"]
 
 
-def test_source_hash_follows_names_and_contents(tmp_path: Path) -> None:
-    folder = tmp_path / "csrc"
-    folder.mkdir()
-    (folder / "a.cpp").write_text("one")
-    first = machine.source_hash(tmp_path)
-    assert machine.source_hash(tmp_path) == first
-    (folder / "a.cpp").write_text("two")
-    second = machine.source_hash(tmp_path)
-    (folder / "a.cpp").rename(folder / "b.cpp")
-    assert len({first, second, machine.source_hash(tmp_path)}) == 3
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    for name in ("ops/a.cpp", "cpu/a.cpp", "cuda/sm90/a.cu", "include/attnres/plan.hpp"):
+        path = tmp_path / "csrc" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    return tmp_path
+
+
+def test_source_hash_follows_names_and_contents(checkout: Path) -> None:
+    first = sources.hashes(checkout)
+    assert machine.source_hashes(checkout) == first
+    (checkout / "csrc/ops/a.cpp").write_text("two")
+    second = sources.hashes(checkout)
+    (checkout / "csrc/ops/a.cpp").rename(checkout / "csrc/ops/b.cpp")
+    third = sources.hashes(checkout)
+    for name in ("cpu", "cuda"):
+        assert len({one["backend_sha256"][name] for one in (first, second, third)}) == 3
+    assert len({one["csrc_sha256"] for one in (first, second, third)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("changed", "stand"),
+    [
+        ("cuda/sm90/a.cu", {"cpu"}),
+        ("cuda/sm90/new.cu", {"cpu"}),
+        ("cpu/a.cpp", {"cuda", "cuda:1"}),
+        ("ops/a.cpp", set()),
+        ("include/attnres/plan.hpp", set()),
+    ],
+)
+def test_a_result_stands_until_the_code_behind_it_changes(
+    checkout: Path, changed: str, stand: set[str]
+) -> None:
+    devices = ("cpu", "cuda", "cuda:1")
+    records = {device: {"device": device, **machine.code(checkout)} for device in devices}
+    build = machine.code(checkout)
+    present = sources.hashes(checkout)
+    assert all(sources.is_current(one, present) for one in (build, *records.values()))
+    (checkout / "csrc" / changed).write_text("changed")
+    present = sources.hashes(checkout)
+    assert {d for d, record in records.items() if sources.is_current(record, present)} == stand
+    assert not sources.is_current(build, present)
+
+
+def test_results_from_before_there_were_hashes_of_backends_stand_while_nothing_changes(
+    checkout: Path,
+) -> None:
+    old = {"device": "cpu", "csrc_sha256": sources.source_hash(checkout)}
+    assert sources.is_current(old, sources.hashes(checkout))
+    (checkout / "csrc/cuda/sm90/a.cu").write_text("changed")
+    assert not sources.is_current(old, sources.hashes(checkout))
+    assert not sources.is_current({"device": "cpu"}, sources.hashes(checkout))
+
+
+def test_where_there_are_no_sources_a_record_says_so(tmp_path: Path) -> None:
+    assert machine.source_hashes() is not None
+    assert sources.is_current(machine.code(), machine.source_hashes())
+    unknown = {"csrc_sha256": None, "backend_sha256": {}}
+    assert sources.is_current({"device": "cpu", **unknown}, sources.hashes(tmp_path)) is False
 
 
 def test_commit_outside_of_a_repository_is_unknown(tmp_path: Path) -> None:

@@ -178,7 +178,7 @@ def record(
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["python", "-m", "tools.gpu_check", *sys.argv[1:]]),
         "device": chosen.device,
-        "csrc_sha256": sources.source_hash(ROOT),
+        **sources.hashes(ROOT),
         "kernels": sources.kernel_hashes(ROOT),
         **facts,
         "passed": all(entry["status"] == "passed" for entry in entries.values()),

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
 
     path = args.html or args.folder / "report.html"
     try:
-        page = render(load(args.folder), machine.source_hash(), args.command_line)
+        page = render(load(args.folder), machine.source_hashes(), args.command_line)
     except ReportError as error:
         raise UserError(str(error)) from None
     try:
