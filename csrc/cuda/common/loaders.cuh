@@ -5,9 +5,8 @@
 // - Direct reads global memory in place; any alignment; every sweep reads again.
 // - CpAsyncRing (8.0 and later): each thread copies the chunks that it will read itself into a ring
 //   of slots.
-// - BulkRing (9.0 and later): a producer warp has the copy engine fill the slots, barriers hand
-// them
-//   over.
+// - BulkRing (9.0 and later): a producer warp has the copy engine fill the slots, barriers
+//   hand them over.
 //
 // A body makes the loader, which touches no global memory yet, waits for the previous kernel, and
 // calls produce(): in threads that have nothing else to do it loads everything and returns true, in
@@ -18,24 +17,12 @@
 
 #include "common/elements.cuh"
 #include "common/reduce.cuh"
+#include "common/ring.cuh"
 #include "common/rows.cuh"
 #include "common/teams.cuh"
 #include "kernels/depth_attention_tile.hpp"
 
 namespace attnres::cuda {
-
-// A slot of the ring and how often the ring has come round, modulo two.
-struct RingPosition {
-  int slot = 0;
-  uint32_t parity = 0;
-
-  __device__ __forceinline__ void advance(int num_slots) {
-    if (++slot == num_slots) {
-      slot = 0;
-      parity ^= 1;
-    }
-  }
-};
 
 // Waits until at most so many of this thread's groups of copies are under way. The number is part
 // of the instruction: rounded down to one there is.
@@ -215,23 +202,12 @@ class BulkRing {
   static constexpr bool kUsesSlots = true;
   static constexpr int kExtraThreads = kProducerThreads;
 
-  // `barriers`: two for each slot, "filled" and "free".
   __device__ __forceinline__ BulkRing(const Args& args, std::byte* slots, Barrier* barriers,
                                       int num_sweeps)
       : args_(args),
         slots_(slots),
-        filled_(barriers),
-        free_(barriers + args.tile.num_slots),
-        num_sweeps_(num_sweeps) {
-    if (thread_rank() == 0) {
-      for (int slot = 0; slot < args.tile.num_slots; ++slot) {
-        init_barrier(filled_ + slot, 1);
-        init_barrier(free_ + slot, args.tile.num_threads / kWarpSize);
-      }
-      publish_barriers();
-    }
-    sync_cta();
-  }
+        barriers_(barriers, args.tile.num_slots, args.tile.num_threads / kWarpSize),
+        num_sweeps_(num_sweeps) {}
 
   __device__ __forceinline__ bool produce() {
     if (thread_rank() < args_.tile.num_threads) return false;
@@ -240,11 +216,10 @@ class BulkRing {
       for (StepCursor<Args> next; !next.done(args_); next.advance(args_, num_sweeps_)) {
         const uint32_t bytes = chunks_in_span<kChunks>(args_, next.span) * Elements::kWidth *
                                Elements::bytes(args_.sources[next.source].dtype);
-        wait(free_ + at.slot, at.parity ^ 1);
-        arrive_and_expect(filled_ + at.slot, bytes);
+        Barrier* const filled = barriers_.wait_until_free(at, bytes);
         copy_bulk(slots_ + static_cast<int64_t>(at.slot) * args_.tile.slot_bytes,
                   step_data<Elements, kChunks>(args_, next.row, next.span, next.source), bytes,
-                  filled_ + at.slot);
+                  filled);
         at.advance(args_.tile.num_slots);
       }
     }
@@ -253,19 +228,15 @@ class BulkRing {
 
   __device__ __forceinline__ SharedView acquire(const RingPosition& at, bool first, int64_t, int,
                                                 int) {
-    if (first) wait(filled_ + at.slot, at.parity);
+    if (first) barriers_.wait_until_filled(at);
     return {slots_ + static_cast<int64_t>(at.slot) * args_.tile.slot_bytes};
   }
-  __device__ __forceinline__ void release(const RingPosition& at) {
-    sync_warp();
-    if (thread_rank() % kWarpSize == 0) arrive(free_ + at.slot);
-  }
+  __device__ __forceinline__ void release(const RingPosition& at) { barriers_.release(at); }
 
  private:
   const Args& args_;
   std::byte* slots_;
-  Barrier* filled_;
-  Barrier* free_;
+  RingBarriers barriers_;
   int num_sweeps_;
 };
 

@@ -102,18 +102,10 @@ class BulkTiles {
   static constexpr bool kUsesSlots = true;
   static constexpr int kExtraThreads = kProducerThreads;
 
-  // `barriers`: two for each slot, "filled" and "free".
   __device__ __forceinline__ BulkTiles(const Args& args, std::byte* slots, Barrier* barriers)
-      : args_(args), slots_(slots), filled_(barriers), free_(barriers + args.tile.num_slots) {
-    if (thread_rank() == 0) {
-      for (int slot = 0; slot < args.tile.num_slots; ++slot) {
-        init_barrier(filled_ + slot, 1);
-        init_barrier(free_ + slot, args.tile.num_threads / kWarpSize);
-      }
-      publish_barriers();
-    }
-    sync_cta();
-  }
+      : args_(args),
+        slots_(slots),
+        barriers_(barriers, args.tile.num_slots, args.tile.num_threads / kWarpSize) {}
 
   // True in the threads that load and do nothing else, when they are done.
   __device__ __forceinline__ bool produce() {
@@ -124,11 +116,10 @@ class BulkTiles {
         const int num_rows = args_.rows_in_tile(tile);
         uint32_t bytes = 0;
         for (int r = 0; r < num_rows; ++r) bytes += args_.row_bytes(r);
-        wait(free_ + at.slot, at.parity ^ 1);
-        arrive_and_expect(filled_ + at.slot, bytes);
+        Barrier* const filled = barriers_.wait_until_free(at, bytes);
         std::byte* to = slots_ + static_cast<int64_t>(at.slot) * args_.tile.slot_bytes;
         for (int r = 0; r < num_rows; ++r, to += args_.tile.row_pitch) {
-          copy_bulk(to, args_.tile_row(tile, r), args_.row_bytes(r), filled_ + at.slot);
+          copy_bulk(to, args_.tile_row(tile, r), args_.row_bytes(r), filled);
         }
         at.advance(args_.tile.num_slots);
       }
@@ -137,19 +128,15 @@ class BulkTiles {
   }
 
   __device__ __forceinline__ SharedTile acquire(const RingPosition& at, int64_t) {
-    wait(filled_ + at.slot, at.parity);
+    barriers_.wait_until_filled(at);
     return {slots_ + static_cast<int64_t>(at.slot) * args_.tile.slot_bytes, args_.tile.row_pitch};
   }
-  __device__ __forceinline__ void release(const RingPosition& at) {
-    sync_warp();
-    if (thread_rank() % kWarpSize == 0) arrive(free_ + at.slot);
-  }
+  __device__ __forceinline__ void release(const RingPosition& at) { barriers_.release(at); }
 
  private:
   const Args& args_;
   std::byte* slots_;
-  Barrier* filled_;
-  Barrier* free_;
+  RingBarriers barriers_;
 };
 
 }  // namespace attnres::cuda
