@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from attnres_ext import ops, reference
 
@@ -269,3 +270,12 @@ def assert_all_same_bits(a: Mapping[str, Tensor | None], b: Mapping[str, Tensor 
     assert a.keys() == b.keys()
     for name in a:
         assert_same_bits(name, a[name], b[name])
+
+
+def allocated(call: Callable[[], object]) -> list[int]:
+    """Sizes of what PyTorch's CPU allocator gives out while ``call`` runs, inside of operators
+    too."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    events = profiler.profiler.kineto_results.events()
+    return [e.nbytes() for e in events if e.name() == "[memory]" and e.nbytes() > 0]

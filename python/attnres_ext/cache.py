@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from attnres_ext import _C
+from attnres_ext.scratch import Scratch
 from attnres_ext.side_stream import SideStream
 
 __all__ = ["BlockCache"]
@@ -21,8 +22,8 @@ class BlockCache:
     Slot 0 .. are finished blocks; the next one is *open*: it is the running sum of the block being
     computed. Closing it is counting one up, not a copy. The reciprocal RMS of a block is computed
     when it is written and reused by every later read. Nothing is allocated after construction,
-    except, once, the scratch memory of two phases, and the results of reads that are not given an
-    ``out``: steps can be captured in CUDA graphs.
+    except, once, scratch memory, and unless ``reuse_result``, the results of reads that are given
+    no ``out``: steps can be captured in CUDA graphs.
 
     Blocks live within one forward of the current tokens: nothing is kept from one decoding step to
     the next.
@@ -36,6 +37,8 @@ class BlockCache:
         eps: Epsilon of the key RMSNorm.
         side_stream: Where phase 1 runs, beside the stream that reads and writes; None means on that
             stream.
+        reuse_result: Whether reads that are given no ``out`` share one tensor of the cache's, which
+            each of them overwrites; otherwise each allocates its own.
 
     Raises:
         ValueError: For a capacity, shape, size, dtype or stream that cannot be.
@@ -51,6 +54,7 @@ class BlockCache:
         device: torch.device | str | None = None,
         eps: float = 1e-6,
         side_stream: torch.cuda.Stream | None = None,
+        reuse_result: bool = False,
     ) -> None:
         self._state = _C.CacheState(capacity)
         self._leading = (shape,) if isinstance(shape, int) else tuple(shape)
@@ -77,9 +81,10 @@ class BlockCache:
                 f"expected {self._slots.device} as the slots"
             )
         self._side = SideStream(side_stream)
+        self._reuse_result = reuse_result
+        self._scratch = Scratch(self.device)
+        # Mixes [S, M, D] and log-sum-exps [S, M] for the open block's sites.
         self._phase1: tuple[Tensor, Tensor] | None = None
-        self._phase1_queries = 0  # rows of it that belong to the open block
-        self._vectors: Tensor | None = None
 
     @property
     def capacity(self) -> int:
@@ -108,7 +113,7 @@ class BlockCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of slots and reciprocal RMS, without the scratch memory of two phases."""
+        """Bytes of slots and reciprocal RMS, without scratch memory."""
         return self._slots.nbytes + self._rstd.nbytes
 
     @property
@@ -124,7 +129,7 @@ class BlockCache:
         """Opens slot 0 again. Contents are left to be overwritten."""
         self._side.join()
         self._state.reset()
-        self._phase1_queries = 0
+        self._phase1 = None
 
     def close(self) -> None:
         """Seals the open slot: the running sum becomes a finished block.
@@ -133,7 +138,7 @@ class BlockCache:
             RuntimeError: If the open slot holds nothing, or every slot is closed.
         """
         self._state.close()
-        self._phase1_queries = 0
+        self._phase1 = None
 
     def write(self, delta: Tensor) -> None:
         """Adds ``delta`` ``[..., D]`` to the open slot, without reading.
@@ -168,10 +173,11 @@ class BlockCache:
             out_weight: Gain ``[D]`` of the following RMSNorm, fused when given.
             out_eps: Its epsilon; None takes the cache's.
             scale: Factor on the logits.
-            out: Where the result goes; None allocates it.
+            out: Where the result goes; None allocates it, or with ``reuse_result`` overwrites the
+                one before.
 
         Returns:
-            The mix ``[..., D]`` in the cache's dtype, or ``out``.
+            The mix ``[..., D]`` in the cache's dtype: ``out``, if it is given.
 
         Raises:
             RuntimeError: If every slot is closed and ``delta`` is given or asks for a gradient, or
@@ -219,12 +225,10 @@ class BlockCache:
         """
         if self._state.sealed == 0:
             raise RuntimeError("block cache: inter has nothing to read, no slot is closed")
-        num_queries = queries.shape[0]
-        if self._phase1 is None or self._phase1[0].shape[0] < num_queries:
-            wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-            shape = num_queries, *self._slots.shape[1:]
-            self._phase1 = self._memory(shape, self.dtype), self._memory(shape[:-1], wide)
-        out, lse = (scratch[:num_queries] for scratch in self._phase1)
+        shape = queries.shape[0], *self._slots.shape[1:]
+        wide = torch.promote_types(self.dtype, torch.float32)
+        out = self._scratch.tensor("mixes", shape, self.dtype)
+        lse = self._scratch.tensor("lse", shape[:-1], wide)
         arguments = (
             self._slots, self._rstd, self._state.sealed, queries, key_weights, scale, out, lse
         )  # fmt: skip
@@ -232,7 +236,7 @@ class BlockCache:
             lambda: torch.ops.attnres.block_cache_inter(*arguments),
             [argument for argument in arguments if isinstance(argument, Tensor)],
         )
-        self._phase1_queries = num_queries
+        self._phase1 = out, lse
 
     def merge(
         self,
@@ -251,10 +255,11 @@ class BlockCache:
 
         Other arguments, result and errors as for :meth:`attend`.
         """
-        if self._phase1 is None or not 0 <= index < self._phase1_queries:
+        rows = 0 if self._phase1 is None else len(self._phase1[0])
+        if not 0 <= index < rows:
             raise RuntimeError(
-                f"block cache: merge has no row {index}, inter was called for "
-                f"{self._phase1_queries} queries since the last close"
+                f"block cache: merge has no row {index}, inter was called for {rows} queries since "
+                "the last close"
             )
         self.check_fits("delta", delta)
         slot, add = self._open()
@@ -312,10 +317,7 @@ class BlockCache:
         """Equally many vectors ``[D]`` of each kind as ``[kinds, count, D]``, in memory of the
         cache's own."""
         shape = len(vectors), len(vectors[0]), self.hidden_size
-        like = vectors[0][0]
-        kept = self._vectors
-        if kept is None or (kept.shape, kept.dtype) != (shape, like.dtype):
-            kept = self._vectors = self._memory(shape, like.dtype)
+        kept = self._scratch.tensor("vectors", shape, vectors[0][0].dtype)
         with torch.no_grad():
             for row, kind in zip(kept.unbind(0), vectors, strict=True):
                 torch.stack(list(kind), out=row)
@@ -342,25 +344,18 @@ class BlockCache:
         def part(whole: Tensor, *sizes: int) -> Tensor:
             return whole.view(-1)[: math.prod(sizes)].view(sizes)
 
-        other = copy(self)  # with the same side stream: what one starts, the other waits for
+        # With the same side stream, what one starts the other waits for; with the same scratch.
+        other = copy(self)
         other._state = _C.CacheState(self.capacity)
         other._leading = leading
         other._slots = part(self._slots, self.capacity, num_tokens, self.hidden_size)
         other._rstd = part(self._rstd, self.capacity, num_tokens)
-        other._phase1, other._phase1_queries = None, 0
-        if self._phase1 is not None:
-            count = self._phase1[0].shape[0]
-            other._phase1 = (
-                part(self._phase1[0], count, num_tokens, self.hidden_size),
-                part(self._phase1[1], count, num_tokens),
-            )
+        other._phase1 = None
         return other
 
-    def _memory(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        with torch.inference_mode(False):  # as the slots
-            return torch.empty(shape, dtype=dtype, device=self.device)
-
     def _result(self, out: Tensor | None) -> Tensor:
+        if out is None and self._reuse_result:
+            return self._scratch.tensor("result", self.shape, self.dtype)
         if out is None:
             return torch.empty(self.shape, dtype=self.dtype, device=self.device)
         if tuple(out.shape) != self.shape or out.dtype != self.dtype:

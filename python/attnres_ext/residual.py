@@ -206,8 +206,8 @@ class AttentionResiduals(nn.Module):
         Args:
             embedding: ``[..., D]``, source 0.
             cache: Where blocks are kept in place. Inference only: nothing is differentiable, reads
-                allocate their result, unless they are told where to put it, and nothing else.
-                Without it the state is differentiable.
+                allocate their result, unless they are told where to put it or the cache has a place
+                for it, and nothing else. Without it the state is differentiable.
 
         Returns:
             The state to read from and write to.
@@ -235,6 +235,7 @@ class AttentionResiduals(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
         side_stream: torch.cuda.Stream | None = None,
+        reuse_result: bool = False,
     ) -> BlockCache:
         """A block cache with as many slots as this module needs.
 
@@ -245,10 +246,13 @@ class AttentionResiduals(nn.Module):
             device: Their device; None means the default device.
             side_stream: Where phase 1 of a block runs while the current stream computes the
                 sublayer before the block's first read; None means on the current stream, before it.
+            reuse_result: Whether reads share one tensor for their results, which each of them
+                overwrites: a sublayer must be through with what it read when it has written, and
+                not write what it read.
         """
         return BlockCache(
             self.num_blocks + 1, shape, self.hidden_size, dtype=dtype, device=device,
-            eps=self.eps, side_stream=side_stream,
+            eps=self.eps, side_stream=side_stream, reuse_result=reuse_result,
         )  # fmt: skip
 
     @contextmanager

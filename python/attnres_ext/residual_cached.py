@@ -48,7 +48,9 @@ class CachedState(ResidualState):
     ) -> Tensor:
         """As :meth:`ResidualState.read`, into ``out`` if it is given: then nothing is allocated.
 
-        ``out`` has the cache's shape and dtype, and is not what is written next.
+        Otherwise the result is a tensor of its own, unless the cache has one for all reads
+        (``reuse_result``), which the next read overwrites. ``out`` has the cache's shape and dtype,
+        and is not what is written next.
         """
         self._out = out
         return super().read(site, norm_weight, norm_eps)

@@ -7,7 +7,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["SideStream"]
+__all__ = ["SideStream", "new_stream"]
+
+
+def new_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """A stream beside the current one of a device; None where a device has none."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
 class SideStream:

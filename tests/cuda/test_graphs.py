@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from attnres_ext import AttentionResiduals
+from attnres_ext.models.kimi_linear import KimiLinearForCausalLM, presets
+from attnres_ext.models.kimi_linear.mla import KimiLatentState
 from tests.cuda.calls import CALLS, DIRECTIONS, make_arguments, refill
 from tests.helpers import assert_same_bits
 
@@ -68,21 +70,78 @@ def test_a_decoding_step(two_phase: bool, beside: bool) -> None:
         query.normal_()
     norm = torch.rand(hidden, device="cuda") + 0.5
     cache = residual.new_cache(
-        2, dtype=torch.bfloat16, device="cuda", side_stream=torch.cuda.Stream() if beside else None
+        2,
+        dtype=torch.bfloat16,
+        device="cuda",
+        side_stream=torch.cuda.Stream() if beside else None,
+        reuse_result=True,
     )
-    embedding = torch.empty(2, hidden, dtype=torch.bfloat16, device="cuda")
+    embedding, delta = (
+        torch.empty(2, hidden, dtype=torch.bfloat16, device="cuda") for _ in range(2)
+    )
 
     def step() -> Tensor:
         state = residual.start(embedding, cache)
         for site in range(sublayers):
-            state.write(torch.tanh(state.read(site, norm)))
+            torch.tanh(state.read(site, norm), out=delta)
+            state.write(delta)
         return state.read_output(norm)
 
     embedding.normal_()
+    step()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    step()
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
     graph, result = capture(step)
     for _ in range(3):
         embedding.normal_()
         expected = step().clone()
+        result.zero_()  # the same memory
         graph.replay()
         torch.cuda.synchronize()
         assert_same_bits("hidden", result, expected)
+
+
+@pytest.mark.parametrize("two_phase", [False, True], ids=["single-pass", "two-phase"])
+@torch.inference_mode()
+def test_a_model_s_decoding_step(two_phase: bool) -> None:
+    """Kimi Linear's next token: replayed with another one, and other states of its layers."""
+    config = presets("tiny", residual="block", sublayers_per_block=3)
+    config = config.replace(first_k_dense_replace=config.num_hidden_layers)
+    model = KimiLinearForCausalLM(config).to("cuda", torch.bfloat16).eval()
+    model.residual.two_phase = two_phase
+    for query in model.residual.queries:
+        query.normal_()
+    tokens = torch.randint(config.vocab_size, (2, 9), device="cuda")
+    state = model.new_state(2, 9)
+    assert state.block_cache._side.stream is not None
+    model.prefill(tokens[:, :8], state, 5)
+    token = tokens[:, 8:].clone()
+    kept = [
+        tensor
+        for layer in state.layers
+        for tensor in vars(layer).values()
+        if isinstance(tensor, Tensor)
+    ]
+
+    def step() -> Tensor:
+        state.length = 8
+        for layer in state.layers:
+            if isinstance(layer, KimiLatentState):
+                layer.length = 8
+        return model(token, state=state).logits
+
+    graph, result = capture(step)
+    for _ in range(3):
+        token.random_(config.vocab_size)
+        for tensor in kept:
+            tensor.normal_(std=0.1)
+        before = [tensor.clone() for tensor in kept]
+        expected = step().clone()
+        after = [tensor.clone() for tensor in kept]
+        for tensor, values in zip(kept, before, strict=True):
+            tensor.copy_(values)
+        graph.replay()
+        torch.cuda.synchronize()
+        # Products of another library's kernels: it may choose others under capture.
+        torch.testing.assert_close([result, *kept], [expected, *after])

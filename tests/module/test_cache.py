@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from attnres_ext import reference
 from attnres_ext.cache import BlockCache
+from tests.helpers import allocated
 from tests.module.naive_residual import Toy, assert_as_exact_as_plain_pytorch
 from tests.module.test_residual import MODES, D, embed, toy
 
@@ -116,37 +116,34 @@ def test_nothing_but_results_is_allocated():
     assert [tensor.data_ptr() for tensor in cache.sources()][:1] == before
 
 
-def allocated(call):
-    """Sizes of what PyTorch's allocator gives out while ``call`` runs, inside of operators too."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-    events = profiler.profiler.kineto_results.events()
-    return [e.nbytes() for e in events if e.name() == "[memory]" and e.nbytes() > 0]
-
-
 @pytest.mark.parametrize("options", MODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_step_allocates_nothing(options, dtype):
-    """Read after read into two tensors in turn: nothing for the allocator, nothing to free."""
+@pytest.mark.parametrize("places", ["given", "the cache's", "a smaller cache's"])
+def test_a_step_allocates_nothing(options, dtype, places):
+    """Read after read into memory that is there: nothing for the allocator, nothing to free."""
     model = toy(**options).to(dtype)
     residual = model.residual
-    cache = residual.new_cache((4, 1), dtype=dtype)
+    given = places == "given"
+    tokens = 6 if "smaller" in places else 4
+    cache = residual.new_cache((tokens, 1), dtype=dtype, reuse_result=not given)
     x, *deltas = (embed(4, 1, dtype=dtype, seed=seed) for seed in range(8))
-    results = [torch.empty_like(x) for _ in range(2)]
+    results = [torch.empty_like(x) if given else None for _ in range(2)]
     read = []
 
     def step():
-        state = residual.start(x, cache=cache)
+        part = cache if tokens == 4 else cache.resized((4, 1))
+        state = residual.start(x, cache=part)
         for site, delta in enumerate(deltas):
             out = state.read(site, model.norms[site], out=results[site % 2])
-            assert out is results[site % 2]
+            assert out is results[site % 2] or not given
             state.write(delta)
         read.append(state.read_output(model.norms[-1], out=results[1]))
 
-    step()  # makes the scratch memory of two phases
-    expected = results[1].clone()
+    step()  # makes the scratch memory
+    expected = read[0].clone()
     step()
-    assert torch.equal(results[1], expected)
+    assert torch.equal(read[1], expected)
+    assert read[1].data_ptr() == read[0].data_ptr()
     assert allocated(step) == []
     state = residual.start(x)
     for site, delta in enumerate(deltas):
@@ -172,6 +169,23 @@ def test_results_that_do_not_fit():
     with pytest.raises(RuntimeError, match="out shares memory with delta"):
         cache.attend(delta, query, out=delta)
     assert not cache.open_holds_partial
+
+
+def test_a_result_for_all_reads():
+    cache, query = BlockCache(2, 4, D, reuse_result=True), torch.randn(D)
+    first = cache.attend(torch.randn(4, D), query)
+    delta = torch.randn(4, D)
+    expected, _ = reference.accumulate_depth_attention(cache.sources()[0], delta, [], query)
+    second = cache.attend(delta, query)
+    assert second.data_ptr() == first.data_ptr()
+    torch.testing.assert_close(first, expected)
+    # Elsewhere, if it is told to; and what was read cannot be what is written.
+    elsewhere = torch.empty(4, D)
+    assert cache.attend(delta, query, out=elsewhere) is elsewhere
+    before = cache.sources()[0].clone()
+    with pytest.raises(RuntimeError, match="out shares memory with delta"):
+        cache.attend(second, query)
+    assert torch.equal(cache.sources()[0], before)
 
 
 @pytest.mark.parametrize("options", MODES)

@@ -3,74 +3,20 @@
 Not yet run on a GPU; what is tested is who waits for whom.
 """
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 
+from attnres_ext import side_stream
 from attnres_ext.cache import BlockCache
+from tests.late_stream import late_phase1
 from tests.module.test_residual import D, embed, toy
-
-
-class Event:
-    """Something that happens when it is waited for."""
-
-    def __init__(self, work):
-        self.work, self.happened = work, False
-
-    def happen(self):
-        if not self.happened:
-            self.happened = True
-            for call in self.work:
-                call()
-
-
-class Stream:
-    """A stream of the fake device. The main stream computes at once; the side stream's work is put
-    off until an event of it is waited for."""
-
-    def __init__(self, log):
-        self.device = torch.device("cpu")
-        self.log, self.queue, self.used = log, [], []
-
-    def wait_stream(self, stream):
-        self.log.append("side waits for main")
-
-    def record_event(self):
-        event, self.queue = Event(self.queue), []
-        return event
-
-    def wait_event(self, event):
-        self.log.append("main waits for side")
-        event.happen()
 
 
 @pytest.fixture
 def fake(monkeypatch):
     """``(side stream, log)`` of a machine where phase 1 is late."""
-    log, current = [], []
-    main, side = Stream(log), Stream(log)
-    inter = torch.ops.attnres.block_cache_inter
-
-    @contextmanager
-    def on(stream):
-        current.append(stream)
-        yield
-        current.pop()
-
-    def late(*arguments):
-        assert current == [side]
-        log.append("phase 1 starts")
-        side.queue.append(lambda: inter(*arguments))
-
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
-    monkeypatch.setattr(torch.cuda, "stream", on)
-    monkeypatch.setattr(torch.ops.attnres, "block_cache_inter", late)
-    monkeypatch.setattr(
-        torch.Tensor, "record_stream", lambda self, stream: stream.used.append(self)
-    )
-    with torch.no_grad():
-        yield side, log
+    with late_phase1(monkeypatch) as streams:
+        yield streams
 
 
 OPTIONS = [{"sublayers_per_block": size, "two_phase": True} for size in (1, 2, 3, 7, 9)]
@@ -138,3 +84,11 @@ def test_a_stream_of_another_device(fake):
     side.device = torch.device("cuda", 1)
     with pytest.raises(ValueError, match="side_stream is on cuda:1, expected cpu as the slots"):
         BlockCache(3, 4, D, side_stream=side)
+
+
+def test_streams_are_where_there_are_any(monkeypatch):
+    assert side_stream.new_stream(torch.device("cpu")) is None
+    assert side_stream.new_stream(torch.device("meta")) is None
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: ("stream of", device))
+    device = torch.device("cuda", 1)
+    assert side_stream.new_stream(device) == ("stream of", device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,6 +19,7 @@ from attnres_ext.models.kimi_linear.mla import KimiLatentState, KimiMLAAttention
 from attnres_ext.models.kimi_linear.moe import KimiExperts, KimiMLP, KimiRouter, KimiSparseMoE
 from attnres_ext.models.kimi_linear.packing import Packing
 from attnres_ext.residual import AttentionResiduals
+from attnres_ext.side_stream import new_stream
 
 __all__ = ["KimiLinearForCausalLM", "KimiLinearModel", "KimiLinearOutput", "KimiLinearState"]
 
@@ -117,7 +118,10 @@ class KimiLinearModel(nn.Module):
         state: KimiLinearState | None = None,
         packing: Packing | None = None,
     ) -> Tensor:
-        """Hidden states ``[B, T, D]`` of ``[B, T]`` tokens, continuing what ``state`` has seen."""
+        """Hidden states ``[B, T, D]`` of ``[B, T]`` tokens, continuing what ``state`` has seen.
+
+        With a state they are in its memory: the next call may overwrite them.
+        """
         embedding = self.embed_tokens(input_ids)
         device = embedding.device.type
         if torch.is_autocast_enabled(device):
@@ -154,8 +158,20 @@ class KimiLinearModel(nn.Module):
             return state.block_cache
         if state.prefill_cache is not None:
             return state.prefill_cache.resized(embedding.shape[:-1])
+        return self.new_block_cache(embedding.shape[:-1], embedding)
+
+    def new_block_cache(self, shape: Sequence[int], like: Tensor) -> BlockCache:
+        """A block cache for so many tokens, of the dtype and on the device of ``like``.
+
+        The reads of a forward share one tensor for their results: a sublayer needs its input no
+        longer than it runs. Phase 1 runs beside the sublayers where the device has streams.
+        """
         return self.residual.new_cache(
-            embedding.shape[:-1], dtype=embedding.dtype, device=embedding.device
+            shape,
+            dtype=like.dtype,
+            device=like.device,
+            side_stream=new_stream(like.device),
+            reuse_result=True,
         )
 
 
@@ -271,7 +287,7 @@ class KimiLinearForCausalLM(nn.Module):
                 layers.append(
                     attention.new_state(batch_size, max_length, weight.dtype, weight.device)
                 )
-        cache = self.residual.new_cache((batch_size, 1), dtype=weight.dtype, device=weight.device)
+        cache = self.model.new_block_cache((batch_size, 1), weight)
         return KimiLinearState(layers, cache, batch_size, max_length)
 
     @torch.no_grad()
@@ -296,9 +312,8 @@ class KimiLinearForCausalLM(nn.Module):
             raise ValueError(f"prefill: chunk_size is {chunk_size}; it must be at least 1")
         self._check(input_ids, None, state, None)
         batch_size, length = input_ids.shape
-        weight = self.model.embed_tokens.weight
-        state.prefill_cache = self.residual.new_cache(
-            (batch_size, min(chunk_size, length)), dtype=weight.dtype, device=weight.device
+        state.prefill_cache = self.model.new_block_cache(
+            (batch_size, min(chunk_size, length)), self.model.embed_tokens.weight
         )
         try:
             for chunk in input_ids.split(chunk_size, dim=1):
