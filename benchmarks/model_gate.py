@@ -1,8 +1,9 @@
 """Whether an arm computes the model: its hidden states and gradients against float64.
 
 As in :mod:`attnres_ext.benchmarks.gate`, an arm may be twice as far from float64 as plain PyTorch
-in the model's own dtype, plus a rounding. A stack amplifies roundings layer by layer, so errors are
-root mean squares over all tokens: a single entry is a matter of luck.
+in the model's own dtype, plus a rounding. Inference goes through a decoding state, as the calls
+that are timed do. A stack amplifies roundings layer by layer, so errors are root mean squares over
+tokens: a single entry is a matter of luck.
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ from torch import Tensor
 from attnres_ext.benchmarks.gate import Verdict, first_line
 from attnres_ext.benchmarks.model_arms import ARMS, Arm
 from attnres_ext.benchmarks.model_stack import Stack
+from attnres_ext.models.kimi_linear import KimiLinearForCausalLM
 
 #: Tokens that are compared; the definition in float64 takes longer than everything else together.
 _TOKENS = 48
+#: So many of them come one by one where decoding is timed, and they alone are compared.
+_DECODED = 8
 
 
 class ModelGate:
@@ -66,11 +70,23 @@ def _results(stack: Stack, arm: Arm) -> dict[str, Tensor]:
     with stack.connected_by(arm) as model:
         if stack.case.work != "train":
             with torch.inference_mode():
-                return {"hidden states": model.model(stack.tokens)}
+                return {"hidden states": _inferred(stack, model)}
         hidden = model.model(stack.tokens)
         form = torch.linspace(-1, 1, hidden.shape[-1], dtype=hidden.dtype, device=hidden.device)
         (gradient,) = torch.autograd.grad((hidden * form).sum(), model.model.embed_tokens.weight)
     return {"hidden states": hidden.detach(), "gradient of the embedding": gradient}
+
+
+def _inferred(stack: Stack, model: KimiLinearForCausalLM) -> Tensor:
+    batch, length = stack.tokens.shape
+    state = model.new_state(batch, length)
+    if stack.case.work == "prefill":
+        return model.model(stack.tokens, state)
+    known = max(1, length - _DECODED)
+    model.model(stack.tokens[:, :known], state)
+    # Every step has its hidden states in the memory of the one before.
+    steps = stack.tokens[:, known:].split(1, dim=1)
+    return torch.cat([model.model(token, state).clone() for token in steps], dim=1)
 
 
 def _size(x: Tensor) -> float:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attnres_ext import AttentionResiduals
+from attnres_ext import AttentionResiduals, BlockCache
 from attnres_ext.benchmarks import memory, model_registry, model_runner
 from attnres_ext.benchmarks.model_arms import ARMS, YARDSTICK, Arm
 from attnres_ext.benchmarks.model_gate import ModelGate
@@ -193,6 +193,19 @@ def test_the_gate_looks_at_gradients() -> None:
     verdict = gate.check(arm)
     assert not verdict.passed
     assert verdict.reason.startswith("gradient of the embedding is off by")
+
+
+@pytest.mark.parametrize("case", [PREFILL, DECODE], ids=lambda case: case.work)
+def test_the_gate_looks_at_the_block_cache(
+    case: ModelCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What inference reads comes from there; without a state it would not be looked at."""
+    gate = ModelGate(make_stack(case, "cpu", HERE))
+    block = next(arm for arm in HERE if arm.name == "block, ours")
+    assert gate.check(block).passed
+    attend = BlockCache.attend
+    monkeypatch.setattr(BlockCache, "attend", lambda *a, **k: attend(*a, **k).mul_(1.001))
+    assert not gate.check(block).passed
 
 
 def test_a_training_step_changes_the_layers_and_its_own_queries_alone() -> None:
