@@ -21,6 +21,8 @@ from attnres_ext.benchmarks.timing import HostTimer, Timer, Timing, measure_in_s
 
 #: Seconds for the turns of a case, all arms together.
 _SECONDS = 20.0
+#: Seconds that a case takes, about: layers, checks and memory beside the turns.
+ROUGH_SECONDS = _SECONDS + 8
 
 
 def run_case(

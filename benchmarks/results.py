@@ -182,7 +182,7 @@ def read(path: Path) -> tuple[dict[str, Any], list[Result]]:
     Raises:
         ValueError: the file is none of ours, or its format is newer than this reader.
     """
-    run, rows = _read(path)
+    run, rows = read_all(path)
     return run, [row for row in rows if isinstance(row, Result)]
 
 
@@ -192,7 +192,7 @@ def read_models(path: Path) -> tuple[dict[str, Any], list[ModelResult]]:
     Raises:
         ValueError: the file is none of ours, or its format is newer than this reader.
     """
-    run, rows = _read(path)
+    run, rows = read_all(path)
     return run, [row for row in rows if isinstance(row, ModelResult)]
 
 
@@ -202,7 +202,12 @@ def files(folder: Path) -> list[Path]:
     return sorted([*folder.glob("*.jsonl"), *checks])
 
 
-def _read(path: Path) -> tuple[dict[str, Any], list[Result | ModelResult]]:
+def read_all(path: Path) -> tuple[dict[str, Any], list[Result | ModelResult]]:
+    """The run and all of its results, in the order of the file.
+
+    Raises:
+        ValueError: the file is none of ours, or its format is newer than this reader.
+    """
     run: dict[str, Any] | None = None
     rows: list[Result | ModelResult] = []
     for place, record in _records(path):

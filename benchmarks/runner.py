@@ -41,6 +41,10 @@ def effort_for(suite: str, device: str) -> Effort:
     return _ON_GPU if device.startswith("cuda") else _ON_CPU.get(suite, _THOROUGH)
 
 
+#: Seconds that a case takes, about: checking and compiling, and timing as long as a budget says.
+_ROUGH_CHECK = 2.0
+
+
 @dataclass(frozen=True)
 class Options:
     """How to run.
@@ -77,6 +81,11 @@ class Options:
         if self.names is not None:
             return self.names
         return case.rivals if self.quick else contestants.USUAL
+
+
+def rough_seconds(case: Case, options: Options) -> float:
+    """How long a case may take where nobody has run it yet."""
+    return _ROUGH_CHECK + 2 * options.effort.budget
 
 
 def run_case(case: Case, options: Options, report: Report = lambda _: None) -> list[Result]:

@@ -40,6 +40,12 @@ def bench(*arguments: object) -> int:
     return main(["bench", *map(str, arguments)])
 
 
+def kept(folder: Path) -> Path:
+    """The only run in a folder."""
+    (path,) = folder.glob("*.jsonl")
+    return path
+
+
 def test_prints_a_table_and_writes_json_lines(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -55,14 +61,16 @@ def test_prints_a_table_and_writes_json_lines(
         "N3 M20 D16 fp32",
     ):
         assert text in printed
-    (path,) = out.iterdir()
+    path = kept(out)
     assert str(path) in printed
+    assert "depth_attention" in (out / "report.html").read_text()
     run, rows = results.read(path)
     assert run["suite"] == "quick"
     assert run["command"] == f"attnres bench --repeats 2 --out {out}"
     assert run["threads"] >= 1
     assert run["pages_kept"] is True
     assert run["copy_gbps_by_mib"]["1"] > 0
+    assert run["cases"] == len(run["case_seconds"]) == 2
     contestants = [(row.operator, row.contestant) for row in rows]
     assert ("merge_partial", "standard") in contestants
     assert ("depth_attention", "copy") in contestants
@@ -78,8 +86,7 @@ def test_filter_contestants_threads_and_allocator(
         "--repeats", 2, "--cold", "--allocator", "system", "--out", tmp_path,
     )  # fmt: skip
     assert code == 0
-    (path,) = tmp_path.iterdir()
-    run, rows = results.read(path)
+    run, rows = results.read(kept(tmp_path))
     assert (run["threads"], run["cache"], run["pages_kept"]) == (1, "cold", False)
     assert {row.operator for row in rows} == {"depth_attention"}
     assert {row.contestant for row in rows} == {"copy", "eager"}
@@ -92,7 +99,7 @@ def test_suites_of_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         printed = capsys.readouterr().out
         assert "over standard" in printed
         assert "fla was not timed: flash-linear-attention has CUDA kernels alone" in printed
-        (path,) = (tmp_path / suite).iterdir()
+        path = kept(tmp_path / suite)
         assert path.name.startswith(f"cpu-{suite}-")
         run, rows = results.read_models(path)
         assert run["suite"] == suite
@@ -106,7 +113,7 @@ def test_the_suite_of_everything_has_operators_and_models(
     arguments = ("--filter", "*32*", "--contestants", "ours", "--repeats", 2, "--out", tmp_path)
     assert bench("--suite", "all", *arguments) == 0
     assert "training step" in capsys.readouterr().out
-    (path,) = tmp_path.iterdir()
+    path = kept(tmp_path)
     assert {row.contestant for row in results.read(path)[1]} == {"copy", "ours"}
     models = results.read_models(path)[1]
     assert {row.contestant for row in models} == {"standard", "ours"}
@@ -116,12 +123,122 @@ def test_the_suite_of_everything_has_operators_and_models(
 def test_starts_no_case_once_its_time_is_over(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    clock = iter((0.0, 1.0, 30.0))
+    clock = iter((0.0, 1.0, 15.0, 30.0))
     monkeypatch.setattr(bench_command, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     assert bench("--repeats", 2, "--seconds", 20, "--contestants", "eager") == 0
     printed = capsys.readouterr().out
     assert "1 of 2 cases were left out after 20 s" in printed
     assert "merge_partial" not in printed
+
+
+def test_where_it_is_and_how_long_it_takes_goes_to_a_log(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--repeats", 2, "--contestants", "ours", "--out", tmp_path)
+    assert bench(*arguments) == 0
+    first, *others = capsys.readouterr().err.splitlines()
+    # Nobody knows yet: a guess. The next run knows from this one.
+    assert first == "2 cases, about 8 s left"
+    assert re.fullmatch(r"1/2  depth_attention N3 .* forward: \d+ s; about \d+ s left", others[0])
+    assert others[1].startswith("2/2  merge_partial")
+    assert others[1].endswith("about 0 s left")
+    assert bench(*arguments) == 0
+    seconds = round(sum(results.read(next(tmp_path.glob("*.jsonl")))[0]["case_seconds"].values()))
+    assert capsys.readouterr().err.splitlines()[0] == f"2 cases, about {seconds} s left"
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, after: int) -> list[str]:
+    """Ctrl-C in the case after so many; the names of those that were begun."""
+    begun: list[str] = []
+    real = runner.run_case
+
+    def run(case: Case, *arguments: object) -> list[results.Result]:
+        begun.append(case.name)
+        if len(begun) == after + 1:
+            raise KeyboardInterrupt
+        return real(case, *arguments)
+
+    monkeypatch.setattr(runner, "run_case", run)
+    return begun
+
+
+def test_an_interrupted_run_shows_what_it_has_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--suite", "ops", "--repeats", 2, "--contestants", "eager", "--out", tmp_path)
+    begun = interrupt(monkeypatch, after=1)
+    assert bench(*arguments) == 130
+    printed = capsys.readouterr()
+    assert "N3 M20 D16 fp32" in printed.out
+    assert "2 of 3 cases were left out; the same command with --resume goes on" in printed.out
+    assert printed.err.endswith("attnres bench: interrupted\n")
+    path = kept(tmp_path)
+    before = results.read_all(path)
+
+    assert bench(*arguments, "--resume") == 0
+    printed = capsys.readouterr()
+    assert f"going on with {path}: 1 of 3 cases are done" in printed.err
+    # The table has the cases of before, too.
+    assert "N3 M20 D16 fp32" in printed.out
+    assert "merge_partial" in printed.out
+    run, rows = results.read_all(kept(tmp_path))
+    assert begun == [TINY[0].name, TINY[1].name, TINY[1].name, TINY[2].name]
+    assert rows[: len(before[1])] == before[1]
+    assert {row.case for row in rows} == {case.name for case in TINY}
+    assert run["date"] == before[0]["date"]
+    assert len(run["resumed"]) == 1
+    assert "--resume" not in run["command"]
+
+    # Nothing is left to go on with: a run of its own.
+    assert bench(*arguments, "--resume") == 0
+    assert len(begun) == 7
+
+
+def test_a_run_of_other_code_or_another_kind_is_not_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("--repeats", 2, "--contestants", "eager", "--out", tmp_path)
+    begun = interrupt(monkeypatch, after=1)
+    assert bench(*arguments) == 130
+    assert bench(*arguments, "--cold", "--resume") == 0
+    assert len(begun) == 4
+    monkeypatch.setattr("attnres_ext.benchmarks.machine.commit", lambda root=None: {"commit": "x"})
+    assert bench(*arguments, "--resume") == 0
+    assert len(begun) == 6
+
+
+def test_a_disk_that_fills_up_is_one_sentence_after_what_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", refuse)
+    assert bench("--repeats", 2, "--contestants", "eager", "--out", tmp_path) == 2
+    printed = capsys.readouterr()
+    assert "N3 M20 D16 fp32" in printed.out
+    last = printed.err.splitlines()[-1]
+    assert last.startswith(f"attnres bench: {tmp_path}/cpu-quick-")
+    assert last.endswith(
+        "cannot be written (No space left on device); it holds what it held before"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_where_nobody_can_run_the_table_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench("--contestants", "fla", "--repeats", 2) == 0
+    assert re.search(r"fla +│ +absent", capsys.readouterr().out)
+
+
+def test_figures_are_whole_in_a_narrow_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    assert bench("--suite", "decode", "--filter", "decode*", "--repeats", 2) == 0
+    printed = capsys.readouterr().out
+    assert "…" not in printed
+    assert re.search(r"[\d.]+ (ms|us)", printed)
 
 
 def test_what_the_host_gets_through(capsys: pytest.CaptureFixture[str]) -> None:
@@ -151,6 +268,8 @@ def test_list_names_the_cases_and_runs_none(capsys: pytest.CaptureFixture[str]) 
         (["--filter", "nothing"], "no case of suite 'quick' matches 'nothing'"),
         (["--contestants", "ours,fastest"], "contestant 'fastest' is not one of ours, eager"),
         (["--threads", "100000"], "--threads is 100000, but this machine has"),
+        (["--resume"], "--resume needs the folder of the run to go on with: --out DIR"),
+        (["--out", "/dev/null/folder"], "--out /dev/null/folder cannot be made: Not a directory"),
     ],
 )
 def test_mistakes_are_one_sentence(

@@ -6,14 +6,17 @@ import argparse
 import math
 import os
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attnres_ext.cli import bench_report
 from attnres_ext.cli.arguments import HelpFormatter, list_of, number
+from attnres_ext.training.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
     from attnres_ext.benchmarks.model_registry import ModelCase
     from attnres_ext.benchmarks.registry import Case
     from attnres_ext.benchmarks.results import ModelResult, Result
+    from attnres_ext.benchmarks.runner import Options
+    from attnres_ext.benchmarks.session import Session
 
 _DESCRIPTION = """\
 Times the operators, and whole models, against plain PyTorch, torch.compile, other people's kernels
@@ -95,7 +100,15 @@ def add_parser(subparsers: Any) -> None:
         help="keep: freed memory stays mapped, so that no page faults are timed; system: as usual",
     )
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder for the results as JSON lines"
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder for the results as JSON lines, and for a page that draws all it holds",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the newest such run in --out that was interrupted, if there is one",
     )
     parser.add_argument(
         "--list", action="store_true", help="name the cases and contestants, and stop"
@@ -114,7 +127,6 @@ def run(args: argparse.Namespace) -> int:
 
     from attnres_ext.benchmarks import contestants, model_registry, registry
     from attnres_ext.cli.devices import check_device
-    from attnres_ext.training.errors import UserError
 
     if args.device.split(":")[0] not in registry.DEVICES:
         raise UserError(f"--device is {args.device}, expected cpu, cuda or cuda:1")
@@ -149,30 +161,45 @@ def run(args: argparse.Namespace) -> int:
     cores = os.cpu_count() or 1
     if args.threads is not None and args.threads > cores:
         raise UserError(f"--threads is {args.threads}, but this machine has {cores} cores")
+    if args.resume and args.out is None:
+        raise UserError("--resume needs the folder of the run to go on with: --out DIR")
     if args.out is not None:
-        try:
-            args.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {args.out} cannot be made: {error.strerror}") from None
-        if not os.access(args.out, os.W_OK):
-            raise UserError(f"--out {args.out} cannot be written to")
+        _make_folder(args.out)
     console = Console()
     if not console.is_terminal:
-        # A pipe or a file has no width; rich would fold the table into 80 columns.
-        console = Console(width=120)
+        # A pipe or a file has no width; rich would fold the tables into 80 columns.
+        console = Console(width=160)
     _bench(args, cases, stacks, console)
     return 0
+
+
+def _make_folder(path: Path) -> None:
+    """Finds out now, not after minutes of measuring, that nothing can be written there."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        what = "written to" if path.is_dir() else "made"
+        raise UserError(f"--out {path} cannot be {what}: {error.strerror}") from None
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A case: its name, what people call it, how long it may take, and how to run it."""
+
+    name: str
+    label: str
+    guess: float
+    run: Callable[[Callable[[str], None]], Sequence[Result | ModelResult]]
 
 
 def _bench(
     args: argparse.Namespace, cases: list[Case], stacks: list[ModelCase], console: Console
 ) -> None:
     import torch
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from attnres_ext.benchmarks import memory, model_runner, results, runner
-    from attnres_ext.cli import bench_display
+    from attnres_ext.benchmarks import memory, runner, session
 
     on_gpu = args.device.startswith("cuda")
     if torch.device(args.device).index is not None:
@@ -191,63 +218,93 @@ def _bench(
         cold=args.cold or on_gpu,
         device=args.device,
     )
-    run_facts = runner.describe_run(args.suite, args.device, options, pages_kept)
-    run_facts["command"] = args.command_line
-    run_facts.update(runner.ceilings(options))
-    path = None
-    if args.out is not None:
-        stamp = run_facts["date"].replace(":", "").replace("+0000", "Z")
-        path = args.out / f"{args.device}-{args.suite}-{stamp}.jsonl"
+    facts = runner.describe_run(args.suite, args.device, options, pages_kept)
+    # What makes such a run from its beginning.
+    facts["command"] = args.command_line.replace(" --resume", "")
+    jobs = _jobs(args, cases, stacks, options)
+    guesses = {job.name: job.guess for job in jobs}
+    now = session.Session(facts, session.expected_seconds(args.out, args.device, guesses))
+    if args.resume and now.resume(args.out):
+        done = f"{len(now.finished)} of {len(jobs)} cases are done"
+        print(f"going on with {now.path}: {done}", file=sys.stderr)
+    else:
+        now.facts.update(runner.ceilings(options))
+        if args.out is not None:
+            stamp = facts["date"].replace(":", "").replace("+0000", "Z")
+            now.path = args.out / f"{args.device}-{args.suite}-{stamp}.jsonl"
+    try:
+        _run(jobs, now, math.inf if args.seconds is None else args.seconds)
+    finally:
+        # Whatever ended it: what it has is shown.
+        if now.rows:
+            _show(args, now, console)
 
-    operators, models = bench_display.operators_table(), bench_display.models_table()
-    collected: list[Result | ModelResult] = []
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        # Tables go to stdout, where they may be piped; what is going on right now does not.
-        console=Console(stderr=True),
-        transient=True,
-    )
-    with progress:
-        task = progress.add_task("", total=len(cases) + len(stacks))
-        end = time.monotonic() + (math.inf if args.seconds is None else args.seconds)
 
-        def done(rows: Sequence[Result | ModelResult]) -> None:
-            collected.extend(rows)
-            progress.advance(task)
-            if path is not None:
-                # After every case: a suite that is interrupted keeps what it has.
-                results.write(path, run_facts, collected)
+def _jobs(
+    args: argparse.Namespace, cases: list[Case], stacks: list[ModelCase], options: Options
+) -> list[_Job]:
+    from attnres_ext.benchmarks import model_runner, runner
 
-        for case in cases:
-            if time.monotonic() > end:
+    def model(case: ModelCase, report: Callable[[str], None]) -> list[ModelResult]:
+        return model_runner.run_case(case, args.device, args.contestants, report, args.repeats)
+
+    jobs = [
+        _Job(
+            case.name,
+            f"{case.operator} {case.shape} {case.work}",
+            runner.rough_seconds(case, options),
+            partial(runner.run_case, case, options),
+        )
+        for case in cases
+    ]
+    return jobs + [
+        _Job(stack.name, stack.name, model_runner.ROUGH_SECONDS, partial(model, stack))
+        for stack in stacks
+    ]
+
+
+def _run(jobs: list[_Job], now: Session, seconds: float) -> None:
+    from attnres_ext.cli.bench_progress import Display
+
+    end = time.monotonic() + seconds
+    finished = now.finished
+    with Display(now) as display:
+        for job in jobs:
+            if job.name in finished:
+                continue
+            begin = time.monotonic()
+            if begin > end:
                 break
+            rows = job.run(partial(display.step, job.label))
+            took = time.monotonic() - begin
+            try:
+                now.add(job.name, rows, took)
+            except OSError as error:
+                raise UserError(
+                    f"{now.path} cannot be written ({error.strerror}); it holds what it held before"
+                ) from None
+            display.done(job.label, took)
 
-            def report(step: str, what: str = f"{case.operator} {case.shape}") -> None:
-                progress.update(task, description=f"{what}: {step}")
 
-            rows = runner.run_case(case, options, report)
-            bench_display.add_operator(operators, case, rows)
-            done(rows)
-        for stack in stacks:
-            if time.monotonic() > end:
-                break
+def _show(args: argparse.Namespace, now: Session, console: Console) -> None:
+    from attnres_ext.cli import bench_display
 
-            def report(step: str, what: str = stack.name) -> None:
-                progress.update(task, description=f"{what}: {step}")
-
-            arms = model_runner.run_case(stack, args.device, args.contestants, report, args.repeats)
-            bench_display.add_model(models, stack, arms)
-            done(arms)
-    for table in (operators, models):
-        if table.row_count:
-            console.print(table)
-    left_out = len(cases) + len(stacks) - len({row.case for row in collected})
-    if left_out:
-        note = f"{left_out} of {len(cases) + len(stacks)} cases were left out"
-        console.print(f"[yellow]{note} after {args.seconds} s[/yellow]")
-    bench_display.print_notes(console, run_facts, collected)
-    if path is not None:
-        console.print(f"results: {path}", soft_wrap=True)
+    for table in bench_display.tables(now.rows):
+        console.print(table)
+    left = len(now.expected) - len(now.finished)
+    if left:
+        after = "" if args.seconds is None else f" after {args.seconds} s"
+        note = f"{left} of {len(now.expected)} cases were left out{after}"
+        if now.path is not None:
+            note += "; the same command with --resume goes on"
+        console.print(f"[yellow]{note}[/yellow]")
+    bench_display.print_notes(console, now.facts, now.rows)
+    if now.path is None or not now.path.exists():
+        return
+    console.print(f"results: {now.path}", soft_wrap=True)
+    try:
+        page = bench_report.draw(args.out, args.out / bench_report.PAGE, args.command_line)
+    except UserError as error:
+        console.print(f"no report: {error}", style="yellow", soft_wrap=True, markup=False)
+    else:
+        console.print(f"report: {page}", soft_wrap=True)

@@ -8,44 +8,53 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from attnres_ext.benchmarks import contestants, results, wording
+from attnres_ext.benchmarks.results import ModelResult
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from attnres_ext.benchmarks.model_registry import ModelCase
-    from attnres_ext.benchmarks.registry import Case
-    from attnres_ext.benchmarks.results import ModelResult, Result
+    from attnres_ext.benchmarks.results import Result
 
 
-def operators_table() -> Table:
-    """Empty, for the operators' rows."""
-    texts = ("case", "contestant")
-    return _table("Operators", texts, ("time", "spread", "rate", "% of copy", "ours is"))
-
-
-def models_table() -> Table:
-    """Empty, for the models' rows."""
-    numbers = ("time", "spread", "tokens/s", "peak memory", "over standard")
-    return _table("Models", ("stack", "residual", "by"), numbers)
+def tables(rows: Sequence[Result | ModelResult]) -> list[Table]:
+    """One for the operators, one for whole models; those that have rows."""
+    operators = _table(
+        "Operators",
+        ("case", "contestant"),
+        ("time", "spread", "rate", "% of copy", "ours is"),
+    )
+    models = _table(
+        "Models",
+        ("stack", "residual", "by"),
+        ("time", "spread", "tokens/s", "peak memory", "over standard"),
+    )
+    by_case: dict[str, list[Any]] = {}
+    for row in rows:
+        by_case.setdefault(row.case, []).append(row)
+    for group in by_case.values():
+        if isinstance(group[0], ModelResult):
+            _add_model(models, group)
+        else:
+            _add_operator(operators, group)
+    return [table for table in (operators, models) if table.row_count]
 
 
 def _table(title: str, texts: Sequence[str], numbers: Sequence[str]) -> Table:
     table = Table(title=title, title_justify="left")
     for name in texts:
-        table.add_column(name, no_wrap=True)
+        # Where a terminal is narrow, words are folded and figures stay whole.
+        table.add_column(name, overflow="fold")
     for name in numbers:
         table.add_column(name, justify="right", no_wrap=True)
     return table
 
 
-def add_operator(table: Table, case: Case, rows: list[Result]) -> None:
+def _add_operator(table: Table, rows: list[Result]) -> None:
     """Adds a case: who ran in it, and how they compare."""
     by_name = {row.contestant: row for row in rows}
     copy, ours = by_name.get("copy"), by_name.get("ours")
-    labels = [f"[bold]{case.operator}[/bold]", case.shape, case.work]
-    for row in rows:
-        if row.status == "absent":
-            continue  # said once, below the table
+    labels = [f"[bold]{rows[0].operator}[/bold]", rows[0].shape, rows[0].work]
+    for row in _present(rows):
         label = labels.pop(0) if labels else ""
         if row.status != "timed":
             table.add_row(label, row.contestant, f"[dim]{row.status}[/dim]", "", "", "", "")
@@ -72,14 +81,12 @@ def add_operator(table: Table, case: Case, rows: list[Result]) -> None:
     table.add_section()
 
 
-def add_model(table: Table, case: ModelCase, rows: list[ModelResult]) -> None:
+def _add_model(table: Table, rows: list[ModelResult]) -> None:
     """Adds a stack: its arms, and what they cost over the standard residual."""
-    work = {"train": "training step", "prefill": "prefill", "decode": "decoding step"}[case.work]
-    layers, hidden, blocks, *tokens = case.shape.split(", ")
+    work = {"train": "training step", "prefill": "prefill", "decode": "decoding step"}[rows[0].work]
+    layers, hidden, blocks, *tokens = rows[0].shape.split(", ")
     labels = [f"[bold]{work}[/bold]", f"{layers}, {hidden}", blocks, ", ".join(tokens)]
-    for row in rows:
-        if row.status == "absent":
-            continue  # said once, below the table
+    for row in _present(rows):
         label = labels.pop(0) if labels else ""
         names = (label, row.residual, row.contestant)
         if row.status != "timed":
@@ -100,6 +107,11 @@ def add_model(table: Table, case: ModelCase, rows: list[ModelResult]) -> None:
     for label in labels:
         table.add_row(label, "", "", "", "", "", "", "")
     table.add_section()
+
+
+def _present(rows: Sequence[Any]) -> Sequence[Any]:
+    """Without those who are absent, which is said once, below the table; unless nobody is here."""
+    return [row for row in rows if row.status != "absent"] or rows
 
 
 def _rate(row: Result) -> str:
@@ -127,7 +139,7 @@ def print_notes(
     where = (
         f"{machine['gpu']}, driver {machine['driver']}, CUDA {run_facts['versions'].get('cuda')}"
         if "gpu" in machine
-        else f"{machine['processor']}, {run_facts['threads']} threads, {machine['instructions']}"
+        else f"{machine['processor']}, {_threads(run_facts)}, {machine['instructions']}"
     )
     kept = "kept" if run_facts["pages_kept"] else "returned to the system after each call"
     say(
@@ -153,6 +165,11 @@ def print_notes(
             "quiet.",
             style="yellow",
         )
+
+
+def _threads(run_facts: dict[str, Any]) -> str:
+    count = run_facts["threads"]
+    return f"{count} thread{'' if count == 1 else 's'}"
 
 
 def _print_contestants(rows: Sequence[Result | ModelResult], say: Callable[..., None]) -> None:
