@@ -100,13 +100,9 @@ bench: $(VENV)/run.stamp
 gpu-check:
 	@$(PYTHON) -m tools.gpu_check $(if $(GPU_PYTHON),--python $(GPU_PYTHON)) $(GPU_CHECK_ARGS)
 
-# What the documents show and `attnres bench report` draws, measured again. Every part is a file of its own.
+# What the documents show and `attnres bench report` draws, measured again; goes on where it was interrupted.
 results: build/test.stamp
-	python tools/time_build.py
-	attnres bench --device cpu --suite all --out benchmarks/results
-	attnres train --preset demo --residual standard,block --steps 160 --out runs/demo --overwrite
-	python tools/figures.py --add-training runs/demo
-	attnres bench report benchmarks/results
+	@python tools/measure.py
 
 clean:
 	rm -rf build dist python/attnres_ext/_ops.so python/attnres_ext/_C*.so python/*.egg-info
