@@ -18,6 +18,7 @@ from torch import Tensor
 
 from attnres_ext import _native  # noqa: F401  (the operators must exist before their derivatives)
 from attnres_ext.first_order import first_order_only, raise_second_derivative
+from attnres_ext.torch_internals import BelowAutograd
 
 if TYPE_CHECKING:
     from attnres_ext.gradient_buffer import GradientBuffer
@@ -53,7 +54,7 @@ class Options(NamedTuple):
 def below_autograd(traced: bool) -> AbstractContextManager:
     """Calls inside go straight to the backend: the caller sees to derivatives, or knows that there
     are none."""
-    return _nothing if traced else torch._C._AutoDispatchBelowAutograd()
+    return _nothing if traced else BelowAutograd()
 
 
 def _deposit(

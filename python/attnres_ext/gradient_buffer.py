@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from attnres_ext.first_order import refuse_second_derivative
 from attnres_ext.recomputation import keep
+from attnres_ext.torch_internals import backward_pass, is_transformed, may_have_hooks
 
 __all__ = ["GradientBuffer", "can_gather", "can_tap", "tap"]
 
@@ -43,7 +43,7 @@ class GradientBuffer:
             ``(gradient, accumulate)``: contiguous, of the shape, dtype and device of ``like``. The
             first call of a backward pass gets uninitialised memory and ``False``.
         """
-        task = torch._C._current_graph_task_id()
+        task = backward_pass()
         if self._gradient is not None and self._task == task:
             return self._gradient, True
         self._gradient = torch.empty(like.shape, dtype=like.dtype, device=like.device)
@@ -55,7 +55,7 @@ class GradientBuffer:
         afterwards."""
         gradient, task = self._gradient, self._task
         self._gradient, self._task = None, -1
-        return gradient if task == torch._C._current_graph_task_id() else None
+        return gradient if task == backward_pass() else None
 
 
 class _Tap(torch.autograd.Function):
@@ -102,7 +102,6 @@ def can_gather() -> bool:
     return (
         torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-        and torch._C._autograd._saved_tensors_hooks_is_enabled()
+        and not is_transformed()
+        and may_have_hooks()
     )

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from attnres_ext import _native, fake, reference  # noqa: F401  (registers the operators and their shapes)
 from attnres_ext.autograd import (
@@ -31,6 +30,7 @@ from attnres_ext.autograd import (
     below_autograd,
 )
 from attnres_ext.cache import BlockCache
+from attnres_ext.torch_internals import is_transformed
 
 if TYPE_CHECKING:
     from attnres_ext.gradient_buffer import GradientBuffer
@@ -311,10 +311,7 @@ def _as_list(sources: Sources) -> list[Tensor]:
 
 
 def _transformed() -> bool:
-    """Whether a function transform or forward-mode differentiation is under way."""
-    return not _traced() and (
-        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    )
+    return not _traced() and is_transformed()
 
 
 def _needs_gradient(tensors: Sequence[Tensor | None]) -> bool:

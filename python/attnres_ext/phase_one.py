@@ -27,6 +27,7 @@ from attnres_ext.first_order import first_order_only
 from attnres_ext.gradient_buffer import GradientBuffer
 from attnres_ext.recomputation import keep, unseen
 from attnres_ext.reference import compute_dtype
+from attnres_ext.torch_internals import backward_pass
 
 __all__ = ["FunctionalPhaseOne", "GatheringPhaseOne"]
 
@@ -153,7 +154,7 @@ class PhaseOneResults:
     def gradient_rows(self, index: int) -> tuple[Tensor, Tensor]:
         """Where the merge of site ``index`` writes the gradients of its rows of ``out`` and
         ``lse``."""
-        task = torch._C._current_graph_task_id()
+        task = backward_pass()
         if self._gradients is None or self._task != task:
             out, lse, _ = self.get()
             self._gradients = torch.empty_like(out), torch.empty_like(lse)
@@ -166,7 +167,7 @@ class PhaseOneResults:
         """The gradients that this backward pass collected, zero for sites it did not visit; None
         without any."""
         gradients, self._gradients = self._gradients, None
-        if gradients is None or self._task != torch._C._current_graph_task_id():
+        if gradients is None or self._task != backward_pass():
             return None
         for index in set(range(len(gradients[0]))) - self._written:
             for gradient in gradients:

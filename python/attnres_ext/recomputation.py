@@ -20,18 +20,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import (
-    _disable_current_modes,
-    _get_current_dispatch_mode_stack,
-)
-from torch.utils.checkpoint import _CachingTorchDispatchMode, _StopRecomputationError
+
+from attnres_ext.torch_internals import WithoutModes, records_selectively
 
 if TYPE_CHECKING:
     from attnres_ext.phase_one import PhaseOneResults
 
-__all__ = ["Region", "Snapshot", "keep", "stop_recomputation", "unseen", "unselected"]
-
-_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)
+__all__ = ["Region", "Snapshot", "keep", "unseen", "unselected"]
 
 
 class Region:
@@ -46,12 +41,6 @@ class Region:
     def __init__(self, hook: Callable) -> None:
         # The hook keeps the checkpointed function alive, and that often the state.
         self._hook = weakref.ref(hook)
-
-    @staticmethod
-    def hook() -> Callable | None:
-        """What packs saved tensors just now; None where they are simply saved."""
-        hooks = _top_hooks(True)
-        return None if hooks is None else hooks[0]
 
     def contains(self, hook: Callable | None) -> bool:
         """Whether the hook in force is this region's."""
@@ -105,19 +94,9 @@ def unseen() -> AbstractContextManager:
     Selective checkpointing counts operators and pairs those of a repetition with the first ones: it
     must not see what is done in one of them alone.
     """
-    return _disable_current_modes()
+    return WithoutModes()
 
 
 def unselected() -> AbstractContextManager:
     """:func:`unseen`, if selective checkpointing is recording what it sees."""
-    modes = _get_current_dispatch_mode_stack()
-    recording = any(isinstance(mode, _CachingTorchDispatchMode) for mode in modes)
-    return unseen() if recording else nullcontext()
-
-
-def stop_recomputation() -> None:
-    """Ends the recomputation that is under way.
-
-    PyTorch compares what was saved with what was needed, and complains if anything is missing.
-    """
-    raise _StopRecomputationError
+    return unseen() if records_selectively() else nullcontext()

@@ -13,8 +13,9 @@ from torch import Tensor
 from attnres_ext import ops
 from attnres_ext.gradient_buffer import GradientBuffer, can_gather, can_tap, tap
 from attnres_ext.phase_one import FunctionalPhaseOne, GatheringPhaseOne, PhaseOneResults
-from attnres_ext.recomputation import Region, Snapshot, keep, stop_recomputation, unseen, unselected
+from attnres_ext.recomputation import Region, Snapshot, keep, unseen, unselected
 from attnres_ext.residual_state import ResidualState
+from attnres_ext.torch_internals import StopRecomputation, backward_pass, saving_hook
 
 if TYPE_CHECKING:
     from attnres_ext.residual import AttentionResiduals
@@ -118,7 +119,7 @@ class TrainingState(_BlockState):
         Arguments and errors as for :meth:`ResidualState.write`.
         """
         repetition = self._repetition
-        if repetition is not None and repetition.region.contains(Region.hook()):
+        if repetition is not None and repetition.region.contains(saving_hook()):
             repetition.write(x)
         elif self._expects_write() or not _recomputing():
             super().write(x)
@@ -144,7 +145,7 @@ class TrainingState(_BlockState):
 
     def _repeat(self, site: int) -> _Repetition | None:
         """Who repeats the read of ``site``; None if nobody can."""
-        hook = Region.hook()
+        hook = saving_hook()
         if hook is None:
             return None
         repetition = self._repetition
@@ -160,7 +161,7 @@ class TrainingState(_BlockState):
         snapshot = None if reference is None else reference()
         if reference is not None and snapshot is None and _recomputing():
             # The read's node has run and is gone, and with it all that depends on it.
-            stop_recomputation()
+            raise StopRecomputation
         return snapshot
 
     def results_of(self, block: int) -> PhaseOneResults | None:
@@ -198,14 +199,14 @@ class TrainingState(_BlockState):
         """A snapshot to be completed, if this is the first read under a checkpoint."""
         if not can_gather():
             return None
-        hook = Region.hook()
+        hook = saving_hook()
         if hook is None or self._in_region():
             return None
         self._region = Region(hook)
         return Snapshot(self._blocks)
 
     def _in_region(self) -> bool:
-        return self._region is not None and self._region.contains(Region.hook())
+        return self._region is not None and self._region.contains(saving_hook())
 
     def _complete(self, site: int, snapshot: Snapshot, hidden: Tensor) -> None:
         phase = self._phase
@@ -331,4 +332,4 @@ def _leaf(tensor: Tensor, needs_gradient: bool) -> Tensor:
 
 def _recomputing() -> bool:
     """Whether a backward pass is under way."""
-    return torch._C._current_graph_task_id() != -1
+    return backward_pass() != -1

@@ -12,8 +12,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from attnres_ext.integrations.transformers.norms import NormRead
 from attnres_ext.integrations.transformers.stream import Stream
-from attnres_ext.recomputation import Region
 from attnres_ext.residual import AttentionResiduals
+from attnres_ext.torch_internals import saving_hook
 
 __all__ = ["MODULE", "FinalRead", "LayerRead", "begin", "end"]
 
@@ -116,7 +116,7 @@ class LayerRead:
             current, stream = self._again(hidden)
         else:
             stream = current.enter(self._first_site, hidden, self._checkpoints())
-            if not torch.compiler.is_compiling() and Region.hook() is not None:
+            if not torch.compiler.is_compiling() and saving_hook() is not None:
                 stream.repeated = True
                 _checkpointed[hidden] = current, stream
         if self.previous is None:

@@ -1,0 +1,84 @@
+"""What is used of torch beyond what it documents, in one place.
+
+No public name says which backward pass is under way, whose hooks pack saved tensors, or whether a
+function transform is active, and none lets operators pass by dispatch modes. These names are there
+in torch 2.10 to 2.14.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from operator import attrgetter
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch.autograd import forward_ad
+from torch.utils import _python_dispatch  # noqa: F401  (found by name below)
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
+__all__ = [
+    "BelowAutograd",
+    "StopRecomputation",
+    "WithoutModes",
+    "backward_pass",
+    "is_transformed",
+    "may_have_hooks",
+    "records_selectively",
+    "saving_hook",
+]
+
+
+def _find(name: str) -> Any:
+    try:
+        return attrgetter(name)(torch)
+    except AttributeError:
+        raise ImportError(
+            f"attnres_ext: torch {torch.__version__} has no torch.{name}, by which attnres_ext "
+            "follows autograd; it was made for torch 2.10 to 2.14: install one of these, or a "
+            "newer attnres_ext"
+        ) from None
+
+
+#: Identifies the backward pass under way in this thread; -1 where there is none.
+backward_pass: Callable[[], int] = _find("_C._current_graph_task_id")
+
+#: Inside, operators go straight to their backend.
+BelowAutograd: Callable[[], AbstractContextManager] = _find("_C._AutoDispatchBelowAutograd")
+
+#: Inside, operators are called behind the back of dispatch modes.
+WithoutModes: Callable[[], AbstractContextManager] = _find(
+    "utils._python_dispatch._disable_current_modes"
+)
+
+#: Raised under a checkpoint, ends the recomputation that is under way: PyTorch compares what was
+#: saved with what was needed, and complains if anything is missing.
+StopRecomputation: type[Exception] = _find("utils.checkpoint._StopRecomputationError")
+
+#: Whether saved tensors may be given hooks.
+may_have_hooks: Callable[[], bool] = _find("_C._autograd._saved_tensors_hooks_is_enabled")
+
+_top_hooks = _find("_C._autograd._top_saved_tensors_default_hooks")
+_has_transforms = _find("_C._are_functorch_transforms_active")
+_modes = _find("utils._python_dispatch._get_current_dispatch_mode_stack")
+_find("autograd.forward_ad._current_level")  # a number that changes: looked up when needed
+
+#: What selective checkpointing watches a first forward with.
+_Recording = type(create_selective_checkpoint_contexts([])[0])
+
+
+def saving_hook() -> Callable | None:
+    """What packs saved tensors just now; None where they are simply saved."""
+    hooks = _top_hooks(True)
+    return None if hooks is None else hooks[0]
+
+
+def is_transformed() -> bool:
+    """Whether a function transform or forward-mode differentiation is under way."""
+    return _has_transforms() or forward_ad._current_level >= 0
+
+
+def records_selectively() -> bool:
+    """Whether selective checkpointing is recording which operators are called."""
+    return any(isinstance(mode, _Recording) for mode in _modes())
