@@ -11,6 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -29,6 +30,9 @@ from attnres_ext.recomputation import keep, unseen
 from attnres_ext.reference import compute_dtype
 from attnres_ext.torch_internals import backward_pass
 
+if TYPE_CHECKING:
+    from attnres_ext.residual_state import Reading
+
 __all__ = ["FunctionalPhaseOne", "GatheringPhaseOne"]
 
 _ops = torch.ops.attnres
@@ -42,19 +46,14 @@ class FunctionalPhaseOne:
         self, blocks: Sequence[Tensor], queries: Tensor, key_weights: Tensor, eps: float
     ) -> None:
         out, lse = ops.inter_block_attention(blocks, queries, key_weights, eps=eps)
+        self._eps = eps
         self._rows = list(zip(out.unbind(0), lse.unbind(0), strict=True))
 
     def merge(
-        self,
-        index: int,
-        partial: Tensor | None,
-        delta: Tensor,
-        query: Tensor,
-        key_weight: Tensor | None,
-        norm: dict,
+        self, index: int, partial: Tensor | None, delta: Tensor, reading: Reading
     ) -> tuple[Tensor, Tensor]:
         """``(hidden, new_partial)`` of the block's site ``index``."""
-        return ops.merge_partial(*self._rows[index], partial, delta, query, key_weight, **norm)
+        return ops.merge_partial(*self._rows[index], partial, delta, **reading, eps=self._eps)
 
 
 class GatheringPhaseOne:
@@ -98,22 +97,15 @@ class GatheringPhaseOne:
         return cls(results, token.requires_grad_(results.needs_gradient))
 
     def merge(
-        self,
-        index: int,
-        partial: Tensor | None,
-        delta: Tensor,
-        query: Tensor,
-        key_weight: Tensor | None,
-        norm: dict,
+        self, index: int, partial: Tensor | None, delta: Tensor, reading: Reading
     ) -> tuple[Tensor, Tensor]:
         """``(hidden, new_partial)`` of the block's site ``index``."""
-        options = Options(norm["eps"], norm["out_eps"], 1.0, "nothing", False, None)
         results = self.results
+        options = Options(results.eps, reading["out_eps"], 1.0, "nothing", False, None)
+        weights = reading["query"], reading["key_weight"], reading["out_weight"]
         # Without a node of its own, phase 1 has no owner but its merges.
         owner = weakref.ref(results) if self.token.requires_grad else lambda: results
-        return _Merge.apply(
-            options, owner, index, self.token, query, key_weight, norm["out_weight"], partial, delta
-        )
+        return _Merge.apply(options, owner, index, self.token, *weights, partial, delta)
 
 
 class PhaseOneResults:
@@ -129,7 +121,7 @@ class PhaseOneResults:
         self.needs_gradient = any(t.requires_grad for t in (queries, key_weights, *blocks))
         # Detached: the node that owns this must not be reachable from here.
         self._inputs = [block.detach() for block in blocks], queries.detach(), key_weights.detach()
-        self._eps = eps
+        self.eps = eps
         self._results: tuple[Tensor, Tensor, Tensor] | None = None
         self._known = False  # whether results have been computed before
         self._gradients: tuple[Tensor, Tensor] | None = None
@@ -142,7 +134,7 @@ class PhaseOneResults:
             blocks, queries, key_weights = self._inputs
             with below_autograd(False), unseen() if self._known else nullcontext():
                 self._results = _ops.inter_block_attention_with_stats.default(
-                    blocks, queries, key_weights, self._eps, 1.0
+                    blocks, queries, key_weights, self.eps, 1.0
                 )
             self._known = True
         return self._results

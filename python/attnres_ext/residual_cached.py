@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from attnres_ext.cache import BlockCache
-from attnres_ext.residual_state import ResidualState
+from attnres_ext.residual_state import Reading, ResidualState
 
 if TYPE_CHECKING:
     from attnres_ext.residual import AttentionResiduals
@@ -66,19 +66,16 @@ class CachedState(ResidualState):
         self._out = out
         return super().read_output(norm_weight, norm_eps)
 
-    def _read(
-        self, site: int, delta: Tensor, query: Tensor, key_weight: Tensor | None, norm: dict
-    ) -> Tensor:
+    def _read(self, site: int, delta: Tensor, reading: Reading) -> Tensor:
         residual, cache = self._residual, self._cache
-        weights = {"out_weight": norm["out_weight"], "out_eps": norm["out_eps"], "out": self._out}
         block = cache.num_sealed
         if self._phase1_block == block:
             index = site - residual.sites_of_block(block)[0]
-            hidden = cache.merge(index, delta, query, key_weight, **weights)
+            hidden = cache.merge(index, delta, **reading, out=self._out)
         else:
-            hidden = cache.attend(delta, query, key_weight, **weights)
+            hidden = cache.attend(delta, **reading, out=self._out)
         if residual._record is not None:
-            self._record(site, cache.sources(), query, key_weight)
+            self._record(site, cache.sources(), reading)
         if residual.closes_block(site):
             cache.close()
             if site < residual.num_sublayers:

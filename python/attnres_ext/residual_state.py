@@ -4,7 +4,7 @@ added."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import Tensor
@@ -14,7 +14,16 @@ from attnres_ext import ops
 if TYPE_CHECKING:
     from attnres_ext.residual import AttentionResiduals
 
-__all__ = ["ResidualState"]
+__all__ = ["Reading", "ResidualState"]
+
+
+class Reading(TypedDict):
+    """What a site reads with, as the functional API calls it; the keys' epsilon is the module's."""
+
+    query: Tensor
+    key_weight: Tensor | None
+    out_weight: Tensor | None
+    out_eps: float | None
 
 
 class ResidualState(ABC):
@@ -120,23 +129,21 @@ class ResidualState(ABC):
             query, key_weight = residual.zero_query, None
         else:
             query, key_weight = residual.queries[site], residual.key_weights[site]
-        norm = {"out_weight": norm_weight, "eps": residual.eps, "out_eps": norm_eps}
-        return self._read(site, delta, query, key_weight, norm)
+        reading = Reading(
+            query=query, key_weight=key_weight, out_weight=norm_weight, out_eps=norm_eps
+        )
+        return self._read(site, delta, reading)
 
     @abstractmethod
-    def _read(
-        self, site: int, delta: Tensor, query: Tensor, key_weight: Tensor | None, norm: dict
-    ) -> Tensor:
+    def _read(self, site: int, delta: Tensor, reading: Reading) -> Tensor:
         """The mix at ``site``, with ``delta`` added to the open block before."""
 
-    def _record(
-        self, site: int, sources: list[Tensor], query: Tensor, key_weight: Tensor | None
-    ) -> None:
+    def _record(self, site: int, sources: list[Tensor], reading: Reading) -> None:
         with torch.no_grad():
             _, weights = ops.depth_attention(
                 sources,
-                query,
-                key_weight,
+                reading["query"],
+                reading["key_weight"],
                 eps=self._residual.eps,
                 return_weights=True,
                 save="nothing",

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import weakref
 from abc import abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from attnres_ext import ops
 from attnres_ext.gradient_buffer import GradientBuffer, can_gather, can_tap, tap
 from attnres_ext.phase_one import FunctionalPhaseOne, GatheringPhaseOne, PhaseOneResults
 from attnres_ext.recomputation import Region, Snapshot, keep, unseen, unselected
-from attnres_ext.residual_state import ResidualState
+from attnres_ext.residual_state import Reading, ResidualState
 from attnres_ext.torch_internals import StopRecomputation, backward_pass, saving_hook
 
 if TYPE_CHECKING:
@@ -49,41 +49,31 @@ class _BlockState(ResidualState):
         queries = torch.stack([residual.queries[site] for site in sites])
         return queries, torch.stack([residual.key_weights[site] for site in sites]), residual.eps
 
-    def _mix(
-        self,
-        site: int,
-        delta: Tensor,
-        query: Tensor,
-        key_weight: Tensor | None,
-        norm: dict,
-        save: str,
-    ) -> Tensor:
+    def _mix(self, site: int, delta: Tensor, reading: Reading, save: str) -> Tensor:
         """Reads ``site`` and moves on: afterwards the last source is the open sum or a block."""
         residual = self._residual
         closes = residual.closes_block(site)
         self._begin_block(site, delta)
-        single = {**norm, "save": save, "buffers": tuple(self._buffers)}
         if self._phase is not None:
             index = site - residual.sites_of_block(len(self._blocks))[0]
-            hidden, partial = self._phase.merge(
-                index, self._partial, delta, query, key_weight, norm
-            )
+            hidden, partial = self._phase.merge(index, self._partial, delta, reading)
         elif closes and self._partial is None:
             # The delta is a block: as one, it gets all its gradients, this site's too, in its
             # buffer.
             self._append_block(delta)
-            hidden = ops.depth_attention(
-                self._blocks, query, key_weight, **{**single, "buffers": tuple(self._buffers)}
-            )
-            return hidden
+            return ops.depth_attention(self._blocks, **self._single_pass(reading, save))
         else:
             hidden, partial = ops.accumulate_depth_attention(
-                self._partial, delta, self._blocks, query, key_weight, **single
+                self._partial, delta, self._blocks, **self._single_pass(reading, save)
             )
         self._partial = None if closes else partial
         if closes:
             self._append_block(partial)
         return hidden
+
+    def _single_pass(self, reading: Reading, save: str) -> dict[str, Any]:
+        eps, buffers = self._residual.eps, tuple(self._buffers)
+        return {**reading, "eps": eps, "save": save, "buffers": buffers}
 
     def _begin_block(self, site: int, delta: Tensor) -> None:
         """At the first site of a block, attends over the finished blocks for all of its sites,
@@ -169,20 +159,18 @@ class TrainingState(_BlockState):
         reference = self._results.get(block)
         return None if reference is None else reference()
 
-    def _read(
-        self, site: int, delta: Tensor, query: Tensor, key_weight: Tensor | None, norm: dict
-    ) -> Tensor:
+    def _read(self, site: int, delta: Tensor, reading: Reading) -> Tensor:
         snapshot = self._enter_region()
         if snapshot is None:
-            hidden = self._mix(site, delta, query, key_weight, norm, self._residual.save)
+            hidden = self._mix(site, delta, reading, self._residual.save)
         else:
             # The node keeps its sources, and no more than them.
             with keep(snapshot), unselected():
-                hidden = self._mix(site, delta, query, key_weight, norm, "nothing")
+                hidden = self._mix(site, delta, reading, "nothing")
             self._complete(site, snapshot, hidden)
         self._recomputes_block |= self._in_region()
         if self._residual._record is not None:
-            self._record(site, self._sources(), query, key_weight)
+            self._record(site, self._sources(), reading)
         if site == self._residual.num_sublayers:
             self._forget()
         return hidden
@@ -287,14 +275,12 @@ class _Repetition(_BlockState):
         results = snapshot.phase
         self._phase = None if results is None else GatheringPhaseOne.again(results)
 
-    def _read(
-        self, site: int, delta: Tensor, query: Tensor, key_weight: Tensor | None, norm: dict
-    ) -> Tensor:
+    def _read(self, site: int, delta: Tensor, reading: Reading) -> Tensor:
         snapshot = self._state.snapshot_at(site)
         if snapshot is None:
-            return self._mix(site, delta, query, key_weight, norm, self._residual.save)
+            return self._mix(site, delta, reading, self._residual.save)
         with torch.no_grad(), unseen():
-            hidden = self._read_snapshot(snapshot, query, key_weight, norm)
+            hidden = self._read_snapshot(snapshot, reading)
         value = _leaf(snapshot.value, snapshot.value_needs)
         if self._residual.closes_block(site):
             self._append_block(value)
@@ -302,17 +288,14 @@ class _Repetition(_BlockState):
             self._partial = value
         return _leaf(hidden, snapshot.hidden_needs)
 
-    def _read_snapshot(
-        self, snapshot: Snapshot, query: Tensor, key_weight: Tensor | None, norm: dict
-    ) -> Tensor:
+    def _read_snapshot(self, snapshot: Snapshot, reading: Reading) -> Tensor:
+        eps = self._residual.eps
         if self._phase is None:
-            return ops.depth_attention(
-                [*snapshot.blocks, snapshot.value], query, key_weight, **norm
-            )
+            return ops.depth_attention([*snapshot.blocks, snapshot.value], **reading, eps=eps)
         index = self._site - 1 - self._residual.sites_of_block(len(self._blocks))[0]
         out, lse, _ = self._phase.results.get()
         hidden, _ = ops.merge_partial(
-            out[index], lse[index], snapshot.value, None, query, key_weight, **norm
+            out[index], lse[index], snapshot.value, None, **reading, eps=eps
         )
         return hidden
 
