@@ -82,6 +82,13 @@ class Series:
         """Of the newest point."""
         return self.verdicts[-1]
 
+    @property
+    def drift(self) -> float | None:
+        """How much longer the yardstick took than beside the best point before, as a share."""
+        now = self.points[-1].yardstick
+        then = min(self.points[:-1], key=lambda point: point.seconds).yardstick
+        return None if now is None or then is None else now / then - 1
+
 
 def judge(points: Sequence[Point]) -> tuple[tuple[str, ...], tuple[float | None, ...]]:
     """A verdict for each of ``points``, and its change against the best one before it."""

@@ -70,6 +70,20 @@ def table(
 
     The first cell of a row is its heading.
     """
+    return grouped_table(
+        header, [(None, rows)], numbers=numbers, caption=caption, sortable=sortable
+    )
+
+
+def grouped_table(
+    header: Iterable[Content],
+    groups: Iterable[tuple[Content, Iterable[Iterable[Content]]]],
+    *,
+    numbers: int = 0,
+    caption: Content = None,
+    sortable: bool = False,
+) -> Html:
+    """The same with headings between the rows: each of ``groups`` is a heading and its rows."""
     header = list(header)
     texts = len(header) - numbers
 
@@ -77,19 +91,25 @@ def table(
         return "number" if column >= texts else None
 
     head = [tag("th", cell, scope="col", class_=kind(i)) for i, cell in enumerate(header)]
-    body = []
-    for row in rows:
-        first, *others = row
-        cells = [tag("th", first, scope="row")]
-        cells += [tag("td", cell, class_=kind(i)) for i, cell in enumerate(others, start=1)]
-        body.append(tag("tr", cells))
+    bodies = []
+    for heading, rows in groups:
+        body = []
+        if heading is not None:
+            whole = tag("th", heading, colspan=len(header), scope="rowgroup")
+            body.append(tag("tr", whole, class_="group"))
+        for row in rows:
+            first, *others = row
+            cells = [tag("th", first, scope="row")]
+            cells += [tag("td", cell, class_=kind(i)) for i, cell in enumerate(others, start=1)]
+            body.append(tag("tr", cells))
+        bodies.append(tag("tbody", body))
     return tag(
         "div",
         tag(
             "table",
             tag("caption", caption) if caption else None,
             tag("thead", tag("tr", head)),
-            tag("tbody", body),
+            bodies,
             class_="sortable" if sortable else None,
         ),
         class_="scroll",

@@ -32,7 +32,11 @@ def notices(kept: Kept, present: Mapping[str, Any] | None) -> list[str]:
             f"{_count(len(modified), 'run')} measured a checkout with changes that no commit "
             f"holds: {_names(run.name for run in modified)}."
         )
-    found += _disturbed(kept.runs)
+    found += _unfinished(kept.runs)
+    # What newer runs have replaced is shown in histories alone, which know about noise.
+    newest = [*map(kept.newest, kept.places), *map(kept.newest_models, kept.places)]
+    shown = {id(run) for cases in newest for run in cases.values()}
+    found += _disturbed(run for run in kept.runs if id(run) in shown)
     return found
 
 
@@ -58,6 +62,15 @@ def _age(name: str, runs: Sequence[Run], present: Mapping[str, Any] | None) -> l
         f"{len(old)} of {len(last)} {name} cases were last measured with older code than the "
         f"present csrc/: {_names(dict.fromkeys(run.name for run in old))}."
     ]
+
+
+def _unfinished(runs: Iterable[Run]) -> list[str]:
+    found = []
+    for run in runs:
+        wanted, done = run.facts.get("cases", 0), len(run.by_case) + len(run.models_by_case)
+        if done < wanted:
+            found.append(f"{run.name} ended after {done} of {_count(wanted, 'case')}.")
+    return found
 
 
 def _disturbed(runs: Iterable[Run]) -> list[str]:

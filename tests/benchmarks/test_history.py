@@ -93,3 +93,12 @@ def test_runs_without_our_figure_are_no_points() -> None:
     assert (
         series_of(run_of("2026-01-01", missing), run_of("2026-02-01", timed(MIX, "ours", 1))) == []
     )
+
+
+def test_how_much_of_a_change_is_the_machine() -> None:
+    def drift(*points: history.Point) -> float | None:
+        return history.Series("a", "a", points, *history.judge(points)).drift
+
+    best = point(1.0, yardstick=1.0)
+    assert drift(point(3.0, yardstick=9.0), best, point(1.5, yardstick=1.45)) == pytest.approx(0.45)
+    assert drift(point(1.0), point(1.5, yardstick=1.45)) is None

@@ -32,9 +32,9 @@ def _place(kept: Kept, place: Place) -> Html | None:
         return None
     order = {history.SLOWER: 0, history.FASTER: 1, history.STEADY: 2}
     found.sort(key=lambda one: order[one.verdict])
-    header = ["case", "so far", "now", "against the best before", "verdict"]
+    header = ["case", "so far", "now", "against the best before", "its yardstick", "verdict"]
     drawn = table(
-        header, [_row(one) for one in found], numbers=3, caption=f"History: {place.label}"
+        header, [_row(one) for one in found], numbers=4, caption=f"History: {place.label}"
     )
     worse = sum(one.verdict == history.SLOWER for one in found)
     summary = "no regression" if worse == 0 else f"{worse} of {len(found)} slower"
@@ -55,9 +55,10 @@ def _row(one: history.Series) -> list[Content]:
         one.label,
         [
             lines.sparkline(f"{one.label}: {said}", times, one.verdicts),
-            tag("small", f"{first} → {last}, {len(times)} runs"),
+            tag("small", f"{first} → {last}, {len(times)} runs", class_="whole"),
         ],
         value(times[-1], wording.seconds(times[-1])),
         value(change, wording.percent(change, 0)),
+        "–" if one.drift is None else value(one.drift, wording.percent(one.drift, 0)),
         tag("b", _WORDS[one.verdict], class_=f"verdict {one.verdict}"),
     ]

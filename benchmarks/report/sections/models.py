@@ -5,12 +5,12 @@ from __future__ import annotations
 from attnres_ext.benchmarks import wording
 from attnres_ext.benchmarks.report.frame import figure, reason, sources
 from attnres_ext.benchmarks.report.frame import section as part
-from attnres_ext.benchmarks.report.html import Content, Html, table, tag, value
+from attnres_ext.benchmarks.report.html import Content, Html, grouped_table, tag, value
 from attnres_ext.benchmarks.report.kept import Kept, Place
 from attnres_ext.benchmarks.report.sections.overhead import WORKS
 from attnres_ext.benchmarks.results import ModelResult
 
-_HEADER = ["model", "residual", "by", "time", "tokens/s", "peak memory", "over standard"]
+_HEADER = ["residual", "by", "time", "tokens/s", "peak memory", "over standard"]
 
 
 def section(kept: Kept) -> Html | None:
@@ -36,31 +36,36 @@ def section(kept: Kept) -> Html | None:
 
 
 def _table(kept: Kept, place: Place, work: str) -> Html:
-    measured: list[ModelResult] = []
+    cases: dict[str, list[ModelResult]] = {}
     runs = []
     for case, run in kept.newest_models(place).items():
         found = [row for row in run.models_by_case[case].values() if row.work == work]
-        measured += found
-        runs += [run] * bool(found)
+        if found:
+            cases[found[0].shape] = found
+            runs.append(run)
+    measured = [row for rows in cases.values() for row in rows]
     present = {row.contestant for row in measured if row.status != "absent"}
     nowhere = {row.contestant: row for row in measured if row.contestant not in present}
-    rows = [_row(row) for row in measured if row.contestant in present]
+    groups = [
+        (shape, [_row(row) for row in rows if row.contestant in present])
+        for shape, rows in cases.items()
+    ]
     notes = [
         tag("p", f"{wording.contestant(name)} ", reason(row.status, row.reason), class_="source")
         for name, row in nowhere.items()
     ]
     title = WORKS.get(work, work)
-    drawn = table(_HEADER, rows, numbers=4, caption=f"{title}: {place.label}", sortable=True)
+    drawn = grouped_table(_HEADER, groups, numbers=4, caption=f"{title}: {place.label}")
     return figure([title, tag("small", place.label)], drawn, *notes, *sources(runs))
 
 
 def _row(row: ModelResult) -> list[Content]:
     is_yardstick = row.contestant == "standard"
     by = "attnres-ext, the yardstick" if is_yardstick else wording.contestant(row.contestant)
-    names: list[Content] = [row.shape, row.residual, by]
+    names: list[Content] = [row.residual, by]
     if row.seconds is None:
         why = tag("small", reason(row.status, row.reason))
-        return [*names[:2], [names[2], why], "–", "–", "–", "–"]
+        return [row.residual, [by, why], "–", "–", "–", "–"]
     over: Content = "–"
     if row.overhead is not None and not is_yardstick:
         over = tag("b", value(row.overhead, wording.percent(row.overhead)))

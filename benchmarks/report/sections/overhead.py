@@ -57,7 +57,8 @@ def _curves(kept: Kept, place: Place) -> list[Html]:
         if len({position(row) for _, row in rows}) < 2:
             continue
         drawn = _chart(f"{WORKS.get(work, work)} over {label}", rows, label, position)
-        heading = [f"{WORKS.get(work, work)}, by {axis}", tag("small", place.label)]
+        by = "hidden size" if axis == "hidden" else axis
+        heading = [f"{WORKS.get(work, work)}, by {by}", tag("small", place.label)]
         found.append(figure(heading, drawn, *sources(run for run, _ in rows)))
     return found
 

@@ -83,6 +83,7 @@ def _ladder(kept: Kept, place: Place) -> Html | None:
     )
     heading = [
         "The copy by itself",
+        tag("small", place.label),
         tag("small", "What fits into a cache is copied faster: one figure for all would not do"),
     ]
     return figure(heading, drawn, *sources([run]))
