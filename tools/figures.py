@@ -34,6 +34,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -130,15 +131,17 @@ def operators(device: str, suite: str, folder: Path) -> list[str]:
             timed = rival is not None and rival.seconds is not None
             cells.append(f"{rival.seconds / ours.seconds:.1f} ×" if timed else "–")
         rows.append(cells)
-    return [*markdown(header, rows, numbers=5), "", origin(run)]
+    return [*markdown(header, rows, numbers=5), "", origin(run, everything)]
 
 
-def origin(record: dict[str, Any]) -> str:
-    """Below a table: the command behind it, when, and of what."""
+def origin(record: dict[str, Any], rows: Iterable[Any] = ()) -> str:
+    """Below a table: the command behind it, when, of what, and whether the machine was shared."""
     threads = f", {record['threads']} threads" if "threads" in record else ""
     where = f"{wording.processor(record)}{threads}, torch {record['versions']['torch']}"
     command = wording.command(record)
-    return f"`{command}`, {record['date'][:10]}, {version(record)}; {where}."
+    shared, timed = results.shared_cores(rows)
+    busy = f" In this run {wording.shared_cores(shared, timed)}." if shared else ""
+    return f"`{command}`, {record['date'][:10]}, {version(record)}; {where}.{busy}"
 
 
 def missing(device: str, suite: str) -> list[str]:
@@ -153,7 +156,7 @@ def limits(device: str, suite: str, folder: Path) -> list[str]:
     if chosen is None:
         return missing(device, suite)
     run, rows, cases = chosen
-    return [*markdown(*costs.limits(rows, cases, wording)), "", origin(run)]
+    return [*markdown(*costs.limits(rows, cases, wording)), "", origin(run, rows)]
 
 
 def host(device: str, folder: Path) -> list[str]:
@@ -162,13 +165,14 @@ def host(device: str, folder: Path) -> list[str]:
     if chosen is None:
         return missing(device, "all")
     run, rows, cases = chosen
-    return [*markdown(*costs.host(rows, cases, wording)), "", origin(run)]
+    return [*markdown(*costs.host(rows, cases, wording)), "", origin(run, rows)]
 
 
 def models(device: str, folder: Path) -> list[str]:
     """Whole models: of every case the newest run."""
     newest: dict[str, tuple[dict[str, Any], list[Any]]] = {}
     kept = [results.read_models(path) for path in results.files(folder)]
+    whole = {id(run): rows for run, rows in kept}
     for run, rows in sorted(kept, key=lambda one: one[0]["date"]):
         by_case: dict[str, list[Any]] = {}
         for row in rows if run["device"] == device else ():
@@ -177,7 +181,7 @@ def models(device: str, folder: Path) -> list[str]:
     if not newest:
         return [*missing(device, "model"), *missing(device, "decode")]
     rows = [row for _, found in newest.values() for row in found]
-    origins = dict.fromkeys(origin(run) for run, _ in newest.values())
+    origins = dict.fromkeys(origin(run, whole[id(run)]) for run, _ in newest.values())
     return [*markdown(*costs.models(rows, wording)), "", *origins]
 
 

@@ -25,6 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 STATE = ROOT / "build" / "measure.json"
 #: Seconds that a program which was interrupted has to show what it has.
 _GRACE = 15.0
+#: Settings of a shell by which torch would take fewer cores than there are.
+_FEWER_CORES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 #: Programs that wait for a core or compute, on average: more is not a quiet machine.
 _BUSY = 0.5
 
@@ -86,9 +88,10 @@ def run(command: Sequence[str]) -> int:
     Raises:
         KeyboardInterrupt: somebody interrupted it; it has had the time to show what it has.
     """
-    # What a part starts is found where this Python is.
+    # All cores, as in the runs before; and what a part starts is found where this Python is.
+    environment = {name: value for name, value in os.environ.items() if name not in _FEWER_CORES}
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    with subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PATH": path}) as process:
+    with subprocess.Popen(command, cwd=ROOT, env={**environment, "PATH": path}) as process:
         try:
             return process.wait()
         except KeyboardInterrupt:

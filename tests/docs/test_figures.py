@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import subprocess
@@ -82,6 +83,17 @@ def test_a_table_shows_times_and_ratios(tmp_path: Path) -> None:
     assert "commit 0123456789;" in table
     # Rendering what is rendered changes nothing.
     assert tool.render(table, tmp_path) == table
+
+
+def test_a_table_says_that_the_machine_was_shared(tmp_path: Path) -> None:
+    keep(tmp_path, DATES[0], "quick")
+    assert "shared" not in tool.operators("cpu", "quick", tmp_path)[-1]
+    (path,) = tmp_path.iterdir()
+    run, rows = tool.results.read(path)
+    busy = [dataclasses.replace(row, preemptions=4 * (row.contestant == "ours")) for row in rows]
+    tool.results.write(path, run, busy)
+    last = tool.operators("cpu", "quick", tmp_path)[-1]
+    assert last.endswith("In this run 1 of 3 measurements shared their cores with other processes.")
 
 
 def test_the_run_with_most_cases_is_shown_and_then_the_newest(tmp_path: Path) -> None:

@@ -116,6 +116,13 @@ def test_commands_are_what_the_programs_take() -> None:
             assert (ROOT / part.command[1]).is_file()
 
 
+def test_programs_run_in_the_checkout_on_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    check = "import os; assert os.path.isdir('csrc'); assert 'OMP_NUM_THREADS' not in os.environ"
+    assert tool.run([sys.executable, "-c", check]) == 0
+    assert tool.run([sys.executable, "-c", "raise SystemExit(7)"]) == 7
+
+
 def test_an_interrupted_program_may_finish_its_sentence() -> None:
     """Both get the signal of a terminal; the one above must not kill the other at once."""
     # Where tests run in the background the signal is ignored unless a program asks for it.
