@@ -82,6 +82,9 @@ class BlockCache:
             )
         self._side = SideStream(side_stream)
         self._reuse_result = reuse_result
+        # How often this memory has been begun anew, by this cache or one that shares it.
+        self._begun = [0]
+        self._generation = 0
         self._scratch = Scratch(self.device)
         # Mixes [S, M, D] and log-sum-exps [S, M] for the open block's sites.
         self._phase1: tuple[Tensor, Tensor] | None = None
@@ -95,6 +98,11 @@ class BlockCache:
     def num_sealed(self) -> int:
         """Number of closed slots; also the index of the open one."""
         return self._state.sealed
+
+    @property
+    def generation(self) -> int:
+        """Which use of its memory the cache holds; every :meth:`reset` begins another."""
+        return self._generation
 
     @property
     def open_holds_partial(self) -> bool:
@@ -129,14 +137,16 @@ class BlockCache:
         """Opens slot 0 again. Contents are left to be overwritten."""
         self._side.join()
         self._state.reset()
-        self._phase1 = None
+        self._begin()
 
     def close(self) -> None:
         """Seals the open slot: the running sum becomes a finished block.
 
         Raises:
-            RuntimeError: If the open slot holds nothing, or every slot is closed.
+            RuntimeError: If the open slot holds nothing, every slot is closed, or another cache
+                has taken over the memory (:meth:`resized`).
         """
+        self._check_owner()
         self._state.close()
         self._phase1 = None
 
@@ -144,9 +154,11 @@ class BlockCache:
         """Adds ``delta`` ``[..., D]`` to the open slot, without reading.
 
         Raises:
-            RuntimeError: If every slot is closed, or ``delta`` asks for a gradient.
+            RuntimeError: If every slot is closed, ``delta`` asks for a gradient, or another cache
+                has taken over the memory.
             ValueError: If ``delta`` does not fit (:meth:`check_fits`).
         """
+        self._check_owner()
         self.check_fits("delta", delta)
         slot, add = self._open()
         torch.ops.attnres.block_cache_write(self._slots, self._rstd, delta, slot, add, self.eps)
@@ -180,10 +192,11 @@ class BlockCache:
             The mix ``[..., D]`` in the cache's dtype: ``out``, if it is given.
 
         Raises:
-            RuntimeError: If every slot is closed and ``delta`` is given or asks for a gradient, or
-                the cache holds nothing to read.
+            RuntimeError: If every slot is closed and ``delta`` is given or asks for a gradient, the
+                cache holds nothing to read, or another cache has taken over the memory.
             ValueError: If ``delta`` does not fit (:meth:`check_fits`).
         """
+        self._check_owner()
         if delta is None:
             if self._state.num_sources == 0:
                 raise RuntimeError("block cache: attend has nothing to read, the cache is empty")
@@ -221,10 +234,17 @@ class BlockCache:
         what the current stream does until then hides it.
 
         Raises:
-            RuntimeError: If no slot is sealed.
+            RuntimeError: If no slot is sealed, or another cache has taken over the memory.
+            ValueError: If ``queries`` is not of that shape.
         """
+        self._check_owner()
         if self._state.sealed == 0:
             raise RuntimeError("block cache: inter has nothing to read, no slot is closed")
+        if queries.dim() != 2 or queries.shape[1] != self.hidden_size:
+            raise ValueError(
+                f"block cache: queries has shape {tuple(queries.shape)}, "
+                f"expected [S, {self.hidden_size}]"
+            )
         shape = queries.shape[0], *self._slots.shape[1:]
         wide = torch.promote_types(self.dtype, torch.float32)
         out = self._scratch.tensor("mixes", shape, self.dtype)
@@ -255,6 +275,7 @@ class BlockCache:
 
         Other arguments, result and errors as for :meth:`attend`.
         """
+        self._check_owner()
         rows = 0 if self._phase1 is None else len(self._phase1[0])
         if not 0 <= index < rows:
             raise RuntimeError(
@@ -326,7 +347,8 @@ class BlockCache:
     def resized(self, shape: int | Sequence[int]) -> BlockCache:
         """Another cache in the same memory, for as many tokens or fewer.
 
-        Use one of them at a time: nothing that either holds outlives a write to the other.
+        It takes the memory over: this cache is to be :meth:`reset` before it is used again, and
+        then takes it back.
 
         Args:
             shape: Leading shape of what is written to it.
@@ -350,8 +372,21 @@ class BlockCache:
         other._leading = leading
         other._slots = part(self._slots, self.capacity, num_tokens, self.hidden_size)
         other._rstd = part(self._rstd, self.capacity, num_tokens)
-        other._phase1 = None
+        other._begin()
         return other
+
+    def _begin(self) -> None:
+        """Takes the memory, from whichever cache had it."""
+        self._begun[0] += 1
+        self._generation = self._begun[0]
+        self._phase1 = None
+
+    def _check_owner(self) -> None:
+        if self._generation != self._begun[0]:
+            raise RuntimeError(
+                "block cache: another cache of the same memory was taken into use since (resized); "
+                "reset this one before it is used again"
+            )
 
     def _result(self, out: Tensor | None) -> Tensor:
         if out is None and self._reuse_result:

@@ -32,7 +32,7 @@ class CachedState(ResidualState):
             )
         cache.check_fits("embedding", embedding)
         cache.reset()
-        self._cache = cache
+        self._cache, self._generation = cache, cache.generation
         # The block whose sites' phase 1 the cache holds, if any.
         self._phase1_block: int | None = None
         self._vectors: Tensor | None = None
@@ -68,6 +68,11 @@ class CachedState(ResidualState):
 
     def _read(self, site: int, delta: Tensor, reading: Reading) -> Tensor:
         residual, cache = self._residual, self._cache
+        if cache.generation != self._generation:
+            raise RuntimeError(
+                f"read: before site {site} was read, another forward pass was started on the same "
+                "cache; forwards at the same time need a cache each"
+            )
         block = cache.num_sealed
         if self._phase1_block == block:
             index = site - residual.sites_of_block(block)[0]

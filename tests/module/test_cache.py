@@ -1,6 +1,7 @@
 """BlockCache: the operators' definition in place, and the state that reads through it."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -270,6 +271,64 @@ def test_deltas_that_do_not_fit(delta, message):
         with pytest.raises(ValueError, match=message):
             call()
     assert not cache.open_holds_partial, "an error changes nothing"
+
+
+@pytest.mark.parametrize("shape", [(6,), 12])
+def test_queries_that_do_not_fit(shape):
+    cache = BlockCache(2, 4, D)
+    cache.write(torch.zeros(4, D))
+    cache.close()
+    with pytest.raises(ValueError, match=r"queries has shape .*, expected \[S, 12\]"):
+        cache.inter(torch.zeros(shape))
+
+
+def test_memory_is_used_by_one_cache_at_a_time():
+    large, delta, query = BlockCache(2, 4, D), torch.randn(4, D), torch.zeros(D)
+    large.write(delta)
+    large.close()
+    large.inter(query[None])
+    small = large.resized(3)
+    small.write(delta[:3])
+    for call in (
+        large.close,
+        lambda: large.write(delta),
+        lambda: large.attend(delta, query),
+        lambda: large.attend(None, query),
+        lambda: large.inter(query[None]),
+        lambda: large.merge(0, delta, query),
+    ):
+        with pytest.raises(RuntimeError, match="another cache of the same memory was taken into"):
+            call()
+    assert torch.equal(small.attend(None, query), delta[:3])
+    large.reset()
+    large.write(delta)
+    with pytest.raises(RuntimeError, match="reset this one before it is used again"):
+        small.close()
+
+
+@pytest.mark.parametrize("two_phase", [False, True])
+def test_two_forwards_at_a_time_need_two_caches(two_phase):
+    model = toy(sublayers_per_block=2, two_phase=two_phase).float()
+    cache, x = model.residual.new_cache(4), embed(4, dtype=torch.float32)
+    first = model.residual.start(x, cache=cache)
+    first.read(0)
+    first.write(x)
+    second = model.residual.start(2 * x, cache=cache)
+    with pytest.raises(RuntimeError, match=r"before site 1 was read, another forward pass was st"):
+        first.read(1)
+    assert torch.equal(second.read(0), 2 * x)
+
+
+@pytest.mark.parametrize("choices", list(itertools.product([False, True], repeat=3)))
+def test_every_block_its_own_choice(choices, monkeypatch):
+    model = toy(sublayers_per_block=3)
+    monkeypatch.setattr(
+        model.residual, "reads_in_two_phases", lambda block, like, training: choices[block - 1]
+    )
+    cache = model.residual.new_cache((2, 3), dtype=torch.float64)
+    x = embed(2, 3)
+    # The cache keeps 1/rms in float32.
+    torch.testing.assert_close(model(x, cache=cache), model.naive(x), rtol=1e-5, atol=1e-5)
 
 
 def test_errors_of_order():

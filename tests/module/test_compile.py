@@ -138,3 +138,15 @@ def test_a_compiled_read_under_a_checkpoint_is_an_error(counter):
     layer(state)
     with pytest.raises(RuntimeError, match="must not be compiled"):
         state.read(2).sum().backward()
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_cache_breaks_the_graph_and_changes_no_result(counter):
+    model, x = toy(2, torch.float32, sublayers_per_block=2), embed(4, dtype=torch.float32)
+    expected = model(x, cache=model.residual.new_cache(4))
+    cache = model.residual.new_cache(4, reuse_result=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="CacheState"):
+        torch.compile(model, backend=counter, fullgraph=True)(x, cache=cache)
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(model, backend=counter)(x, cache=cache), expected)
