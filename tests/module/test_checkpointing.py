@@ -257,6 +257,31 @@ def test_hooks_see_the_gradient_of_what_is_written(options):
 
 
 @every_mode
+@pytest.mark.parametrize("name", ["plain", "layers"])
+def test_saved_tensors_go_elsewhere(options, name):
+    """Hooks that are no checkpoint's repeat nothing, and may go around checkpoints, which do."""
+    model = toy(**options)
+    forward = model if name == "plain" else partial(FORWARDS[name], model)
+    elsewhere = []
+
+    def pack(tensor):
+        elsewhere.append(tensor.clone())
+        return len(elsewhere) - 1
+
+    def run(x):
+        with torch.autograd.graph.saved_tensors_hooks(pack, elsewhere.__getitem__):
+            return forward(x)
+
+    assert_same(gradients(model, embed(4), run), gradients(model, embed(4), model), 0)
+    assert elsewhere or name == "layers"
+    x = embed(4).requires_grad_()
+    inputs, loss = [x, *model.parameters()], run(x).square().sum()
+    first = torch.autograd.grad(loss, inputs, retain_graph=True)
+    for a, b in zip(first, torch.autograd.grad(loss, inputs), strict=True):
+        assert torch.equal(a, b)
+
+
+@every_mode
 def test_records_count_each_read_once(options):
     model = toy(**options)
     with model.residual.recording() as expected:
