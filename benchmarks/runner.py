@@ -29,7 +29,8 @@ _MOST_SETS = 1024
 #: For what the machine reaches at best: copies and matrix products.
 _CEILINGS = Effort(rounds=3, turn=3, budget=0.3)
 
-_THOROUGH = Effort(rounds=9, turn=3, budget=6.0)
+#: Whoever takes twenty times as long as we do needs no more samples than fit into the budget.
+_THOROUGH = Effort(rounds=9, turn=3, budget=4.0)
 #: Effort by suite on the CPU. `quick` is part of the demo and has a minute in all.
 _ON_CPU = {"quick": Effort(rounds=5, turn=3, budget=1.0)}
 #: On a GPU. Events have a resolution of half a microsecond, so a sample lasts a thousand of them.
@@ -41,8 +42,9 @@ def effort_for(suite: str, device: str) -> Effort:
     return _ON_GPU if device.startswith("cuda") else _ON_CPU.get(suite, _THOROUGH)
 
 
-#: Seconds that a case takes, about: checking and compiling, and timing as long as a budget says.
-_ROUGH_CHECK = 2.0
+#: Seconds, about: compiling for a case, and an element in plain PyTorch on two cores, which is what
+#: most of a case's time goes to.
+_ROUGH_COMPILING, _ROUGH_ELEMENT = 3.0, 5e-9
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,13 @@ class Options:
 
 def rough_seconds(case: Case, options: Options) -> float:
     """How long a case may take where nobody has run it yet."""
-    return _ROUGH_CHECK + 2 * options.effort.budget
+    budget = options.effort.budget
+    if options.on_gpu:
+        return _ROUGH_COMPILING + budget
+    elements = case.sources * case.queries * case.tokens * case.hidden
+    plain = _ROUGH_ELEMENT * elements * (4 if case.gradients in ("fresh", "accumulate") else 1)
+    # It runs four times before it is timed, and others, who are faster, get as much time together.
+    return _ROUGH_COMPILING + 4 * plain + 2 * min(budget, 10 * plain)
 
 
 def run_case(case: Case, options: Options, report: Report = lambda _: None) -> list[Result]:

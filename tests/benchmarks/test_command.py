@@ -138,7 +138,7 @@ def test_where_it_is_and_how_long_it_takes_goes_to_a_log(
     assert bench(*arguments) == 0
     first, *others = capsys.readouterr().err.splitlines()
     # Nobody knows yet: a guess. The next run knows from this one.
-    assert first == "2 cases, about 8 s left"
+    assert first == "2 cases, about 6 s left"
     assert re.fullmatch(r"1/2  depth_attention N3 .* forward: \d+ s; about \d+ s left", others[0])
     assert others[1].startswith("2/2  merge_partial")
     assert others[1].endswith("about 0 s left")
