@@ -91,9 +91,7 @@ def describe(device: str = "cpu") -> dict[str, Any]:
     return {
         **(_gpu(device) if device.startswith("cuda") else {}),
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "cores": os.cpu_count() if threads_bound() else len(_allowed_cores()),
         "caches": caches(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if hasattr(os, "sysconf")
@@ -103,6 +101,17 @@ def describe(device: str = "cpu") -> dict[str, Any]:
         "architecture": platform.machine(),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     }
+
+
+def threads_bound() -> bool:
+    """Whether threads stay on a core each (``OMP_PROC_BIND=true``), this one too."""
+    return torch.get_num_threads() > 1 and len(_allowed_cores()) == 1
+
+
+def _allowed_cores() -> set[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
 
 
 def versions() -> dict[str, str]:

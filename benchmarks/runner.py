@@ -283,6 +283,7 @@ def describe_run(suite: str, device: str, options: Options, pages_kept: bool) ->
         "suite": suite,
         "device": device,
         "threads": torch.get_num_threads(),
+        "threads_bound": machine.threads_bound(),
         "cache": "cold" if options.cold else "warm",
         "pages_kept": pages_kept,
         **machine.code(),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from attnres_ext.benchmarks import machine, results, runner, sources
 from attnres_ext.benchmarks.results import ModelResult, Result
@@ -145,6 +147,23 @@ def test_a_run_says_where_and_with_what() -> None:
     )
     assert facts["machine"]["cores"] >= 1
     json.dumps(facts, allow_nan=False)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="threads cannot be bound here")
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core is one place")
+def test_a_run_says_whether_its_threads_are_bound(num_threads: None) -> None:
+    allowed = os.sched_getaffinity(0)
+    torch.set_num_threads(2)
+    assert machine.threads_bound() is False
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        facts = runner.describe_run("quick", "cpu", runner.Options(), pages_kept=False)
+        assert facts["threads_bound"] is True
+        assert facts["machine"]["cores"] == os.cpu_count()
+        torch.set_num_threads(1)
+        assert machine.threads_bound() is False
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 def test_the_hash_of_a_kernel_follows_what_it_includes(tmp_path: Path) -> None:

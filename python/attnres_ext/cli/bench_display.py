@@ -169,7 +169,8 @@ def print_notes(
 
 def _threads(run_facts: dict[str, Any]) -> str:
     count = run_facts["threads"]
-    return f"{count} thread{'' if count == 1 else 's'}"
+    bound = " bound to cores" if run_facts.get("threads_bound") else ""
+    return f"{count} thread{'' if count == 1 else 's'}{bound}"
 
 
 def _print_contestants(rows: Sequence[Result | ModelResult], say: Callable[..., None]) -> None:
