@@ -22,13 +22,19 @@ class Scratch:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._kept: dict[str, Tensor] = {}
+        self._memory: dict[str, Tensor] = {}
+        self._given: dict[str, Tensor] = {}  # what each name was given last
 
     def tensor(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A contiguous tensor in the memory of this name; new memory only if it does not fit."""
-        size, kept = math.prod(shape), self._kept.get(name)
-        if kept is None or kept.dtype != dtype or kept.numel() < size:
-            # Made in inference mode, it could not be written outside of it.
-            with torch.inference_mode(False):
-                kept = self._kept[name] = torch.empty(size, dtype=dtype, device=self._device)
-        return kept[:size].view(shape)
+        given = self._given.get(name)
+        if given is not None and given.shape == shape and given.dtype == dtype:
+            return given
+        size, memory = math.prod(shape), self._memory.get(name)
+        # Made in inference mode, it could not be written outside of it.
+        with torch.inference_mode(False):
+            if memory is None or memory.dtype != dtype or memory.numel() < size:
+                memory = torch.empty(size, dtype=dtype, device=self._device)
+                self._memory[name] = memory
+            given = self._given[name] = memory[:size].view(shape)
+        return given
