@@ -16,6 +16,9 @@ from typing import Any
 
 #: Raised when a reader of older files would misread newer ones.
 FORMAT = 1
+#: How often the system itself interrupts a program on a quiet machine, generously; each time costs
+#: a millisecond or so.
+_PREEMPTIONS_A_SECOND = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +51,11 @@ class Measurement:
 
     @property
     def shared_cores(self) -> bool:
-        """Whether other processes ran on its cores about as often as it did."""
-        return (self.preemptions or 0) > len(self.samples)
+        """Whether other processes ran on its cores: more than once a sample, and so often that it
+        must show in long ones.
+        """
+        expected = max(len(self.samples), _PREEMPTIONS_A_SECOND * sum(self.samples))
+        return (self.preemptions or 0) > expected
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,25 @@ def test_rates() -> None:
     assert TIMED.calls_per_second == 2.0
     assert ABSENT.bandwidth is None
     assert ABSENT.calls_per_second is None
+
+
+@pytest.mark.parametrize(
+    ("samples", "preemptions", "shared"),
+    [
+        ((1e-3,) * 3, 3, False),
+        ((1e-3,) * 3, 4, True),
+        # Over a second the system has work of its own.
+        ((1.0,) * 3, 30, False),
+        ((1.0,) * 3, 31, True),
+        ((1.0,) * 3, None, False),
+    ],
+)
+def test_who_shares_cores_is_interrupted_often(
+    samples: tuple[float, ...], preemptions: int | None, shared: bool
+) -> None:
+    row = replace(TIMED, samples=samples, preemptions=preemptions)
+    assert row.shared_cores is shared
+    assert results.shared_cores([row, ABSENT]) == (int(shared), 1)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:

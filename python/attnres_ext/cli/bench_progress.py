@@ -24,13 +24,15 @@ class Display:
         self._session = session
         self._total = len(session.expected)
         self._progress = Progress(
-            TextColumn("{task.description}"),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TextColumn("{task.fields[left]}"),
+            TextColumn("{task.description}"),
             console=console,
             transient=True,
             disable=not console.is_terminal,
+            # Drawn when something changes: a thread of its own would run while others are timed.
+            auto_refresh=False,
         )
         done = len(session.finished)
         self._task = self._progress.add_task("", total=self._total, completed=done, left="")
@@ -39,7 +41,7 @@ class Display:
     def __enter__(self) -> Display:
         self._progress.start()
         left = self._total - len(self._session.finished)
-        self._log(f"{left} cases, {self._left()}")
+        self._log(f"{left} case{'' if left == 1 else 's'}, {self._left()}")
         self._update("")
         return self
 
@@ -53,11 +55,11 @@ class Display:
     def done(self, case: str, seconds: float) -> None:
         """Shows that a case is over."""
         done = len(self._session.finished)
-        self._progress.update(self._task, completed=done)
+        self._progress.update(self._task, completed=done, refresh=True)
         self._log(f"{done}/{self._total}  {case}: {seconds:.0f} s; {self._left()}")
 
     def _update(self, description: str) -> None:
-        self._progress.update(self._task, description=description, left=self._left())
+        self._progress.update(self._task, description=description, left=self._left(), refresh=True)
 
     def _log(self, line: str) -> None:
         if self._lines:
