@@ -93,3 +93,17 @@ def test_phase_1_runs_beside_the_sublayers(mode, monkeypatch):
 def test_without_streams_there_are_none():
     state = decoder("block", True).new_state(2, 8)
     assert state.block_cache._side.stream is None
+
+
+def test_autocast():
+    """Sums are as wide as the cache, products as narrow as autocast makes them."""
+    model, ids = decoder("block", True), make_ids(tokens=9)
+    expected = model(ids).logits
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        state = model.new_state(2, 9)
+        model.prefill(ids[:, :6], state, 4)
+        logits = torch.cat(
+            [model(token, state=state).logits for token in ids[:, 6:].split(1, 1)], 1
+        )
+    # 8 bits of mantissa through some 60 roundings in a row.
+    assert (logits - expected[:, 6:]).abs().max() < 60 * 2**-9 * expected.abs().max()
