@@ -92,6 +92,11 @@ class Kernel:
         """Copies by the copy engine."""
         return count(self.opcodes, "UBLKCP")
 
+    @property
+    def remote_stores(self) -> int:
+        """Stores to the shared memory of another CTA of the cluster."""
+        return count(self.opcodes, "STAS")
+
     def async_copies(self, *, wide: bool) -> int:
         """Asynchronous copies by a thread, of 16 bytes (wide) or of fewer."""
         return sum(

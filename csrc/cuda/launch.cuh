@@ -22,7 +22,7 @@ struct Launcher {
   // caller to find.
   template <auto kKernel, typename Args>
   cudaError_t operator()(const Args& args, const LaunchShape& shape) const {
-    cudaError_t status = allow_shared_memory<kKernel>(shape.fills_shared_memory);
+    cudaError_t status = prepare<kKernel>(shape);
     if (status == cudaSuccess) {
       Config config(shape, context.stream);
       if (starts_early) {
@@ -36,23 +36,28 @@ struct Launcher {
     return status;
   }
 
-  // Clusters for `num_tokens` rows. No more than run at the same time: one that had to wait would
-  // do all its share of the rows when the others are done. Asked of the driver, because clusters
-  // leave multiprocessors over where the chip's groups of them are not multiples of their size;
-  // unless so few are wanted that those that wait have one row each.
+  // Clusters for `wanted` rows or tiles. No more than run at the same time: one that had to wait
+  // would do all its share when the others are done. Asked of the driver, because clusters leave
+  // multiprocessors over where the chip's groups of them are not multiples of their size; unless so
+  // few are wanted that those that wait have one row each. 0 where the cluster is larger than every
+  // device runs, and this one runs none.
   template <auto kKernel>
-  int64_t num_clusters(const LaunchShape& shape, int64_t num_tokens) const {
-    if (num_tokens * shape.cluster_size <= context.limits.num_multiprocessors) return num_tokens;
+  int64_t num_clusters(const LaunchShape& shape, int64_t wanted) const {
+    const bool runs_everywhere = shape.cluster_size <= kMostCtasInCluster;
+    if (runs_everywhere && wanted * shape.cluster_size <= context.limits.num_multiprocessors) {
+      return wanted;
+    }
     int count = 0;
-    if (allow_shared_memory<kKernel>(shape.fills_shared_memory) == cudaSuccess) {
+    if (prepare<kKernel>(shape) == cudaSuccess) {
       LaunchShape one = shape;
       one.num_ctas = shape.cluster_size;
       const Config config(one, nullptr);
       if (cudaOccupancyMaxActiveClusters(&count, kKernel, &config.launch) != cudaSuccess) count = 0;
     }
-    // An error comes back from the launch.
+    // An error of a cluster that runs everywhere comes back from the launch.
     if (count == 0) cudaGetLastError();
-    return std::clamp(count, 1, std::max(1, shape.num_ctas / shape.cluster_size));
+    return std::clamp(count, runs_everywhere ? 1 : 0,
+                      std::max(1, shape.num_ctas / shape.cluster_size));
   }
 
  private:
@@ -82,24 +87,43 @@ struct Launcher {
     }
   };
 
-  // More than 48 KB of shared memory is opt-in, and so is a small first-level cache that leaves
-  // room for it: once for each kernel and device.
+  // What a kernel may do only when it has been asked for, once for each kernel and device.
   template <auto kKernel>
-  cudaError_t allow_shared_memory(bool fill) const {
-    static std::atomic<uint64_t> allowed{0};  // a bit for each device
-    const uint64_t bit = uint64_t{1} << (context.device % 64);
-    if (context.device < 64 && (allowed.load(std::memory_order_relaxed) & bit) != 0) {
-      return cudaSuccess;
+  cudaError_t prepare(const LaunchShape& shape) const {
+    static Once shared_memory, large_clusters;
+    // More than 48 KB of shared memory, and a small first-level cache that leaves room for it.
+    cudaError_t status = shared_memory.call(context.device, [&] {
+      cudaError_t set = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                             context.limits.shared_bytes_per_cta);
+      if (set == cudaSuccess && shape.fills_shared_memory) {
+        set = cudaFuncSetAttribute(kKernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                   cudaSharedmemCarveoutMaxShared);
+      }
+      return set;
+    });
+    if (status == cudaSuccess && shape.cluster_size > kMostCtasInCluster) {
+      status = large_clusters.call(context.device, [] {
+        return cudaFuncSetAttribute(kKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+      });
     }
-    cudaError_t status = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                              context.limits.shared_bytes_per_cta);
-    if (status == cudaSuccess && fill) {
-      status = cudaFuncSetAttribute(kKernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                    cudaSharedmemCarveoutMaxShared);
-    }
-    if (status == cudaSuccess) allowed.fetch_or(bit, std::memory_order_relaxed);
     return status;
   }
+
+  // Does something until it has succeeded, for each device.
+  class Once {
+   public:
+    template <typename F>
+    cudaError_t call(int device, F&& f) {
+      const uint64_t bit = uint64_t{1} << (device % 64);
+      if (device < 64 && (done_.load(std::memory_order_relaxed) & bit) != 0) return cudaSuccess;
+      const cudaError_t status = f();
+      if (status == cudaSuccess && device < 64) done_.fetch_or(bit, std::memory_order_relaxed);
+      return status;
+    }
+
+   private:
+    std::atomic<uint64_t> done_{0};  // a bit for each device
+  };
 };
 
 }  // namespace attnres::cuda

@@ -23,11 +23,11 @@ DEPTH_ATTENTION = re.compile(
     r"depth_attention_(?P<way>fwd|bwd)_kernel<DepthAttentionPolicy<(?P<elements>.+), "
     r"(?P<loader>\w+), (?P<chunks>\d), (?P<team>\w+)>, (?P<capacity>\d+)>"
 )
-#: InterBlockPolicy<Products, Loader>, capacity.
+#: InterBlockPolicy<Products, Loader, Team>, capacity.
 INTER_BLOCK = re.compile(
     r"inter_block_attention_(?P<way>fwd|bwd)_kernel<InterBlockPolicy<"
     r"(?P<products>Tensor|Scalar)Products<(?P<elements>.+?), (?P<matrices>\d)>, "
-    r"(?P<loader>\w+)>, "
+    r"(?P<loader>\w+), (?P<team>\w+)>, "
     r"(?P<capacity>\d+)>"
 )
 #: kInterBlockRegisters and kInterBlockBackwardRegisters in
@@ -97,10 +97,12 @@ def test_every_architecture_has_every_kernel(kernels) -> None:
     by_arch: dict[str, set[str]] = {}
     clusters: dict[str, set[str]] = {}
     for kernel in kernels:
-        if "CtaCluster" in kernel.name:
+        # Phase 1 has one kernel for a cluster and a CTA alone, as it has one loader.
+        name = re.sub("BulkTiles, CtaCluster", "BulkTiles, OneCta", kernel.name)
+        if "CtaCluster" in name:
             clusters.setdefault(kernel.arch, set()).add(kernel.name)
         else:
-            name = re.sub("(CpAsync|Bulk)(Ring|Tiles)", r"\2", kernel.name)
+            name = re.sub("(CpAsync|Bulk)(Ring|Tiles)", r"\2", name)
             by_arch.setdefault(kernel.arch, set()).add(name)
     names = list(by_arch.values())
     assert all(found == names[0] for found in names), by_arch.keys()
@@ -226,6 +228,13 @@ def test_phase_1_multiplies_on_tensor_cores(kernels) -> None:
         expected += [(4 * 4, 2, 4 * 2)] * combinations
         assert found == sorted(expected), f"{kernel.arch} {kernel.name}: {found}"
         assert kernel.global_stores(wide=True) >= 2 * 4, kernel.name
+
+
+def test_phase_1_s_clusters_tell_one_another_sums(kernels) -> None:
+    for kernel, parts in inter_block(kernels):
+        shares = parts["team"] == "CtaCluster"
+        assert shares == (kernel.arch != "sm_80" and parts["loader"] != "DirectTiles"), kernel.name
+        assert (kernel.remote_stores > 0) == shares, f"{kernel.arch} {kernel.name}"
 
 
 def test_phase_1_s_tiles_arrive_by_the_policy_s_copies(kernels) -> None:

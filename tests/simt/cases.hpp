@@ -125,10 +125,14 @@ struct Launch {
   uint64_t seed;
   Report& report;
   std::vector<const std::vector<Buffer>*> tensors;
+  cuda::DeviceLimits limits = {};
 
-  // As if the device had room for all that fill its multiprocessors.
+  // As if the device had room for all that fill its multiprocessors; with an odd number of them it
+  // is one that runs no large clusters.
   template <auto kKernel>
   int64_t num_clusters(const cuda::LaunchShape& shape, int64_t) const {
+    const bool is_large = shape.cluster_size > cuda::kMostCtasInCluster;
+    if (is_large && limits.num_multiprocessors % 2 != 0) return 0;
     return std::max(1, shape.num_ctas / shape.cluster_size);
   }
 
@@ -138,7 +142,7 @@ struct Launch {
     if constexpr (requires { args.tile.num_passes; }) {
       report = {args.tile.slot_bytes > 0, args.tile.num_passes == 1, args.tile.num_passes,
                 args.tile.num_slots,      shape.num_threads,         shape.num_ctas,
-                shape.shared_bytes};
+                shape.shared_bytes,       args.tile.cluster_size};
     } else if constexpr (requires { args.tile; }) {
       report = {args.tile.slot_bytes > 0, args.tile.resident, args.tile.num_spans,
                 args.tile.num_slots,      shape.num_threads,  shape.num_ctas,

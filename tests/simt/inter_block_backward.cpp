@@ -43,11 +43,13 @@ void run_inter_block_backward(File& cases, File& results) {
   p.grad_base = bases.data();
 
   Report report;
-  const Launch launch = {run.order, run.seed, report, {&inputs, &outputs}};
+  const Launch launch = {run.order, run.seed, report, {&inputs, &outputs}, run.limits};
   if (run.bulk_ring) {
-    cuda::launch_inter_block_attention_backward<cuda::BulkTiles>(p, run.limits, launch);
+    cuda::launch_inter_block_attention_backward<cuda::BulkTiles, cuda::CtaCluster>(p, run.limits,
+                                                                                   launch);
   } else {
-    cuda::launch_inter_block_attention_backward<cuda::CpAsyncTiles>(p, run.limits, launch);
+    cuda::launch_inter_block_attention_backward<cuda::CpAsyncTiles, cuda::OneCta>(p, run.limits,
+                                                                                  launch);
   }
   put_results(results, report, outputs);
 }

@@ -25,11 +25,13 @@ void run_inter_block_forward(File& cases, File& results) {
   p.stats = stats.data;
 
   Report report;
-  const Launch launch = {run.order, run.seed, report, {&inputs, &outputs}};
+  const Launch launch = {run.order, run.seed, report, {&inputs, &outputs}, run.limits};
   if (run.bulk_ring) {
-    cuda::launch_inter_block_attention_forward<cuda::BulkTiles>(p, run.limits, launch);
+    cuda::launch_inter_block_attention_forward<cuda::BulkTiles, cuda::CtaCluster>(p, run.limits,
+                                                                                  launch);
   } else {
-    cuda::launch_inter_block_attention_forward<cuda::CpAsyncTiles>(p, run.limits, launch);
+    cuda::launch_inter_block_attention_forward<cuda::CpAsyncTiles, cuda::OneCta>(p, run.limits,
+                                                                                 launch);
   }
   put_results(results, report, outputs);
 }

@@ -18,8 +18,9 @@ pytestmark = [
     pytest.mark.skipif(compiler() is None, reason="no C++ compiler on this machine"),
 ]
 
-#: Rows of a few kilobytes fit, score vectors only a panel of columns at a time.
-SMALL = Limits(multiprocessors=2, shared_per_multiprocessor=25 * 1024, shared_per_cta=24 * 1024)
+#: Rows of a few kilobytes fit, score vectors only a panel of columns at a time. One multiprocessor
+#: runs no clusters.
+SMALL = Limits(multiprocessors=1, shared_per_multiprocessor=25 * 1024, shared_per_cta=24 * 1024)
 RINGS = ["cp_async", "bulk"]
 #: A runner and a ring.
 Way = tuple[Path, str]
@@ -82,6 +83,39 @@ def test_score_vectors_that_do_not_fit_come_in_passes(way: Way, tmp_path: Path) 
     ]
     results = run_and_check(runner, cases, tmp_path)
     assert all(result.uses_slots and result.num_spans > 1 for result in results)
+
+
+def sharing(multiprocessors: int, kilobytes: int) -> Limits:
+    """So many CTAs can share a token; each has so much shared memory."""
+    return Limits(multiprocessors, (kilobytes + 1) * 1024, kilobytes * 1024)
+
+
+def test_ctas_of_a_cluster_share_the_columns_of_a_token(runner: Path, tmp_path: Path) -> None:
+    """As few as keep the score vectors; panels of columns need not be the same for all."""
+    cases = [
+        make(3, 12, 456, torch.bfloat16, limits=sharing(2, 40)),
+        make(2, 14, 264, torch.float16, limits=sharing(6, 18), order="random"),
+        make(3, 5, 520, torch.float32, limits=sharing(8, 8), order="backward", gains=False),
+        make(9, 33, 72, torch.bfloat16, limits=sharing(5, 40), order="random", tokens=(1, 5)),
+        make(2, 24, 584, [torch.float32, torch.bfloat16], limits=sharing(8, 20), tokens=(1, 3)),
+    ]
+    cases[1].save_stats = False
+    cases[1].known_rstd = 0.5 + torch.rand(2, cases[1].num_tokens)
+    results = run_and_check(runner, cases, tmp_path)
+    assert [result.cluster_size for result in results] == [2, 4, 8, 2, 8]
+    assert all(result.uses_slots and result.num_spans == 1 for result in results)
+
+
+def test_large_clusters_only_where_the_device_runs_them(runner: Path, tmp_path: Path) -> None:
+    """Others share a token among eight, in passes if need be."""
+    shape = (2, 12, 1096, torch.bfloat16)
+    cases = [
+        make(*shape, limits=sharing(multiprocessors, 22), tokens=(1, 1), order="random")
+        for multiprocessors in (16, 17)
+    ]
+    large, small = run_and_check(runner, cases, tmp_path)
+    assert (large.cluster_size, large.num_spans) == (16, 1)
+    assert small.cluster_size <= 8
 
 
 def test_other_aligned_rows_stay_on_chip(way: Way, tmp_path: Path) -> None:

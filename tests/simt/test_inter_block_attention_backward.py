@@ -27,15 +27,15 @@ from .cases import (
 from .gradient_cases import NO_BASE, OTHER_BASE, OWN_BASE, SHARED_BASE, GradientCase
 from .inter_block_cases import InterBlock, definition, make
 from .test_depth_attention import FLAVOURS
-from .test_inter_block_attention import MIXED, RINGS, Way
+from .test_inter_block_attention import MIXED, RINGS, Way, sharing
 
 pytestmark = [
     pytest.mark.skipif(cuda_include_dir() is None, reason="no CUDA headers on this machine"),
     pytest.mark.skipif(compiler() is None, reason="no C++ compiler on this machine"),
 ]
 
-#: Score vectors fit a panel of columns at a time.
-SMALL = Limits(multiprocessors=2, shared_per_multiprocessor=33 * 1024, shared_per_cta=32 * 1024)
+#: Score vectors fit a panel of columns at a time. One multiprocessor runs no clusters.
+SMALL = Limits(multiprocessors=1, shared_per_multiprocessor=33 * 1024, shared_per_cta=32 * 1024)
 
 
 @dataclass
@@ -206,6 +206,32 @@ def test_score_vectors_that_do_not_fit_come_in_passes(
     ]
     launched = run_and_check(runner, cases, tmp_path)
     assert all(one.uses_slots and one.num_spans > 1 for one in launched)
+
+
+def test_ctas_of_a_cluster_share_the_columns_of_a_token(runner: Path, tmp_path: Path) -> None:
+    """As few as keep the score vectors, and the sums of their gradients if any do."""
+    kinds = [NO_BASE, OTHER_BASE, OWN_BASE]
+    cases = [
+        Backward(make(3, 5, 328, limits=sharing(8, 28), order="random"), base_kinds=kinds),
+        Backward(make(2, 4, 264, torch.float32, limits=sharing(6, 12), order="backward")),
+        Backward(make(2, 11, 200, limits=sharing(5, 24), tokens=(2, 4)), saved=False),
+        # Sums in global memory.
+        Backward(make(2, 11, 200, limits=sharing(8, 18), order="random", gains=False)),
+        Backward(make(3, 5, 328, limits=sharing(8, 18), tokens=(1, 3)), out_too=False, saved=False),
+    ]
+    launched = run_and_check(runner, cases, tmp_path)
+    assert [one.cluster_size for one in launched] == [2, 4, 4, 4, 2]
+    assert all(one.uses_slots and one.num_spans == 1 for one in launched)
+
+
+def test_large_clusters_only_where_the_device_runs_them(runner: Path, tmp_path: Path) -> None:
+    cases = [
+        Backward(make(2, 4, 1096, limits=sharing(count, 16), tokens=(1, 2), order="random"))
+        for count in (16, 17)
+    ]
+    large, small = run_and_check(runner, cases, tmp_path)
+    assert large.cluster_size == 16
+    assert small.cluster_size <= 8
 
 
 def test_other_rows(way: Way, tmp_path: Path) -> None:

@@ -6,6 +6,8 @@
 // last bit.
 #pragma once
 
+#include <type_traits>
+
 #include "common/instructions.cuh"
 #include "common/reduce.cuh"
 
@@ -157,6 +159,60 @@ class SegmentNumbers<CtaCluster> {
  private:
   Exchange exchange_;
   SegmentRange segments_;
+};
+
+// Sums over the columns of a row, of which each CTA of a team has a part of its own:
+//
+//   add_up(count, num_threads, at)   by the first num_threads threads of every CTA, of which each
+//                                    may have written any of at(0 .. count - 1) before they last
+//                                    met: every at(i) becomes the sum of all CTAs', in the order
+//                                    of their ranks. They have met again when it returns.
+template <typename Team>
+class TeamSums;
+
+template <>
+class TeamSums<OneCta> {
+ public:
+  __device__ __forceinline__ TeamSums(std::byte*, int) {}
+  __device__ __forceinline__ void start() {}
+  template <typename At>
+  __device__ __forceinline__ void add_up(int, int, At&&) {}
+};
+
+template <>
+class TeamSums<CtaCluster> {
+ public:
+  // `shared` and `capacity`: see Exchange; what all CTAs give to one in a round. By every thread of
+  // the cluster; and start() before the first sum.
+  __device__ __forceinline__ TeamSums(std::byte* shared, int capacity)
+      : exchange_(shared, capacity) {}
+  __device__ __forceinline__ void start() { exchange_.start(); }
+
+  template <typename At>
+  __device__ __forceinline__ void add_up(int count, int num_threads, At&& at) {
+    const int size = cluster_size();
+    if (size == 1) return;
+    using T = std::remove_reference_t<decltype(at(0))>;
+    if (thread_rank() == 0) {
+      exchange_.begin(static_cast<uint32_t>(size * count) * static_cast<uint32_t>(sizeof(T)));
+    }
+    const int first = rank_in_cluster() * count;
+    for (int i = thread_rank(); i < count; i += num_threads) {
+      const T mine = at(i);
+      for (int rank = 0; rank < size; ++rank) exchange_.give_to(rank, first + i, mine);
+    }
+    const T* all = exchange_.template wait<T>();
+    for (int i = thread_rank(); i < count; i += num_threads) {
+      T sum = all[i];
+      for (int rank = 1; rank < size; ++rank) sum += all[rank * count + i];
+      at(i) = sum;
+    }
+    exchange_.next();
+    sync_first_threads(num_threads);
+  }
+
+ private:
+  Exchange exchange_;
 };
 
 }  // namespace attnres::cuda

@@ -1,7 +1,7 @@
 // How tiles of rows reach a CTA whose threads all read all of a tile. `Args` describes the tiles:
 //
 //   tile.num_threads, tile.num_slots, tile.slot_bytes, tile.row_pitch
-//   num_tiles
+//   num_tiles, and Team: who works on a tile together
 //   rows_in_tile(tile), and for each of its rows tile_row(tile, r), where it starts in global
 //   memory, and row_bytes(r)
 //
@@ -9,12 +9,14 @@
 // - CpAsyncTiles (8.0 and later): all threads copy a tile into a slot of shared memory.
 // - BulkTiles (9.0 and later): a producer warp has the copy engine fill the slots.
 //
-// A CTA takes tiles cta_rank(), cta_rank() + num_ctas() and so on. A body calls acquire() for a
-// tile, reads rows through the view it gets, and calls release() when it has read the last of them.
+// A team takes tiles Team::index(), Team::index() + Team::count() and so on. A body calls acquire()
+// for a tile, reads rows through the view it gets, and calls release() when it has read the last of
+// them.
 #pragma once
 
 #include "common/elements.cuh"
 #include "common/loaders.cuh"
+#include "common/teams.cuh"
 
 namespace attnres::cuda {
 
@@ -57,7 +59,7 @@ class CpAsyncTiles {
   static constexpr int kExtraThreads = 0;
 
   __device__ __forceinline__ CpAsyncTiles(const Args& args, std::byte* slots, Barrier*)
-      : args_(args), slots_(slots), next_(cta_rank()) {}
+      : args_(args), slots_(slots), next_(Args::Team::index()) {}
   __device__ __forceinline__ bool produce() {
     for (int slot = 0; slot < args_.tile.num_slots; ++slot) issue(slot);
     return false;
@@ -86,7 +88,7 @@ class CpAsyncTiles {
           copy_async_16(to + b, from + b);
         }
       }
-      next_ += num_ctas();
+      next_ += Args::Team::count();
     }
     commit_copies();
   }
@@ -112,7 +114,8 @@ class BulkTiles {
     if (thread_rank() < args_.tile.num_threads) return false;
     if (thread_rank() == args_.tile.num_threads) {
       RingPosition at;
-      for (int64_t tile = cta_rank(); tile < args_.num_tiles; tile += num_ctas()) {
+      for (int64_t tile = Args::Team::index(); tile < args_.num_tiles;
+           tile += Args::Team::count()) {
         const int num_rows = args_.rows_in_tile(tile);
         uint32_t bytes = 0;
         for (int r = 0; r < num_rows; ++r) bytes += args_.row_bytes(r);

@@ -3,12 +3,36 @@
 
 #include "common/elements.cuh"
 #include "common/rows.cuh"
+#include "common/teams.cuh"
 #include "kernels/inter_block_attention_tile.hpp"
 
 namespace attnres::cuda {
 
-template <typename Compute, int kCapacity>
+// The columns of a row that are this CTA's; the first one is a multiple of kPanelColumns.
+struct ColumnSlice {
+  int first;
+  int count;
+};
+
+// A cluster shares out a row's panels evenly, in order.
+template <typename Args>
+__device__ __forceinline__ ColumnSlice slice_of_cta(const Args& args) {
+  if constexpr (!Args::Team::kIsCluster) {
+    return {0, args.hidden};
+  } else {
+    const int rank = Args::Team::rank();
+    const int fewest = args.tile.least_panels, larger = args.tile.num_larger_slices;
+    const int first = (rank * fewest + (rank < larger ? rank : larger)) * kPanelColumns;
+    const int count = (fewest + (rank < larger ? 1 : 0)) * kPanelColumns;
+    const int left = args.hidden - first;
+    return {first, left < count ? left : count};
+  }
+}
+
+template <typename Compute, int kCapacity, typename TeamPolicy>
 struct InterBlockForwardArgs {
+  using Team = TeamPolicy;
+
   int64_t num_tokens;
   int64_t num_tiles;
   int hidden;
@@ -40,15 +64,19 @@ struct InterBlockForwardArgs {
   }
   __device__ __forceinline__ const std::byte* tile_row(int64_t index, int r) const {
     const int token = r / num_sources;
-    return row_at(sources[r - token * num_sources], first_token(index) + token);
+    const ConstByteRows& rows = sources[r - token * num_sources];
+    return row_at(rows, first_token(index) + token) +
+           slice_of_cta(*this).first * bytes_of(rows.dtype);
   }
   __device__ __forceinline__ int row_bytes(int r) const {
-    return hidden * bytes_of(sources[r % num_sources].dtype);
+    return slice_of_cta(*this).count * bytes_of(sources[r % num_sources].dtype);
   }
 };
 
-template <typename Compute, int kCapacity>
+template <typename Compute, int kCapacity, typename TeamPolicy>
 struct InterBlockBackwardArgs {
+  using Team = TeamPolicy;
+
   int64_t num_tokens;
   int64_t num_tiles;
   int hidden;
@@ -62,9 +90,8 @@ struct InterBlockBackwardArgs {
   ConstByteRows grad_out;   // [S * M, D], or absent
   const Compute* grad_lse;  // [S, M], or null
   const Compute* stats;     // [N + S * N, M], or null
-  Compute* parts;           // [num_ctas, S, D]: sums over each CTA's tokens of the gradients of the
-                            // score vectors (scale * query * key_weight), or null
-  bool sums_are_shared;     // made in shared memory first
+  Compute* parts;           // [num_teams, S, D]: sums over each team's tokens of the gradients of
+                            // the score vectors (scale * query * key_weight), or null
   bool wants_sources;       // any gradient of a source
   InterBlockTile tile;
   ConstByteRows sources[kCapacity];
@@ -88,12 +115,16 @@ struct InterBlockBackwardArgs {
   __device__ __forceinline__ const std::byte* tile_row(int64_t index, int r) const {
     const int token = r / rows_of_token(), row = r % rows_of_token();
     const int64_t m = first_token(index) + token;
-    return row < num_sources ? row_at(sources[row], m)
-                             : row_at(grad_out, (row - num_sources) * num_tokens + m);
+    const std::byte* start = row < num_sources
+                                 ? row_at(sources[row], m)
+                                 : row_at(grad_out, (row - num_sources) * num_tokens + m);
+    return start + slice_of_cta(*this).first * bytes_of(dtype_of_row(row));
   }
   __device__ __forceinline__ int row_bytes(int r) const {
-    const int row = r % rows_of_token();
-    return hidden * bytes_of(row < num_sources ? sources[row].dtype : grad_out.dtype);
+    return slice_of_cta(*this).count * bytes_of(dtype_of_row(r % rows_of_token()));
+  }
+  __device__ __forceinline__ DType dtype_of_row(int row) const {
+    return row < num_sources ? sources[row].dtype : grad_out.dtype;
   }
 };
 
@@ -115,15 +146,15 @@ struct InterBlockWeightGradientArgs {
   GradientRows grad_key_weights;
 };
 
-// Shared memory beside slots and barriers. The forward has one matrix of logits, the backward
-// three.
+// Shared memory beside slots, barriers and the team's sums. The forward has one matrix of logits,
+// the backward three.
 template <typename Compute, int kMatrixCount>
 struct InterBlockScratch {
   static constexpr int kMatrices = kMatrixCount;
 
   std::byte* vectors;   // score vectors of a pass: [parts, S] rows of vector_pitch bytes
   Compute* partials;    // [warps, 16, partial_pitch]
-  Compute* sums;        // [S, D] of the backward, if they are shared
+  Compute* sums;        // [S, columns of a slice] of the backward, if they are shared
   Compute* logits;      // [kMatrices, tokens, logit_sources, logit_pitch]: products, then weights
   Compute* squares;     // [tokens * N]: sum of v^2
   Compute* factors;     // [tokens * N] of the backward
@@ -159,6 +190,32 @@ struct InterBlockScratch {
     return logit(args, token, source) + 2 * matrix_size(args);
   }
 };
+
+// The products of a tile's sources and score vectors, and the sources' squares, over all columns.
+template <typename Args, typename Scratch, typename Team>
+__device__ __forceinline__ void add_up_scores(const Args& args, int num_tokens,
+                                              const Scratch& scratch, Team& team) {
+  const int numbers = args.num_queries + 1;
+  team.add_up(
+      num_tokens * args.num_sources * numbers, args.tile.num_threads, [&](int i) -> decltype(auto) {
+        const int row = i / numbers, query = i % numbers;
+        return query == args.num_queries
+                   ? scratch.squares[row]
+                   : scratch.logit(args, row / args.num_sources, row % args.num_sources)[query];
+      });
+}
+
+// The products of a tile's sources and the gradients of its outputs, likewise.
+template <typename Args, typename Scratch, typename Team>
+__device__ __forceinline__ void add_up_dots(const Args& args, int num_tokens,
+                                            const Scratch& scratch, Team& team) {
+  team.add_up(num_tokens * args.num_sources * args.num_queries, args.tile.num_threads,
+              [&](int i) -> decltype(auto) {
+                const int row = i / args.num_queries;
+                return scratch.dot(args, row / args.num_sources,
+                                   row % args.num_sources)[i % args.num_queries];
+              });
+}
 
 // scale * query * key_weight of 8 or 1 columns.
 template <int kWidth, typename Compute, typename Args>

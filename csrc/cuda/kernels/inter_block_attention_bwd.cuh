@@ -5,9 +5,10 @@
 //   dv_i  = sum_s (p_si g_s + a_si u_s) - v_i r_i^2 / D sum_s dl_si l_si
 //   du_s  = sum_i a_si v_i, summed over tokens
 //
-// A CTA takes a tile of tokens at a time, their sources and the gradients of their outputs, and
-// every step reads the tile where the loader put it. du is summed over the tokens of a CTA by the
-// threads that own its columns, and over CTAs by a second kernel, in order.
+// A team - a CTA, or a cluster of them, each with columns of its own - takes a tile of tokens at a
+// time, their sources and the gradients of their outputs, and every step reads the tile where the
+// loader put it. du is summed over the tokens of a team by the threads that own its columns, and
+// over teams by a second kernel, in order.
 #pragma once
 
 #include "common/tile_loaders.cuh"
@@ -20,7 +21,8 @@ class InterBlockBackwardBody {
   using Products = typename Policy::Products;
   using Elements = typename Products::Elements;
   using Compute = typename Products::Compute;
-  using Args = InterBlockBackwardArgs<Compute, kCapacity>;
+  using Team = typename Policy::Team;
+  using Args = InterBlockBackwardArgs<Compute, kCapacity, Team>;
   using Scratch = typename Products::Scratch;
   using Loader = typename Policy::template Loader<Args>;
   static constexpr int kWidth = Products::kWidth;
@@ -28,22 +30,26 @@ class InterBlockBackwardBody {
  public:
   __device__ __forceinline__ static void run(const Args& args) {
     const InterBlockTile& tile = args.tile;
-    // slots | barriers | score vectors | the rest of the scratch memory
+    // slots | barriers | sums of the team | score vectors | the rest of the scratch memory
     std::byte* slots = dynamic_shared_memory();
     auto* barriers = reinterpret_cast<Barrier*>(slots + tile.num_slots * tile.slot_bytes);
-    const Scratch scratch(args, reinterpret_cast<std::byte*>(barriers + 2 * tile.num_slots));
-    const int64_t num_sums = static_cast<int64_t>(args.num_queries) * args.hidden;
-    Compute* part = args.parts + (args.parts == nullptr ? 0 : cta_rank() * num_sums);
-    Compute* sums = args.sums_are_shared ? scratch.sums : part;
+    auto* team_memory = reinterpret_cast<std::byte*>(barriers + 2 * tile.num_slots);
+    const Scratch scratch(args, team_memory + tile.team_bytes);
+    const ScoreVectorSums sums = sums_of(args, scratch);
     Loader loader(args, slots, barriers);
+    TeamSums<Team> team(team_memory, tile.team_capacity);
     wait_for_previous_kernel();
     let_next_kernel_start();
-    if (loader.produce()) return;
+    if (loader.produce()) {
+      team.start();
+      return;
+    }
 
     Products::prepare(args, slots, tile.tokens * args.rows_of_token(), scratch);
     if (args.parts != nullptr) {
-      for (int64_t i = thread_rank(); i < num_sums; i += tile.num_threads) sums[i] = 0;
+      for_columns(args, [&](int query, int column) { sums.row(query)[column] = 0; });
     }
+    team.start();
     bool staged = false;
     const auto stage = [&](int pass) {
       if (staged) return;
@@ -54,7 +60,7 @@ class InterBlockBackwardBody {
       staged = tile.num_passes == 1;
     };
     RingPosition at;
-    for (int64_t index = cta_rank(); index < args.num_tiles; index += num_ctas()) {
+    for (int64_t index = Team::index(); index < args.num_tiles; index += Team::count()) {
       const int num_tokens = args.tokens_in_tile(index);
       const auto rows = loader.acquire(at, index);
       if (args.stats == nullptr) {
@@ -62,9 +68,11 @@ class InterBlockBackwardBody {
           stage(pass);
           Products::score(args, pass, rows, num_tokens, args.rows_of_token(), scratch);
         }
+        add_up_scores(args, num_tokens, scratch, team);
       }
       if (args.grad_out.data != nullptr) {
         Products::dots(args, rows, num_tokens, scratch);
+        add_up_dots(args, num_tokens, scratch, team);
       } else {
         // The factors of the tile before may still be in use.
         sync_first_threads(tile.num_threads);
@@ -87,13 +95,45 @@ class InterBlockBackwardBody {
       loader.release(at);
       at.advance(tile.num_slots);
     }
-    if (args.parts != nullptr && args.sums_are_shared) {
+    if (args.parts != nullptr && tile.sum_values > 0) {
       sync_first_threads(tile.num_threads);
-      for (int64_t i = thread_rank(); i < num_sums; i += tile.num_threads) part[i] = sums[i];
+      const ScoreVectorSums part = part_of(args);
+      for_columns(
+          args, [&](int query, int column) { part.row(query)[column] = sums.row(query)[column]; });
     }
   }
 
  private:
+  // du of this CTA's columns.
+  struct ScoreVectorSums {
+    Compute* base;
+    int pitch;  // from a query's to the next one's
+    __device__ __forceinline__ Compute* row(int query) const {
+      return base + static_cast<int64_t>(query) * pitch;
+    }
+  };
+  __device__ __forceinline__ static ScoreVectorSums part_of(const Args& args) {
+    if (args.parts == nullptr) return {nullptr, 0};
+    const int64_t first_row = static_cast<int64_t>(Team::index()) * args.num_queries;
+    return {args.parts + first_row * args.hidden + slice_of_cta(args).first, args.hidden};
+  }
+  // Made in shared memory first, where there is room.
+  __device__ __forceinline__ static ScoreVectorSums sums_of(const Args& args,
+                                                            const Scratch& scratch) {
+    if (args.tile.sum_values > 0) return {scratch.sums, args.tile.sum_pitch};
+    return part_of(args);
+  }
+  // f(query, column) for every query and every column of this CTA, each by one thread.
+  template <typename F>
+  __device__ __forceinline__ static void for_columns(const Args& args, F&& f) {
+    const int count = slice_of_cta(args).count;
+    for (int query = 0; query < args.num_queries; ++query) {
+      for (int column = thread_rank(); column < count; column += args.tile.num_threads) {
+        f(query, column);
+      }
+    }
+  }
+
   __device__ __forceinline__ static Compute rstd_of(const Args& args, int64_t index, int token,
                                                     int source, const Scratch& scratch) {
     if (args.stats != nullptr) {
@@ -167,7 +207,8 @@ class InterBlockBackwardBody {
                                                           int num_tokens, const Tile& rows,
                                                           const Scratch& scratch) {
     const int chunks = args.tile.pass_columns / kWidth;
-    const int begin = pass * chunks, all = args.hidden / kWidth;
+    const ColumnSlice slice = slice_of_cta(args);
+    const int begin = pass * chunks, all = slice.count / kWidth;
     const int end = begin + chunks < all ? begin + chunks : all;
     const int pitch = args.tile.logit_pitch;
     Products::combine(
@@ -196,11 +237,12 @@ class InterBlockBackwardBody {
             // A plain read: it may be what this thread has just written for the same source given
             // twice.
             Compute before[kWidth];
-            Elements::load(SharedView{row_at(bases, m)}, bases.dtype, chunk, before);
+            Elements::load(SharedView{row_at(bases, m)}, bases.dtype, slice.first / kWidth + chunk,
+                           before);
 #pragma unroll
             for (int j = 0; j < kWidth; ++j) x[j] += before[j];
           }
-          Elements::store(row_at(grads, m), grads.dtype, chunk, x);
+          Elements::store(row_at(grads, m), grads.dtype, slice.first / kWidth + chunk, x);
         });
   }
 
@@ -208,10 +250,10 @@ class InterBlockBackwardBody {
   template <typename Tile>
   __device__ __forceinline__ static void add_to_sums(const Args& args, int num_tokens,
                                                      const Tile& rows, const Scratch& scratch,
-                                                     Compute* sums) {
+                                                     const ScoreVectorSums& all) {
     using Sums = Mixed<Compute, kWidth>;
     Products::combine(
-        args, 0, args.hidden / kWidth, 1, args.num_queries,
+        args, 0, slice_of_cta(args).count / kWidth, 1, args.num_queries,
         [&](int, auto&& add) {
           for (int token = 0; token < num_tokens; ++token) {
             const int first = token * args.rows_of_token();
@@ -222,8 +264,7 @@ class InterBlockBackwardBody {
           }
         },
         [&](int, int query, int chunk, Compute(&x)[kWidth]) {
-          auto* row =
-              reinterpret_cast<std::byte*>(sums + static_cast<int64_t>(query) * args.hidden);
+          auto* row = reinterpret_cast<std::byte*>(all.row(query));
           Compute total[kWidth];
           Sums::load(SharedView{row}, kDTypeOf<Compute>, chunk, total);
 #pragma unroll
@@ -236,9 +277,9 @@ class InterBlockBackwardBody {
 template <typename Policy, int kCapacity>
 __global__ void __launch_bounds__(kInterBlockBackwardThreads + kProducerThreads, 1)
     inter_block_attention_bwd_kernel(
-        const __grid_constant__
-            InterBlockBackwardArgs<typename Policy::Products::Compute, kCapacity>
-                args) {
+        const __grid_constant__ InterBlockBackwardArgs<typename Policy::Products::Compute,
+                                                       kCapacity, typename Policy::Team>
+            args) {
   InterBlockBackwardBody<Policy, kCapacity>::run(args);
 }
 

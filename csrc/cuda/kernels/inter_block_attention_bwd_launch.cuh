@@ -10,7 +10,7 @@
 
 namespace attnres::cuda {
 
-static_assert(sizeof(InterBlockBackwardArgs<double, kMaxSources>) < 32764,
+static_assert(sizeof(InterBlockBackwardArgs<double, kMaxSources, OneCta>) < 32764,
               "limit of kernel parameters");
 
 inline bool rows_are_aligned(const InterBlockBackward& p) {
@@ -46,37 +46,22 @@ inline bool share_gradients(const InterBlockBackward& p) {
   return false;
 }
 
-struct InterBlockBackwardTile {
-  InterBlockTile tile;
-  bool sums_are_shared;
-};
-
-// Sums over tokens are read and written once a tile: in shared memory if everything else has room
-// beside them, else in the part itself, which stays in the second-level cache.
-template <typename Products>
-InterBlockBackwardTile inter_block_tile(const InterBlockBackward& p, const DeviceLimits& limits,
-                                        bool uses_slots) {
+template <typename Products, bool kUsesSlots>
+InterBlockShape inter_block_shape(const InterBlockBackward& p) {
   int64_t largest = p.grad_out.data == nullptr ? 0 : size_of(p.grad_out.dtype);
   for (int i = 0; i < p.num_sources; ++i) largest = std::max(largest, size_of(p.sources[i].dtype));
   const int gradients = p.grad_out.data == nullptr ? 0 : static_cast<int>(p.num_queries);
-  const InterBlockShape shape = {p.hidden,
-                                 p.num_sources,
-                                 p.num_queries,
-                                 static_cast<int>(largest),
-                                 Products::kVectorValueBytes,
-                                 Products::kVectorParts,
-                                 static_cast<int>(sizeof(typename Products::Compute)),
-                                 uses_slots,
-                                 p.num_sources + gradients,
-                                 Products::Scratch::kMatrices,
-                                 p.num_parts > 0 ? p.num_queries * p.hidden : 0};
-  if (shape.sum_values > 0 && uses_slots) {
-    const InterBlockTile tile = choose_inter_block_tile(shape, limits);
-    if (fits(tile, limits) && tile.num_passes == 1) return {tile, true};
-  }
-  InterBlockShape without_sums = shape;
-  without_sums.sum_values = 0;
-  return {choose_inter_block_tile(without_sums, limits), false};
+  return {p.hidden,
+          p.num_sources,
+          p.num_queries,
+          static_cast<int>(largest),
+          Products::kVectorValueBytes,
+          Products::kVectorParts,
+          static_cast<int>(sizeof(typename Products::Compute)),
+          kUsesSlots,
+          p.num_sources + gradients,
+          Products::Scratch::kMatrices,
+          p.num_parts > 0};
 }
 
 template <typename Compute, typename Launch>
@@ -103,17 +88,26 @@ auto launch_inter_block_weight_gradients(const InterBlockBackward& p, int num_pa
                                                                                            shape);
 }
 
-template <typename Policy, int kCapacity, typename Launch>
-auto launch_inter_block_backward_with(const InterBlockBackward& p,
-                                      const InterBlockBackwardTile& choice,
-                                      const DeviceLimits& limits, Launch&& launch) {
-  using Compute = typename Policy::Products::Compute;
-  using Args = InterBlockBackwardArgs<Compute, kCapacity>;
-  using Loader = typename Policy::template Loader<Args>;
-  const InterBlockTile& tile = choice.tile;
+// Calls otherwise() where rows are not read in place and not even one token's fit.
+template <typename Policy, int kCapacity, typename Launch, typename Otherwise>
+auto launch_inter_block_backward_with(const InterBlockBackward& p, const DeviceLimits& limits,
+                                      Launch&& launch, Otherwise&& otherwise) {
+  using Products = typename Policy::Products;
+  using Compute = typename Products::Compute;
+  using Args = InterBlockBackwardArgs<Compute, kCapacity, typename Policy::Team>;
+  constexpr auto kKernel = inter_block_attention_bwd_kernel<Policy, kCapacity>;
+  constexpr bool kUsesSlots = Policy::template Loader<Args>::kUsesSlots;
+  // Each team makes a part of the gradients of queries and gains.
+  int64_t most_teams = int64_t{kPartsPerMultiprocessor} * limits.num_multiprocessors;
+  if (p.num_parts > 0) most_teams = std::min(most_teams, p.num_parts);
+  const InterBlockGrid grid = inter_block_grid<kKernel, Policy, Args>(
+      inter_block_shape<Products, kUsesSlots>(p), p.num_tokens, most_teams, limits, launch);
+  if constexpr (kUsesSlots) {
+    if (!grid.fits) return otherwise();
+  }
   Args args;
   args.num_tokens = p.num_tokens;
-  args.num_tiles = (p.num_tokens + tile.tokens - 1) / tile.tokens;
+  args.num_tiles = grid.num_tiles;
   args.hidden = static_cast<int>(p.hidden);
   args.num_sources = p.num_sources;
   args.num_queries = static_cast<int>(p.num_queries);
@@ -126,55 +120,40 @@ auto launch_inter_block_backward_with(const InterBlockBackward& p,
   args.grad_lse = static_cast<const Compute*>(p.grad_lse);
   args.stats = static_cast<const Compute*>(p.stats);
   args.parts = p.num_parts > 0 ? static_cast<Compute*>(p.parts) : nullptr;
-  args.sums_are_shared = choice.sums_are_shared;
   args.wants_sources = false;
-  args.tile = tile;
+  args.tile = grid.tile;
   for (int i = 0; i < p.num_sources; ++i) {
     args.sources[i] = byte_rows<const std::byte>(p.sources[i], p.num_tokens);
     args.grads[i] = byte_rows<std::byte>(p.grad_sources[i], p.num_tokens);
     args.bases[i] = byte_rows<const std::byte>(p.grad_base[i], p.num_tokens);
     args.wants_sources = args.wants_sources || p.grad_sources[i].data != nullptr;
   }
-  int64_t num_ctas =
-      static_cast<int64_t>(std::min(tile.ctas_per_multiprocessor, kPartsPerMultiprocessor)) *
-      limits.num_multiprocessors;
-  num_ctas = std::min(num_ctas, args.num_tiles);
-  if (p.num_parts > 0) num_ctas = std::min(num_ctas, p.num_parts);
-  const LaunchShape shape = {static_cast<int>(num_ctas), tile.num_threads + Loader::kExtraThreads,
-                             tile.shared_bytes, Loader::kUsesSlots};
-  const auto status =
-      launch.template operator()<inter_block_attention_bwd_kernel<Policy, kCapacity>>(args, shape);
+  const auto status = launch.template operator()<kKernel>(args, grid.shape);
   if (p.num_parts == 0 || status != decltype(status){}) return status;
-  return launch_inter_block_weight_gradients<Compute>(p, static_cast<int>(num_ctas), launch);
+  return launch_inter_block_weight_gradients<Compute>(p, static_cast<int>(grid.num_teams), launch);
 }
 
-template <template <typename> class Ring, typename Launch>
+template <template <typename> class Ring, typename Team, typename Launch>
 auto launch_inter_block_attention_backward(const InterBlockBackward& p, const DeviceLimits& limits,
                                            Launch&& launch) {
   constexpr int kMatrices = 3;
   const auto in_place = [&]<typename Compute>(Compute) {
-    using Products = ScalarProducts<Mixed<Compute, 1>, kMatrices>;
-    return launch_inter_block_backward_with<InterBlockPolicy<Products, DirectTiles>, kMaxSources>(
-        p, inter_block_tile<Products>(p, limits, false), limits, launch);
+    using Policy = InterBlockPolicy<ScalarProducts<Mixed<Compute, 1>, kMatrices>, DirectTiles>;
+    return launch_inter_block_backward_with<Policy, kMaxSources>(p, limits, launch, nullptr);
+  };
+  const auto in_place_float = [&] { return in_place(float{}); };
+  const auto by_ordinary_arithmetic = [&] {
+    using Policy = InterBlockPolicy<ScalarProducts<Mixed<float, 8>, kMatrices>, Ring, Team>;
+    return launch_inter_block_backward_with<Policy, kMaxSources>(p, limits, launch, in_place_float);
   };
   if (p.compute == DType::kFloat64) return in_place(double{});
-  if (!rows_are_aligned(p)) return in_place(float{});
-  if (have_dtype(p, DType::kBFloat16) && !share_gradients(p)) {
-    using Products = TensorProducts<__nv_bfloat16, kMatrices>;
-    using Policy = InterBlockPolicy<Products, Ring>;
-    const InterBlockBackwardTile choice = inter_block_tile<Products>(p, limits, true);
-    if (fits(choice.tile, limits)) {
-      return dispatch_bool(p.num_sources <= kShortTable, [&](auto is_short) {
-        return launch_inter_block_backward_with<Policy, is_short.value ? kShortTable : kMaxSources>(
-            p, choice, limits, launch);
-      });
-    }
-  }
-  using Products = ScalarProducts<Mixed<float, 8>, kMatrices>;
-  const InterBlockBackwardTile choice = inter_block_tile<Products>(p, limits, true);
-  if (!fits(choice.tile, limits)) return in_place(float{});
-  return launch_inter_block_backward_with<InterBlockPolicy<Products, Ring>, kMaxSources>(
-      p, choice, limits, launch);
+  if (!rows_are_aligned(p)) return in_place_float();
+  if (!have_dtype(p, DType::kBFloat16) || share_gradients(p)) return by_ordinary_arithmetic();
+  using Policy = InterBlockPolicy<TensorProducts<__nv_bfloat16, kMatrices>, Ring, Team>;
+  return dispatch_bool(p.num_sources <= kShortTable, [&](auto is_short) {
+    return launch_inter_block_backward_with<Policy, is_short.value ? kShortTable : kMaxSources>(
+        p, limits, launch, by_ordinary_arithmetic);
+  });
 }
 
 }  // namespace attnres::cuda

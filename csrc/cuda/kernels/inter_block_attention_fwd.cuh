@@ -3,8 +3,8 @@
 //
 //   l_si = r_i <u_s, v_i>,  lse_s = log sum_i exp(l_si),  out_s = sum_i exp(l_si - lse_s) v_i
 //
-// A CTA takes a tile of tokens at a time: scores, softmax and mix all read the tile where the
-// loader put it.
+// A team - a CTA, or a cluster of them, each with columns of its own - takes a tile of tokens at a
+// time: scores, softmax and mix all read the tile where the loader put it.
 #pragma once
 
 #include "common/tile_loaders.cuh"
@@ -13,9 +13,11 @@
 
 namespace attnres::cuda {
 
-template <typename ProductsPolicy, template <typename> class LoaderPolicy>
+template <typename ProductsPolicy, template <typename> class LoaderPolicy,
+          typename TeamPolicy = OneCta>
 struct InterBlockPolicy {
   using Products = ProductsPolicy;
+  using Team = TeamPolicy;
   template <typename Args>
   using Loader = LoaderPolicy<Args>;
 };
@@ -24,26 +26,33 @@ template <typename Policy, int kCapacity>
 class InterBlockForwardBody {
   using Products = typename Policy::Products;
   using Compute = typename Products::Compute;
-  using Args = InterBlockForwardArgs<Compute, kCapacity>;
+  using Team = typename Policy::Team;
+  using Args = InterBlockForwardArgs<Compute, kCapacity, Team>;
   using Scratch = typename Products::Scratch;
   using Loader = typename Policy::template Loader<Args>;
 
  public:
   __device__ __forceinline__ static void run(const Args& args) {
     const InterBlockTile& tile = args.tile;
-    // slots | barriers | score vectors | the rest of the scratch memory
+    // slots | barriers | sums of the team | score vectors | the rest of the scratch memory
     std::byte* slots = dynamic_shared_memory();
     auto* barriers = reinterpret_cast<Barrier*>(slots + tile.num_slots * tile.slot_bytes);
-    const Scratch scratch(args, reinterpret_cast<std::byte*>(barriers + 2 * tile.num_slots));
+    auto* team_memory = reinterpret_cast<std::byte*>(barriers + 2 * tile.num_slots);
+    const Scratch scratch(args, team_memory + tile.team_bytes);
     Loader loader(args, slots, barriers);
+    TeamSums<Team> team(team_memory, tile.team_capacity);
     wait_for_previous_kernel();
     let_next_kernel_start();
-    if (loader.produce()) return;
+    if (loader.produce()) {
+      team.start();
+      return;
+    }
 
     Products::prepare(args, slots, tile.tokens * args.num_sources, scratch);
+    team.start();
     bool staged = false;
     RingPosition at;
-    for (int64_t index = cta_rank(); index < args.num_tiles; index += num_ctas()) {
+    for (int64_t index = Team::index(); index < args.num_tiles; index += Team::count()) {
       const int num_tokens = args.tokens_in_tile(index);
       const auto rows = loader.acquire(at, index);
       for (int pass = 0; pass < tile.num_passes; ++pass) {
@@ -54,6 +63,7 @@ class InterBlockForwardBody {
         }
         Products::score(args, pass, rows, num_tokens, args.num_sources, scratch);
       }
+      add_up_scores(args, num_tokens, scratch, team);
       for (int i = thread_rank(); i < num_tokens * args.num_queries; i += tile.num_threads) {
         softmax(args, index, i / args.num_queries, i % args.num_queries, scratch);
       }
@@ -69,8 +79,9 @@ class InterBlockForwardBody {
   __device__ __forceinline__ static void mix(const Args& args, int64_t first_token, int num_tokens,
                                              const Tile& rows, const Scratch& scratch) {
     constexpr int kWidth = Products::kWidth;
+    const ColumnSlice slice = slice_of_cta(args);
     Products::combine(
-        args, 0, args.hidden / kWidth, num_tokens, args.num_queries,
+        args, 0, slice.count / kWidth, num_tokens, args.num_queries,
         [&](int token, auto&& add) {
           add(
               args.num_sources, [&](int i) { return rows.row(token * args.num_sources + i); },
@@ -79,7 +90,7 @@ class InterBlockForwardBody {
         },
         [&](int token, int query, int chunk, Compute(&x)[kWidth]) {
           std::byte* to = row_at(args.out, query * args.num_tokens + first_token + token);
-          Products::Elements::store(to, args.out.dtype, chunk, x);
+          Products::Elements::store(to, args.out.dtype, slice.first / kWidth + chunk, x);
         });
   }
 
@@ -87,6 +98,8 @@ class InterBlockForwardBody {
   __device__ __forceinline__ static void softmax(const Args& args, int64_t index, int token,
                                                  int query, const Scratch& scratch) {
     const int64_t m = args.first_token(index) + token;
+    // All CTAs of a team have the same numbers.
+    const bool writes = Team::rank() == 0;
     Compute largest = -INFINITY;
     for (int source = 0; source < args.num_sources; ++source) {
       const Compute rstd =
@@ -98,7 +111,7 @@ class InterBlockForwardBody {
       Compute& logit = scratch.logit(args, token, source)[query];
       logit *= rstd;
       largest = logit > largest ? logit : largest;
-      if (args.stats != nullptr) {
+      if (args.stats != nullptr && writes) {
         if (query == 0) args.stats[source * args.num_tokens + m] = rstd;
         const int64_t row =
             args.num_sources + static_cast<int64_t>(query) * args.num_sources + source;
@@ -112,7 +125,7 @@ class InterBlockForwardBody {
       weight = args.num_sources == 1 ? Compute(1) : exponential(weight - largest);
       sum += weight;
     }
-    args.lse[query * args.num_tokens + m] = largest + logarithm(sum);
+    if (writes) args.lse[query * args.num_tokens + m] = largest + logarithm(sum);
     const Compute inverse_sum = Compute(1) / sum;
     for (int source = 0; source < args.num_sources; ++source) {
       Compute& weight = scratch.logit(args, token, source)[query];
@@ -124,7 +137,8 @@ class InterBlockForwardBody {
 template <typename Policy, int kCapacity>
 __global__ void __launch_bounds__(kInterBlockThreads + kProducerThreads, 1)
     inter_block_attention_fwd_kernel(
-        const __grid_constant__ InterBlockForwardArgs<typename Policy::Products::Compute, kCapacity>
+        const __grid_constant__ InterBlockForwardArgs<typename Policy::Products::Compute, kCapacity,
+                                                      typename Policy::Team>
             args) {
   InterBlockForwardBody<Policy, kCapacity>::run(args);
 }

@@ -1,7 +1,7 @@
 // From what phase 1 is asked for to one instantiation of its body, its arguments and its launch
-// shape. Rows of one half-precision dtype go through tensor cores; others, and rows that 16-byte
-// copies cannot reach or of which not even one token's fit into shared memory, through ordinary
-// arithmetic.
+// shape. Rows of one half-precision dtype go through tensor cores, others through ordinary
+// arithmetic. Rows that 16-byte copies cannot reach, or of which not even one token's fit into the
+// shared memory of the largest team, are read in place.
 #pragma once
 
 #include "attnres/dispatch.hpp"
@@ -11,7 +11,7 @@
 
 namespace attnres::cuda {
 
-static_assert(sizeof(InterBlockForwardArgs<double, kMaxSources>) < 32764,
+static_assert(sizeof(InterBlockForwardArgs<double, kMaxSources, OneCta>) < 32764,
               "limit of kernel parameters");
 
 inline bool rows_are_aligned(const InterBlockForward& p) {
@@ -27,27 +27,80 @@ inline bool one_dtype(const InterBlockForward& p) {
   return same;
 }
 
-template <typename Products>
-InterBlockTile inter_block_tile(const InterBlockForward& p, const DeviceLimits& limits,
-                                bool uses_slots) {
-  int64_t largest = 0;
-  for (int i = 0; i < p.num_sources; ++i) largest = std::max(largest, size_of(p.sources[i].dtype));
-  return choose_inter_block_tile({p.hidden, p.num_sources, p.num_queries, static_cast<int>(largest),
-                                  Products::kVectorValueBytes, Products::kVectorParts,
-                                  static_cast<int>(sizeof(typename Products::Compute)), uses_slots,
-                                  p.num_sources, Products::Scratch::kMatrices, 0},
-                                 limits);
+static_assert(inter_block_team_bytes(2, 24) == Exchange::bytes(24));
+
+// How a kernel of phase 1 is launched: its tile, and how many teams take tiles.
+struct InterBlockGrid {
+  InterBlockTile tile;
+  LaunchShape shape;  // of `num_teams` teams
+  int64_t num_tiles;
+  int64_t num_teams;
+  bool fits;  // else there is nothing to launch
+};
+
+// `most_teams`: there is nothing for more to do.
+template <auto kKernel, typename Policy, typename Args, typename Launch>
+InterBlockGrid inter_block_grid(const InterBlockShape& shape, int64_t num_tokens,
+                                int64_t most_teams, const DeviceLimits& limits, Launch&& launch) {
+  using Loader = typename Policy::template Loader<Args>;
+  constexpr bool kIsCluster = Policy::Team::kIsCluster;
+  const auto choose = [&](int most_ctas) {
+    InterBlockGrid grid;
+    grid.tile = choose_inter_block_team(shape, limits, most_ctas);
+    const InterBlockTile& tile = grid.tile;
+    grid.fits = fits(tile, limits);
+    grid.num_tiles = (num_tokens + tile.tokens - 1) / tile.tokens;
+    grid.shape = {tile.ctas_per_multiprocessor * limits.num_multiprocessors,
+                  tile.num_threads + Loader::kExtraThreads, tile.shared_bytes, Loader::kUsesSlots,
+                  kIsCluster ? tile.cluster_size : 0};
+    grid.num_teams = grid.shape.num_ctas;
+    if (grid.fits && tile.cluster_size > 1) {
+      grid.num_teams = launch.template num_clusters<kKernel>(grid.shape, grid.num_tiles);
+      grid.fits = grid.num_teams > 0;
+    }
+    grid.num_teams = std::min({grid.num_teams, grid.num_tiles, most_teams});
+    grid.shape.num_ctas = static_cast<int>(grid.num_teams) * tile.cluster_size;
+    return grid;
+  };
+  InterBlockGrid grid = choose(kIsCluster ? kMostCtasInLargeCluster : 1);
+  if (!grid.fits && grid.tile.cluster_size > kMostCtasInCluster) grid = choose(kMostCtasInCluster);
+  return grid;
 }
 
-template <typename Policy, int kCapacity, typename Launch>
-auto launch_inter_block_with(const InterBlockForward& p, const InterBlockTile& tile,
-                             const DeviceLimits& limits, Launch&& launch) {
-  using Compute = typename Policy::Products::Compute;
-  using Args = InterBlockForwardArgs<Compute, kCapacity>;
-  using Loader = typename Policy::template Loader<Args>;
+template <typename Products, bool kUsesSlots>
+InterBlockShape inter_block_shape(const InterBlockForward& p) {
+  int64_t largest = 0;
+  for (int i = 0; i < p.num_sources; ++i) largest = std::max(largest, size_of(p.sources[i].dtype));
+  return {p.hidden,
+          p.num_sources,
+          p.num_queries,
+          static_cast<int>(largest),
+          Products::kVectorValueBytes,
+          Products::kVectorParts,
+          static_cast<int>(sizeof(typename Products::Compute)),
+          kUsesSlots,
+          p.num_sources,
+          Products::Scratch::kMatrices,
+          false};
+}
+
+// Calls otherwise() where rows are not read in place and not even one token's fit.
+template <typename Policy, int kCapacity, typename Launch, typename Otherwise>
+auto launch_inter_block_with(const InterBlockForward& p, const DeviceLimits& limits,
+                             Launch&& launch, Otherwise&& otherwise) {
+  using Products = typename Policy::Products;
+  using Compute = typename Products::Compute;
+  using Args = InterBlockForwardArgs<Compute, kCapacity, typename Policy::Team>;
+  constexpr auto kKernel = inter_block_attention_fwd_kernel<Policy, kCapacity>;
+  constexpr bool kUsesSlots = Policy::template Loader<Args>::kUsesSlots;
+  const InterBlockGrid grid = inter_block_grid<kKernel, Policy, Args>(
+      inter_block_shape<Products, kUsesSlots>(p), p.num_tokens, INT64_MAX, limits, launch);
+  if constexpr (kUsesSlots) {
+    if (!grid.fits) return otherwise();
+  }
   Args args;
   args.num_tokens = p.num_tokens;
-  args.num_tiles = (p.num_tokens + tile.tokens - 1) / tile.tokens;
+  args.num_tiles = grid.num_tiles;
   args.hidden = static_cast<int>(p.hidden);
   args.num_sources = p.num_sources;
   args.num_queries = static_cast<int>(p.num_queries);
@@ -60,48 +113,38 @@ auto launch_inter_block_with(const InterBlockForward& p, const InterBlockTile& t
   args.out = byte_rows<std::byte>(p.out, p.num_queries * p.num_tokens);
   args.lse = static_cast<Compute*>(p.lse);
   args.stats = static_cast<Compute*>(p.stats);
-  args.tile = tile;
+  args.tile = grid.tile;
   for (int i = 0; i < p.num_sources; ++i) {
     args.sources[i] = byte_rows<const std::byte>(p.sources[i], p.num_tokens);
   }
-  const int64_t most_ctas =
-      static_cast<int64_t>(tile.ctas_per_multiprocessor) * limits.num_multiprocessors;
-  const LaunchShape shape = {static_cast<int>(std::min(args.num_tiles, most_ctas)),
-                             tile.num_threads + Loader::kExtraThreads, tile.shared_bytes,
-                             Loader::kUsesSlots};
-  return launch.template operator()<inter_block_attention_fwd_kernel<Policy, kCapacity>>(args,
-                                                                                         shape);
+  return launch.template operator()<kKernel>(args, grid.shape);
 }
 
-template <template <typename> class Ring, typename Launch>
+// `Ring` and `Team` are the architecture's: the loader for aligned rows, and CtaCluster where there
+// are clusters.
+template <template <typename> class Ring, typename Team, typename Launch>
 auto launch_inter_block_attention_forward(const InterBlockForward& p, const DeviceLimits& limits,
                                           Launch&& launch) {
   const auto in_place = [&]<typename Compute>(Compute) {
-    using Products = ScalarProducts<Mixed<Compute, 1>, 1>;
-    return launch_inter_block_with<InterBlockPolicy<Products, DirectTiles>, kMaxSources>(
-        p, inter_block_tile<Products>(p, limits, false), limits, launch);
+    using Policy = InterBlockPolicy<ScalarProducts<Mixed<Compute, 1>, 1>, DirectTiles>;
+    return launch_inter_block_with<Policy, kMaxSources>(p, limits, launch, nullptr);
   };
+  const auto in_place_float = [&] { return in_place(float{}); };
   if (p.compute == DType::kFloat64) return in_place(double{});
-  if (!rows_are_aligned(p)) return in_place(float{});
+  if (!rows_are_aligned(p)) return in_place_float();
   if (one_dtype(p) && p.out.dtype != DType::kFloat32) {
     const auto on_tensor_cores = [&]<typename T>(T) {
-      using Products = TensorProducts<T, 1>;
-      using Policy = InterBlockPolicy<Products, Ring>;
-      const InterBlockTile tile = inter_block_tile<Products>(p, limits, true);
-      if (!fits(tile, limits)) return in_place(float{});
+      using Policy = InterBlockPolicy<TensorProducts<T, 1>, Ring, Team>;
       return dispatch_bool(p.num_sources <= kShortTable, [&](auto is_short) {
         return launch_inter_block_with<Policy, is_short.value ? kShortTable : kMaxSources>(
-            p, tile, limits, launch);
+            p, limits, launch, in_place_float);
       });
     };
     return p.out.dtype == DType::kBFloat16 ? on_tensor_cores(__nv_bfloat16{})
                                            : on_tensor_cores(__half{});
   }
-  using Products = ScalarProducts<Mixed<float, 8>, 1>;
-  const InterBlockTile tile = inter_block_tile<Products>(p, limits, true);
-  if (!fits(tile, limits)) return in_place(float{});
-  return launch_inter_block_with<InterBlockPolicy<Products, Ring>, kMaxSources>(p, tile, limits,
-                                                                                launch);
+  using Policy = InterBlockPolicy<ScalarProducts<Mixed<float, 8>, 1>, Ring, Team>;
+  return launch_inter_block_with<Policy, kMaxSources>(p, limits, launch, in_place_float);
 }
 
 }  // namespace attnres::cuda

@@ -28,11 +28,12 @@ struct ScalarProducts {
     const InterBlockTile& tile = args.tile;
     const int chunks = tile.pass_columns / kWidth;
     const int first = pass * chunks;
+    const ColumnSlice slice = slice_of_cta(args);
     for (int i = thread_rank(); i < args.num_queries * chunks; i += tile.num_threads) {
       const int query = i / chunks, chunk = i % chunks;
-      if ((first + chunk) * kWidth >= args.hidden) continue;
+      if ((first + chunk) * kWidth >= slice.count) continue;
       Compute u[kWidth];
-      load_score_vector(args, query, first + chunk, u);
+      load_score_vector(args, query, slice.first / kWidth + first + chunk, u);
       Gains::store(scratch.vectors + static_cast<int64_t>(query) * tile.vector_pitch,
                    kDTypeOf<Compute>, chunk, u);
     }
@@ -50,7 +51,7 @@ struct ScalarProducts {
                                                const Scratch& scratch) {
     const int chunks = args.tile.pass_columns / kWidth;
     const int first = pass * chunks;
-    const int all = args.hidden / kWidth;
+    const int all = slice_of_cta(args).count / kWidth;
     const int last = all < first + chunks ? all : first + chunks;
     // The weights of the tile before may still be in use.
     sync_first_threads(args.tile.num_threads);
@@ -78,7 +79,7 @@ struct ScalarProducts {
     const int row_stride = args.rows_of_token();
     sync_first_threads(args.tile.num_threads);
     for_products(
-        args, num_tokens, 0, args.hidden / kWidth,
+        args, num_tokens, 0, slice_of_cta(args).count / kWidth,
         [&](int token, int source) { return rows.row(token * row_stride + source); },
         [&](int token, int query, int chunk, Compute(&g)[kWidth]) {
           Elements::load(rows.row(token * row_stride + args.num_sources + query),

@@ -65,7 +65,7 @@ struct TensorProducts {
   __device__ __forceinline__ static void prepare(const Args& args, std::byte* slots,
                                                  int rows_of_slot, const Scratch& scratch) {
     const InterBlockTile& tile = args.tile;
-    const int row_bytes = args.hidden * static_cast<int>(sizeof(T));
+    const int row_bytes = slice_of_cta(args).count * static_cast<int>(sizeof(T));
     const int pad_words = (tile.row_pitch - row_bytes) / 16;
     const int num_rows = tile.num_slots * rows_of_slot;
     for (int i = thread_rank(); i < num_rows * pad_words; i += tile.num_threads) {
@@ -87,11 +87,12 @@ struct TensorProducts {
     const InterBlockTile& tile = args.tile;
     const int chunks = tile.pass_columns / kWidth;
     const int first = pass * chunks;
+    const ColumnSlice slice = slice_of_cta(args);
     for (int i = thread_rank(); i < args.num_queries * chunks; i += tile.num_threads) {
       const int query = i / chunks, chunk = i % chunks;
       float u[kWidth] = {};
-      if ((first + chunk) * kWidth < args.hidden) {
-        load_score_vector(args, query, first + chunk, u);
+      if ((first + chunk) * kWidth < slice.count) {
+        load_score_vector(args, query, slice.first / kWidth + first + chunk, u);
       }
       if constexpr (Split::kNeedsMagnitudes) {
 #pragma unroll
@@ -119,7 +120,8 @@ struct TensorProducts {
                                                const Scratch& scratch) {
     const InterBlockTile& tile = args.tile;
     const int num_rows = num_tokens * args.num_sources;
-    const int columns = (args.hidden + kPanelColumns - 1) / kPanelColumns * kPanelColumns;
+    const int columns =
+        (slice_of_cta(args).count + kPanelColumns - 1) / kPanelColumns * kPanelColumns;
     const int begin = pass * tile.pass_columns;
     const int end = begin + tile.pass_columns < columns ? begin + tile.pass_columns : columns;
     for (int first_row = 0; first_row < num_rows; first_row += kProductRows) {
@@ -263,7 +265,7 @@ struct TensorProducts {
   template <typename Args, typename Tile>
   __device__ __forceinline__ static void dots(const Args& args, const Tile& rows, int num_tokens,
                                               const Scratch& scratch) {
-    const int panels = (args.hidden + kPanelColumns - 1) / kPanelColumns;
+    const int panels = (slice_of_cta(args).count + kPanelColumns - 1) / kPanelColumns;
     for (int token = 0; token < num_tokens; ++token) {
       const int first = token * args.rows_of_token();
       for (int source = 0; source < args.num_sources; source += kProductRows) {

@@ -1,10 +1,15 @@
-// How a CTA of phase 1 cuts its work: a pure function of sizes and of what the device has.
+// How a CTA of phase 1 cuts its work, and how many CTAs share a token's columns: pure functions of
+// sizes and of what the device has.
 //
 // A slot of shared memory holds a tile: all rows of a few tokens. The score vectors (scale * query
-// * key_weight, [S, D]) lie beside the slots, all of them if they fit, and are then read from
-// memory once per CTA. Otherwise each tile is scored in passes over the columns, and every pass
-// brings its columns of the score vectors from the second-level cache again. The sources are read
-// once in either case.
+// * key_weight, [S, D]) lie beside the slots, and so do the sums of their gradients in the
+// backward: they are read from memory, and written to it, once. Where one CTA has no room for all
+// that, a cluster shares out the columns: of rows, score vectors and sums alike. Its CTAs tell one
+// another nothing but products summed over columns, N (S + 1) numbers a token.
+//
+// Where there are no clusters, or none is large enough, each tile is scored in passes over the
+// columns, and every pass brings its columns of the score vectors from the second-level cache
+// again; and sums stay in the second-level cache. The sources are read once in either case.
 //
 // What that is on an H100, with X the bytes of one [M, D] tensor in bfloat16 and a multiprocessor's
 // share of the memory's bandwidth 15 bytes a cycle (arithmetic, not measurements):
@@ -17,11 +22,12 @@
 //   cycles of four tensor cores          1 440          10 750    at 8 cycles each, as mma.sync
 //   score vectors, three parts          82 944       1 032 192    bytes
 //
-// so tensor cores have time to spare, and what decides is how often the score vectors come again.
-// In the first case that is never. In the second it is for every token, and what they are made of
-// is three times a token's own bytes, from the second-level cache: that, and not memory, is then
-// the limit. A backward tile also holds S gradients a token; where not one token fits, rows are
-// read in place, by every step that wants them. CTAs that share a token's columns would lift both.
+// so tensor cores have time to spare, and what decides is how often the score vectors come again:
+// for every token they would be more than twice its own bytes. In the first case one CTA keeps
+// them. In the second a cluster of 8 does, 130 KB each, beside three tiles of one token; the
+// backward's tiles hold S gradients a token too, and there a cluster of 16 keeps 65 KB of score
+// vectors, 43 KB of sums and two tiles of one token. What a CTA tells the others is then 3 KB a
+// token, and what it gets 0.8 KB of each.
 #pragma once
 
 #include <algorithm>
@@ -55,6 +61,9 @@ constexpr int round_up(int64_t value, int multiple) {
 }
 
 struct InterBlockTile {
+  int cluster_size;  // CTAs that share a token
+  int least_panels;  // of a CTA, and how many CTAs, the first ones, have one more
+  int num_larger_slices;
   int num_threads;  // that compute; a multiple of 32
   int tokens;       // of a tile
   int num_slots;
@@ -67,7 +76,10 @@ struct InterBlockTile {
   int logit_pitch;    // values from a source's logits to the next source's, in a token
   int logit_sources;  // room for so many
   int partial_pitch;  // values from a row of partial products to the next; 0: there are none
-  int sum_values;     // of the score vectors' gradients in shared memory
+  int sum_pitch;      // values from the sums for a score vector to those for the next
+  int sum_values;     // of the score vectors' gradients in shared memory; 0: they are not there
+  int team_capacity;  // bytes of a round of sums that the CTAs of a cluster give to one
+  int team_bytes;     // of shared memory for such sums
   int ctas_per_multiprocessor;
   int shared_bytes;
 };
@@ -81,9 +93,9 @@ struct InterBlockShape {
   int vector_parts;  // that a score vector is split into for tensor cores; 0: no tensor cores
   int compute_bytes;
   bool uses_slots;
-  int rows_of_token;   // sources, and in the backward gradients of outputs
-  int num_matrices;    // of logits, and of what the backward makes of them
-  int64_t sum_values;  // of the score vectors' gradients, if their sums are shared
+  int rows_of_token;  // sources, and in the backward gradients of outputs
+  int num_matrices;   // of logits, and of what the backward makes of them
+  bool makes_sums;    // of the score vectors' gradients
 };
 
 // Shared memory beside slots, barriers and score vectors: logits, two numbers of each source of a
@@ -95,33 +107,47 @@ constexpr int64_t inter_block_scratch_bytes(const InterBlockTile& tile,
                          tile.logit_sources * tile.logit_pitch;
   const int64_t squares = 2 * static_cast<int64_t>(tile.tokens) * shape.num_sources;
   const int64_t partials = num_warps * kProductRows * tile.partial_pitch;
-  return (logits + squares + partials + shape.num_queries + shape.sum_values) * shape.compute_bytes;
+  return (logits + squares + partials + shape.num_queries + tile.sum_values) * shape.compute_bytes;
 }
 
-// Where not even one token fits, `shared_bytes` is more than the device has.
+// Barriers, and two rounds of sums.
+constexpr int inter_block_team_bytes(int cluster_size, int capacity) {
+  return 2 * 8 + (cluster_size > 1 ? 2 * capacity : 0);
+}
+
+// The tile of a CTA, one of `cluster_size`. Where not even one token fits, `shared_bytes` is more
+// than the device has.
 inline InterBlockTile choose_inter_block_tile(const InterBlockShape& shape,
-                                              const DeviceLimits& limits) {
+                                              const DeviceLimits& limits, int cluster_size = 1,
+                                              bool shares_sums = false) {
   constexpr int kBarrierBytes = 2 * 8;  // of a slot
   constexpr int kMostSlots = 3;         // one in use, two on their way
   const bool tensor = shape.vector_parts > 0;
   const bool backward = shape.num_matrices > 1;
   const int64_t budget = std::min(limits.shared_bytes_per_cta,
                                   limits.shared_bytes_per_multiprocessor - kReservedSharedBytes);
-  const int columns = round_up(shape.hidden, kPanelColumns);
-  const int panels = columns / kPanelColumns;
+  const int all_panels = round_up(shape.hidden, kPanelColumns) / kPanelColumns;
   InterBlockTile tile = {};
+  tile.cluster_size = cluster_size;
+  tile.least_panels = all_panels / cluster_size;
+  tile.num_larger_slices = all_panels % cluster_size;
+  const int panels = tile.least_panels + (tile.num_larger_slices > 0 ? 1 : 0);
+  const int columns = panels * kPanelColumns;
 
   // As few rounds over the panels as the most warps need, and no more warps than that takes.
   const int most_warps = (backward ? kInterBlockBackwardThreads : kInterBlockThreads) / 32;
   const int rounds = (panels + most_warps - 1) / most_warps;
   tile.num_threads = 32 * std::clamp((panels + rounds - 1) / rounds, 4, most_warps);
   // 16 bytes more than a multiple of 128, so that neighbouring rows start in other banks.
-  tile.row_pitch = tensor ? columns * 2 + 16 : round_up(shape.hidden * shape.row_value_bytes, 16);
+  const int64_t row_values = std::min<int64_t>(shape.hidden, columns);
+  tile.row_pitch = tensor ? columns * 2 + 16 : round_up(row_values * shape.row_value_bytes, 16);
   // Reads of 8 queries of every second source hit 32 banks.
   const int query_tiles = round_up(shape.num_queries, kProductQueries) / kProductQueries;
   tile.logit_pitch = query_tiles * kProductQueries + 4;
   tile.logit_sources = round_up(shape.num_sources, 8);
-  tile.sum_values = static_cast<int>(std::min<int64_t>(shape.sum_values, INT32_MAX));
+  tile.sum_pitch = columns;
+  const int64_t sum_values = shares_sums ? shape.num_queries * columns : 0;
+  tile.sum_values = static_cast<int>(std::min<int64_t>(sum_values, INT32_MAX));
   // One column more than the logits, for the sums of squares.
   tile.partial_pitch = tensor ? std::min(query_tiles, kQueryTiles) * kProductQueries + 8 : 0;
 
@@ -133,7 +159,8 @@ inline InterBlockTile choose_inter_block_tile(const InterBlockShape& shape,
         static_cast<int>(std::max(shape.vector_parts, 1) * shape.num_queries * tile.vector_pitch);
   };
   const auto fixed_bytes = [&] {
-    return tile.vector_bytes + inter_block_scratch_bytes(tile, shape) + kBarrierBytes;
+    return tile.vector_bytes + tile.team_bytes + inter_block_scratch_bytes(tile, shape) +
+           kBarrierBytes;
   };
   const auto slots_that_fit = [&] {
     if (!shape.uses_slots) return fixed_bytes() <= budget ? int64_t{kMostSlots} : int64_t{0};
@@ -142,6 +169,10 @@ inline InterBlockTile choose_inter_block_tile(const InterBlockShape& shape,
   const auto set_tokens = [&](int tokens) {
     tile.tokens = tokens;
     tile.slot_bytes = shape.uses_slots ? tokens * shape.rows_of_token * tile.row_pitch : 0;
+    const int64_t numbers =
+        static_cast<int64_t>(tokens) * shape.num_sources * (shape.num_queries + 1);
+    tile.team_capacity = round_up(cluster_size * numbers * shape.compute_bytes, 8);
+    tile.team_bytes = round_up(inter_block_team_bytes(cluster_size, tile.team_capacity), 16);
   };
 
   // Products take 16 rows: several tokens' where sources are few, as far as two tiles fit.
@@ -179,6 +210,39 @@ inline bool fits(const InterBlockTile& tile, const DeviceLimits& limits) {
   return tile.shared_bytes <= limits.shared_bytes_per_cta;
 }
 
+// More CTAs than kMostCtasInCluster are for devices that say that they run so many.
+constexpr int kMostCtasInLargeCluster = 16;
+
+// The smallest team, of at most `most_ctas`, whose tile is complete, with the sums of the backward
+// in shared memory; else without. Where there is none, the smallest one that keeps the score
+// vectors, with or without the sums, else the smallest one that holds a token, else a CTA alone.
+inline InterBlockTile choose_inter_block_team(const InterBlockShape& shape,
+                                              const DeviceLimits& limits, int most_ctas) {
+  const int64_t panels = (shape.hidden + kPanelColumns - 1) / kPanelColumns;
+  most_ctas =
+      static_cast<int>(std::min({static_cast<int64_t>(most_ctas), panels,
+                                 static_cast<int64_t>(std::max(1, limits.num_multiprocessors))}));
+  InterBlockTile tile;
+  const auto find = [&](bool shares_sums, auto&& is_good) {
+    if (shares_sums && !(shape.makes_sums && shape.uses_slots)) return false;
+    for (int size = 1; size <= most_ctas; size *= 2) {
+      tile = choose_inter_block_tile(shape, limits, size, shares_sums);
+      if (fits(tile, limits) && is_good()) return true;
+    }
+    return false;
+  };
+  // Rows are on their way while others are in use.
+  const auto is_complete = [&] {
+    return tile.num_passes == 1 && (tile.num_slots > 1 || !shape.uses_slots);
+  };
+  const auto keeps_vectors = [&] { return tile.num_passes == 1; };
+  if (find(true, is_complete) || find(false, is_complete) || find(true, keeps_vectors) ||
+      find(false, keeps_vectors) || find(false, [] { return true; })) {
+    return tile;
+  }
+  return choose_inter_block_tile(shape, limits);
+}
+
 // So many queries have room for their logits beside those of `num_sources` sources; `num_matrices`
 // is 1 forward and 3 backward.
 inline int64_t most_inter_block_queries(int64_t hidden, int num_sources, int compute_bytes,
@@ -187,7 +251,7 @@ inline int64_t most_inter_block_queries(int64_t hidden, int num_sources, int com
   for (int64_t step = int64_t{1} << 16; step > 0; step /= 2) {
     const InterBlockShape shape = {hidden, num_sources,   most + step, compute_bytes, compute_bytes,
                                    0,      compute_bytes, false,       num_sources,   num_matrices,
-                                   0};
+                                   false};
     if (fits(choose_inter_block_tile(shape, limits), limits)) most += step;
   }
   return most;

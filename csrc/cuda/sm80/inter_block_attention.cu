@@ -7,12 +7,14 @@ namespace attnres::cuda {
 
 cudaError_t launch_inter_block_attention_forward_sm80(const InterBlockForward& p,
                                                       const LaunchContext& context) {
-  return launch_inter_block_attention_forward<CpAsyncTiles>(p, context.limits, Launcher{context});
+  return launch_inter_block_attention_forward<CpAsyncTiles, OneCta>(p, context.limits,
+                                                                    Launcher{context});
 }
 
 cudaError_t launch_inter_block_attention_backward_sm80(const InterBlockBackward& p,
                                                        const LaunchContext& context) {
-  return launch_inter_block_attention_backward<CpAsyncTiles>(p, context.limits, Launcher{context});
+  return launch_inter_block_attention_backward<CpAsyncTiles, OneCta>(p, context.limits,
+                                                                     Launcher{context});
 }
 
 }  // namespace attnres::cuda

@@ -1,4 +1,5 @@
-// Phase 1 for 9.0 and later: the copy engine brings tiles into shared memory.
+// Phase 1 for 9.0 and later: the copy engine brings tiles into shared memory, clusters share the
+// columns of what one CTA has no room for, and kernels start before the one before them has ended.
 #include "kernels/inter_block_attention_bwd_launch.cuh"
 #include "kernels/inter_block_attention_launch.cuh"
 #include "launch.cuh"
@@ -7,12 +8,14 @@ namespace attnres::cuda {
 
 cudaError_t launch_inter_block_attention_forward_sm90(const InterBlockForward& p,
                                                       const LaunchContext& context) {
-  return launch_inter_block_attention_forward<BulkTiles>(p, context.limits, Launcher{context});
+  return launch_inter_block_attention_forward<BulkTiles, CtaCluster>(p, context.limits,
+                                                                     Launcher{context, true});
 }
 
 cudaError_t launch_inter_block_attention_backward_sm90(const InterBlockBackward& p,
                                                        const LaunchContext& context) {
-  return launch_inter_block_attention_backward<BulkTiles>(p, context.limits, Launcher{context});
+  return launch_inter_block_attention_backward<BulkTiles, CtaCluster>(p, context.limits,
+                                                                      Launcher{context, true});
 }
 
 }  // namespace attnres::cuda
