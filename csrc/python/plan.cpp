@@ -31,8 +31,9 @@ std::string describe(const Plan& plan) {
        << ", bytes_two_phase=" << plan.bytes_two_phase
        << ", two_phase_from_tokens=" << plan.two_phase_from_tokens
        << ", tile_tokens=" << plan.tile_tokens
-       << ", row_resident=" << (plan.row_resident ? "True" : "False") << ", reason='" << plan.reason
-       << "')";
+       << ", row_resident=" << (plan.row_resident ? "True" : "False")
+       << ", phase_one_resident=" << (plan.phase_one_resident ? "True" : "False") << ", reason='"
+       << plan.reason << "')";
   return text.str();
 }
 
@@ -46,6 +47,7 @@ void bind_plan(py::module_& module) {
       .def_readonly("two_phase_from_tokens", &Plan::two_phase_from_tokens)
       .def_readonly("tile_tokens", &Plan::tile_tokens)
       .def_readonly("row_resident", &Plan::row_resident)
+      .def_readonly("phase_one_resident", &Plan::phase_one_resident)
       .def_readonly("reason", &Plan::reason)
       .def("__repr__", &describe);
 

@@ -49,8 +49,24 @@ void test_threshold() {
 void test_no_overflow_at_sizes_people_use() {
   // 8 blocks of a million tokens at D 16384 in fp64: 1.2e12 bytes a site.
   const Shape large = {8, 24, int64_t{1} << 20, 16384, 8};
-  CHECK(single_pass_bytes(large, true) > 0);
-  CHECK(make_plan(large, DeviceKind::kCuda).two_phase);
+  CHECK(single_pass_bytes(large, true) > two_phase_bytes(large, true));
+  CHECK(two_phase_bytes(large, true) > 0);
+}
+
+void test_phase_one_has_room() {
+  // Kimi Linear 48B and K3 have, forward and backward.
+  for (bool training : {false, true}) {
+    CHECK(make_plan({9, 6, 8192, 2304, 2}, DeviceKind::kCuda, training).two_phase);
+    CHECK(make_plan({8, 24, 8192, 7168, 2}, DeviceKind::kCuda, training).two_phase);
+  }
+  const Plan plan = make_plan({64, 64, 8192, 8192, 2}, DeviceKind::kCuda);
+  CHECK(!plan.two_phase && !plan.phase_one_resident);
+  CHECK(plan.bytes_two_phase < plan.bytes_single_pass);
+  CHECK(plan.reason.find("no room") != std::string::npos);
+  // Gradients take room too.
+  const Shape between = {8, 40, 8192, 7168, 2};
+  CHECK(make_plan(between, DeviceKind::kCuda, false).two_phase);
+  CHECK(!make_plan(between, DeviceKind::kCuda, true).two_phase);
 }
 
 void test_tiles() {
@@ -77,6 +93,7 @@ int main() {
   test_bytes_decide_for_many_tokens();
   test_arithmetic_bound_devices_take_the_single_pass();
   test_threshold();
+  test_phase_one_has_room();
   test_no_overflow_at_sizes_people_use();
   test_tiles();
   test_errors();

@@ -112,6 +112,9 @@ struct DeviceFacts {
   int64_t launch_bytes;
   // On-chip bytes in which one tile's sources wait between being scored and being mixed.
   int64_t tile_bytes;
+  // So many times that much may be shared by those who work on a token in phase 1; 0: sources that
+  // do not fit are read again from where they were, and nothing is lost.
+  int64_t most_tiles_shared;
 };
 
 constexpr DeviceFacts device_facts(DeviceKind device) {
@@ -122,10 +125,11 @@ constexpr DeviceFacts device_facts(DeviceKind device) {
       // to 1.7 times backward (16 to 54 sublayers of D 256 to 2304, S 4 to 12, 256 to 2048 tokens,
       // fp32 and bf16; one thread of a Xeon with AVX-512, 2026-11). A call costs ~10 us, at ~20
       // GB/s; half of a 1 MiB private L2.
-      return {false, 200 << 10, 512 << 10};
+      return {false, 200 << 10, 512 << 10, 0};
     case DeviceKind::kCuda:
-      // ~2 us at ~3 TB/s; 227 KiB of shared memory is the most one sm90 CTA may use.
-      return {true, 6 << 20, 227 << 10};
+      // ~2 us at ~3 TB/s; 227 KiB of shared memory is the most one sm90 CTA may use, and 16 CTAs
+      // are the most in a cluster.
+      return {true, 6 << 20, 227 << 10, 16};
   }
   return {};
 }
@@ -148,6 +152,33 @@ constexpr int64_t two_phase_bytes(const Shape& shape, bool training) {
   return (forward + (training ? backward : 0)) * tensor_bytes(shape);
 }
 
+// Whether phase 1 of a block can read each row of a token once: some number of CTAs has room for
+// the score vectors, in the backward also for the sums of their gradients, and for two tokens, one
+// in use and one on its way. An estimate from above of what csrc/cuda/kernels/ then chooses.
+constexpr bool phase_one_is_resident(const Shape& shape, const DeviceFacts& facts, bool training) {
+  if (facts.most_tiles_shared == 0) return true;
+  const int64_t n = shape.num_sources, s = shape.num_queries;
+  // A half-precision score vector is three values of that precision to a tensor core.
+  const int64_t vector_bytes = shape.itemsize == 2 ? 3 * shape.itemsize : shape.itemsize;
+  const int64_t sum_bytes = training ? (shape.itemsize == 8 ? 8 : 4) : 0;
+  const int64_t rows = n + (training ? s : 0);
+  const int64_t column_bytes = s * (vector_bytes + sum_bytes) + 2 * rows * shape.itemsize;
+  // Columns are shared out 64 at a time, to CTAs and then to their warps, 4 to 15. Products are
+  // numbers of each source and query: three of each, partial sums of each warp, and what CTAs tell
+  // one another, two rounds of it.
+  const int64_t panels = (shape.hidden + 63) / 64;
+  for (int64_t ctas = 1; ctas <= facts.most_tiles_shared && ctas <= panels; ctas *= 2) {
+    const int64_t slice = (panels + ctas - 1) / ctas;
+    const int64_t columns = slice * 64;
+    const int64_t warps = slice < 4 ? 4 : slice < 15 ? slice : 15;
+    const int64_t numbers = 3 * (n + 8) * (s + 12) + warps * 16 * 40 + 2 * ctas * n * (s + 1);
+    // A row ends with 16 bytes of padding.
+    const int64_t padding = (2 * rows + 3 * s) * 16;
+    if (columns * column_bytes + padding + 4 * numbers <= facts.tile_bytes) return true;
+  }
+  return false;
+}
+
 struct Plan {
   bool two_phase = false;
   int64_t bytes_single_pass = 0;
@@ -158,6 +189,8 @@ struct Plan {
   int64_t tile_tokens = 1;
   // Whether one token's sources fit on chip, so that each is read from memory once.
   bool row_resident = true;
+  // The same for the rows that phase 1 takes at once.
+  bool phase_one_resident = true;
   std::string reason;
 };
 
@@ -175,7 +208,8 @@ inline void require_positive(const char* name, int64_t value) {
 // Chooses how a block's sites read. In bytes alone two phases win where
 // S(N+4) > N + 6S, that is N(1 - 1/S) > 2; with a backward where N(1 - 1/S) > 1.25. They
 // take one launch more, which decides for small M. Where arithmetic and not bandwidth is the limit,
-// the single pass, which does no more of it, is taken.
+// the single pass, which does no more of it, is taken; and where phase 1 would have to read rows
+// more than once.
 //
 // One answer serves forward and backward, for a mixture never moves fewer bytes than the better of
 // the two. A backward in two phases after a single-pass forward first has to run phase 1:
@@ -200,7 +234,8 @@ inline Plan make_plan(const Shape& shape, DeviceKind device, bool training = fal
   const int64_t saved_per_token =
       single_pass_bytes(one_token, training) - two_phase_bytes(one_token, training);
   const int64_t extra_launches = training ? 2 : 1;
-  if (saved_per_token > 0 && facts.bandwidth_bound) {
+  plan.phase_one_resident = phase_one_is_resident(shape, facts, training);
+  if (saved_per_token > 0 && facts.bandwidth_bound && plan.phase_one_resident) {
     plan.two_phase_from_tokens =
         (extra_launches * facts.launch_bytes + saved_per_token - 1) / saved_per_token;
   }
@@ -214,6 +249,8 @@ inline Plan make_plan(const Shape& shape, DeviceKind device, bool training = fal
     plan.reason = "two phases move fewer bytes, by more than their extra launch costs";
   } else if (saved_per_token > 0 && !facts.bandwidth_bound) {
     plan.reason = "two phases would move fewer bytes, but arithmetic takes longer here, and stays";
+  } else if (saved_per_token > 0 && !plan.phase_one_resident) {
+    plan.reason = "two phases would move fewer bytes, but phase 1 has no room for a token on chip";
   } else if (saved_per_token > 0) {
     plan.reason = "two phases would move fewer bytes, but by less than their extra launch costs";
   } else {
