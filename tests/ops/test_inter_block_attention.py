@@ -58,6 +58,19 @@ def test_number_of_blocks(device: str, count: int) -> None:
         assert_same_bits("output", results["output 0"], blocks[0].expand(4, 3, 24))
 
 
+@pytest.mark.parametrize(
+    ("count", "queries", "hidden"), [(9, 6, 2304), (8, 16, 4096), (8, 24, 7168)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_sizes_of_models(
+    device: str, dtype: torch.dtype, count: int, queries: int, hidden: int
+) -> None:
+    """Kimi Linear 48B, the paper's, Kimi K3: more than one CTA of a GPU has room for."""
+    blocks = make_sources(count, (5, hidden), dtype=dtype, device=device)
+    arguments = make_queries(queries, hidden, device)
+    check_inter_block(blocks, **arguments, scale=hidden**-0.5)
+
+
 @pytest.mark.parametrize("layout", [*LAYOUTS, "mixed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_layouts(device: str, dtype: torch.dtype, layout: str) -> None:
