@@ -132,9 +132,9 @@ def _cases() -> list[Case]:
     inter = Case("inter_block_attention", sources=9, queries=6, tokens=2048, hidden=2304)
     merge = Case("merge_partial", sources=9, tokens=2048, hidden=2304, norm=True)
     cases += [
-        replace(add, suite="quick", rivals=("ours", "eager", "standard")),
+        replace(add, suite="quick", rivals=("ours", "eager", "standard-fused")),
         replace(inter, suite="quick"),
-        replace(merge, suite="quick", rivals=("ours", "eager", "standard")),
+        replace(merge, suite="quick", rivals=("ours", "eager", "standard-fused")),
     ]
     cases += [
         Case(
@@ -221,10 +221,10 @@ def _cuda_cases() -> list[Case]:
     headline = [
         replace(site, gradients="fresh", rivals=everybody),
         replace(layer, gradients="fresh", rivals=everybody),
-        replace(add, rivals=("ours", "eager", "standard")),
+        replace(add, rivals=("ours", "eager", "standard-fused")),
         inter,
         inter_k3,
-        replace(merge, rivals=("ours", "eager", "standard")),
+        replace(merge, rivals=("ours", "eager", "standard-fused")),
     ]
     # What training and inference do with these, and existing gradients against none.
     more = [

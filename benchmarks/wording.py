@@ -14,6 +14,7 @@ CONTESTANTS = {
     "compile": "torch.compile",
     "compile-max": "torch.compile, max-autotune",
     "standard": "standard residual",
+    "standard-fused": "standard residual, fused",
     "copy": "copy",
     "fla": "flash-linear-attention",
     "fla-keep": "flash-linear-attention, level 0",

@@ -120,6 +120,9 @@ def main() -> int:
         except subprocess.CalledProcessError as error:
             print(f"time_build: {error.cmd[1]} failed with {error.returncode}", file=sys.stderr)
             return 2
+        except KeyboardInterrupt:
+            print("time_build: interrupted, so nothing is kept", file=sys.stderr)
+            return 130
         record = describe(folder, arguments.jobs, spent, code)
     stamp = record["date"].replace("+00:00", "Z").replace(":", "")
     path = arguments.out / builds.PATTERN.replace("*", stamp)

@@ -42,6 +42,7 @@ _MODULES = {
     "flash-attn-res": "flash_attn_res",
     "fast-attnres": "fast_attnres",
     "standard": "standard",
+    "standard-fused": "standard_fused",
 }
 NAMES = tuple(_MODULES)
 #: Tuning every kernel by trial takes longer than all else together: only when asked for.

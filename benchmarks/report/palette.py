@@ -8,6 +8,7 @@ _SERIES = {
     "compile": "s-compile",
     "compile-max": "s-compile",
     "standard": "s-standard",
+    "standard-fused": "s-standard",
     "copy": "s-standard",
     "fla": "s-triton",
     "fla-keep": "s-triton",

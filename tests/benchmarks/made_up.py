@@ -123,6 +123,7 @@ def operators(scale: float = 1.0) -> list[Result]:
         timed(ADD, "ours", 8e-3),
         timed(ADD, "eager", 90e-3),
         timed(ADD, "standard", 5e-3),
+        timed(ADD, "standard-fused", 4e-3),
         timed(HOST, "ours", 12e-6),
         timed(HOST, "eager", 100e-6),
         refused(HOST, "fast-attnres", "failed", "RuntimeError: no device"),

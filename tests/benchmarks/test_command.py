@@ -16,7 +16,7 @@ from attnres_ext.cli.main import main
 
 TINY = (
     Case("depth_attention", 3, 20, 16, "float32", suite="quick"),
-    Case("merge_partial", 3, 20, 16, norm=True, suite="quick", rivals=("eager", "standard")),
+    Case("merge_partial", 3, 20, 16, norm=True, suite="quick", rivals=("eager", "standard-fused")),
     Case("depth_attention", 3, 1, 8, "float32", origin="host", suite="ops"),
 )
 TINY_MODELS = tuple(
@@ -72,7 +72,7 @@ def test_prints_a_table_and_writes_json_lines(
     assert run["copy_gbps_by_mib"]["1"] > 0
     assert run["cases"] == len(run["case_seconds"]) == 2
     contestants = [(row.operator, row.contestant) for row in rows]
-    assert ("merge_partial", "standard") in contestants
+    assert ("merge_partial", "standard-fused") in contestants
     assert ("depth_attention", "copy") in contestants
     assert ("depth_attention", "ours") in contestants
     assert not any(row.status in ("wrong", "failed") for row in rows), rows

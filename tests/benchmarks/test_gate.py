@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
-from attnres_ext.benchmarks.contestants import eager, ours, standard
-from attnres_ext.benchmarks.gate import Gate, sample_rows
+from attnres_ext.benchmarks.contestants import eager, ours, standard, standard_fused
+from attnres_ext.benchmarks.gate import Gate, results, sample_rows
 from attnres_ext.benchmarks.inputs import Inputs, copy_inputs, make_inputs
 from attnres_ext.benchmarks.registry import Case
 from tests.benchmarks.shapes import SMALL_CASES
@@ -30,21 +31,34 @@ def test_lets_the_operators_pass(case: Case, contestant: object) -> None:
     assert verdict.worst <= 1
 
 
+@pytest.mark.parametrize("yardstick", [standard, standard_fused], ids=["two", "fused"])
 @pytest.mark.parametrize(
     "case",
     [case for case in SMALL_CASES if standard.unsupported(case, "cpu") is None],
     ids=lambda case: case.name,
 )
-def test_lets_the_yardstick_pass_by_its_own_definition(case: Case) -> None:
+def test_lets_the_yardsticks_pass_by_their_own_definitions(
+    case: Case, yardstick: ModuleType
+) -> None:
     inputs = make_inputs(case)
-    held_to = Gate(case, inputs, lambda rows: standard.definition(case, rows))
-    verdict = held_to.check(standard.prepare(case))
+    held_to = Gate(case, inputs, lambda rows: yardstick.definition(case, rows))
+    verdict = held_to.check(yardstick.prepare(case))
     assert verdict.passed, verdict.reason
 
 
-def test_the_yardstick_is_no_depth_attention() -> None:
+@pytest.mark.parametrize("yardstick", [standard, standard_fused], ids=["two", "fused"])
+def test_the_yardstick_is_no_depth_attention(yardstick: ModuleType) -> None:
     case = Case("merge_partial", 3, 100, 32, norm=True)
-    assert not gate(case).check(standard.prepare(case)).passed
+    assert not gate(case).check(yardstick.prepare(case)).passed
+
+
+def test_both_yardsticks_are_the_same_residual() -> None:
+    case = Case("merge_partial", 3, 100, 32, "float32", norm=True, gradients="fresh")
+    inputs = make_inputs(case)
+    one, two = (results(one.prepare(case), case, inputs) for one in (standard, standard_fused))
+    assert one.keys() == two.keys()
+    for name, expected in one.items():
+        torch.testing.assert_close(two[name], expected, rtol=1e-5, atol=1e-5)
 
 
 def off_by_a_percent(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -12,7 +12,7 @@ import pytest
 from attnres_ext.benchmarks.report import kept, notices, page
 from attnres_ext.benchmarks.report.html import tag, text
 from attnres_ext.benchmarks.report.page import CONTENTS
-from attnres_ext.benchmarks.report.sections import build, rivals, roof
+from attnres_ext.benchmarks.report.sections import build, overhead, rivals, roof
 from attnres_ext.cli.main import main
 from tests.benchmarks import made_up
 
@@ -129,6 +129,15 @@ def test_who_was_not_timed_is_named_with_the_reason(parsed: Page) -> None:
     assert "flash-linear-attention not here: no GPU" in parsed.text
     assert not any(row[0] == "block" and "no GPU" in "".join(row) for row in parsed.rows)
     assert ["4 layers, D256"] in parsed.rows, "a heading above the stack's rows"
+
+
+def test_a_site_is_held_against_the_strictest_yardstick_there_is(parsed: Page) -> None:
+    assert any(row[2:] == ["8.00 ms", "4.00 ms", "one kernel"] for row in parsed.rows)
+    assert 8e-3 / 4e-3 in parsed.numbers
+    rows = (made_up.timed(made_up.ADD, "ours", 8e-3), made_up.timed(made_up.ADD, "standard", 5e-3))
+    older = kept.Run("a.jsonl", made_up.facts("2026-01-01"), rows, ())
+    page = Page(str(overhead.section(kept.Kept(Path(), (older,)))))
+    assert any(row[2:] == ["8.00 ms", "5.00 ms", "two operators"] for row in page.rows)
 
 
 def test_who_is_nowhere_is_named_once() -> None:

@@ -21,8 +21,8 @@ _FOUND = 77
 _TOOLKITS = ("/usr/local/cuda", "/opt/cuda")
 #: Compiling the definition anew for each case would take all the time there is.
 _RIVALS = (
-    "ours", "standard", "eager", "fla", "fla-keep", "fla-gluon", "liger", "flash-attn-res",
-    "fast-attnres",
+    "ours", "standard", "standard-fused", "eager", "fla", "fla-keep", "fla-gluon", "liger",
+    "flash-attn-res", "fast-attnres",
 )  # fmt: skip
 #: Kernels of this library, by a part of their names: what torch's own kernels do is not ours.
 _OURS = "attnres"

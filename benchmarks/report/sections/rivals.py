@@ -15,7 +15,7 @@ from attnres_ext.benchmarks.report.scales import Scale, logarithmic_ticks
 from attnres_ext.benchmarks.results import Result
 
 #: They do something else, or less.
-YARDSTICKS = ("ours", "copy", "standard")
+YARDSTICKS = ("ours", "copy", "standard", "standard-fused")
 
 
 def section(kept: Kept) -> Html | None:
