@@ -58,9 +58,10 @@ __device__ __forceinline__ int num_clusters() {
   return static_cast<int>(count);
 }
 // Every thread of the cluster arrives, and may do something else before it waits for the others.
-// Threads that have ended count as arrived.
+// Threads that have ended count as arrived. After the wait all see the barriers that any of them
+// had published before it arrived; nothing else is shown: that would be a fence for all memory.
 __device__ __forceinline__ void arrive_at_cluster() {
-  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
 }
 __device__ __forceinline__ void wait_for_cluster() {
   asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
