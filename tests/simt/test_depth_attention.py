@@ -493,6 +493,20 @@ def test_rows_too_large_for_a_cta_are_shared(runner: Path, tmp_path: Path) -> No
     assert results[0].num_ctas < 9 * results[0].cluster_size
 
 
+@pytest.mark.parametrize("ring", ["cp_async", "bulk"])
+def test_sources_are_taken_several_at_a_time(ring: str, runner: Path, tmp_path: Path) -> None:
+    # Four of them in a cluster, two in a CTA, and what is left over.
+    few = [shared(count, 40968 // count // 8 * 8 + 8, ring=ring) for count in range(2, 9)]
+    # A row streams through few slots, and no group may be as large as the ring.
+    streamed = [
+        make(count, 512, ring=ring, limits=Limits(2, kib << 10, kib << 10), tokens=(1, 3))
+        for count, kib in [(9, 4), (8, 5), (9, 6), (8, 7), (9, 8)]
+    ]
+    results = run_and_check(runner, few + streamed, tmp_path)
+    assert not any(result.resident for result in results[len(few) :])
+    assert len({result.shared_bytes for result in results[len(few) :]}) >= 4
+
+
 def test_result_does_not_depend_on_how_many_share_a_row(runner: Path, tmp_path: Path) -> None:
     for dtype, hidden in [(torch.bfloat16, 8200), (torch.float16, 4104), (torch.float32, 2056)]:
         torch.manual_seed(5)

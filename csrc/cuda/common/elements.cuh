@@ -152,6 +152,12 @@ __device__ __forceinline__ void with_storage(DType dtype, F&& f) {
   f(float{});
 }
 
+template <int kCount, typename Compute>
+__device__ __forceinline__ void clear(Compute (&x)[kCount]) {
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) x[j] = 0;
+}
+
 template <typename T>
 struct Uniform {
   using Compute = float;
@@ -165,6 +171,15 @@ struct Uniform {
   template <typename View>
   __device__ __forceinline__ static void load(View row, DType, int chunk, Compute (&x)[kWidth]) {
     unpack(row.template read<uint4>(static_cast<int64_t>(chunk) * 16), T{}, x);
+  }
+  // The same, or zeros.
+  template <typename View>
+  __device__ __forceinline__ static void load_if(bool present, View row, DType, int chunk,
+                                                 Compute (&x)[kWidth]) {
+    // One load that is not always carried out, and no branch around what is done with it.
+    uint4 bits = {0, 0, 0, 0};
+    if (present) bits = row.template read<uint4>(static_cast<int64_t>(chunk) * 16);
+    unpack(bits, T{}, x);
   }
   __device__ __forceinline__ static void store(std::byte* row, DType, int chunk,
                                                const Compute (&x)[kWidth]) {
@@ -209,6 +224,12 @@ struct Mixed {
         }
       }
     });
+  }
+  template <typename View>
+  __device__ __forceinline__ static void load_if(bool present, View row, DType dtype, int chunk,
+                                                 Compute (&x)[kWidth]) {
+    clear(x);
+    if (present) load(row, dtype, chunk, x);
   }
   __device__ __forceinline__ static void store(std::byte* row, DType dtype, int chunk,
                                                const Compute (&x)[kWidth]) {

@@ -10,9 +10,10 @@
 //
 // A body makes the loader, which touches no global memory yet, waits for the previous kernel, and
 // calls produce(): in threads that have nothing else to do it loads everything and returns true, in
-// the others it starts what there is to start. Then it calls acquire() for a step, reads its chunks
-// through the view it gets, and calls release() when no thread of its warp will read that slot
-// again. Only the threads below tile.num_threads run the body.
+// the others it starts what there is to start. Then it calls wait() when it comes to some steps for
+// the first time in a sweep over memory, reads its chunks of each through its view(), and calls
+// release() when no thread of its warp will read that slot again. Only the threads below
+// tile.num_threads run the body.
 #pragma once
 
 #include "common/elements.cuh"
@@ -56,20 +57,24 @@ __device__ __forceinline__ void wait_for_copies_but(int groups) {
 // Walks over the steps of a team in the order of the body, ahead of it.
 template <typename Args>
 struct StepCursor {
-  int64_t row = Args::Team::index();
+  uint32_t row = static_cast<uint32_t>(Args::Team::index());
   int sweep = 0;
   int span = 0;
   int source = 0;
 
-  __device__ __forceinline__ bool done(const Args& args) const { return row >= args.num_tokens; }
-  __device__ __forceinline__ void advance(const Args& args, int num_sweeps) {
-    if (++source < (sweep == 0 ? args.num_steps : args.num_later_steps)) return;
+  __device__ __forceinline__ bool done(const Args& args) const {
+    return row >= static_cast<uint32_t>(args.num_tokens);
+  }
+  // Whether the next step is in another span, sweep or row.
+  __device__ __forceinline__ bool advance(const Args& args, int num_sweeps) {
+    if (++source < (sweep == 0 ? args.num_steps : args.num_later_steps)) return false;
     source = 0;
-    if (++span < args.tile.num_spans) return;
+    if (++span < args.tile.num_spans) return true;
     span = 0;
-    if (++sweep < num_sweeps) return;
+    if (++sweep < num_sweeps) return true;
     sweep = 0;
-    row += Args::Team::count();
+    row += static_cast<uint32_t>(Args::Team::count());
+    return true;
   }
 };
 
@@ -130,8 +135,9 @@ class Direct {
   __device__ __forceinline__ Direct(const Args& args, std::byte*, Barrier*, int) : args_(args) {}
   __device__ __forceinline__ bool produce() { return false; }
 
-  __device__ __forceinline__ GlobalView acquire(const RingPosition&, bool, int64_t row, int span,
-                                                int source) {
+  __device__ __forceinline__ void wait(RingPosition, int) {}
+  __device__ __forceinline__ GlobalView view(const RingPosition&, int64_t row, int span,
+                                             int source) const {
     return {step_data<Elements, kChunks>(args_, row, span, source)};
   }
   __device__ __forceinline__ void release(const RingPosition&) {}
@@ -148,16 +154,20 @@ class CpAsyncRing {
 
   __device__ __forceinline__ CpAsyncRing(const Args& args, std::byte* slots, Barrier*,
                                          int num_sweeps)
-      : args_(args), slots_(slots), num_sweeps_(num_sweeps), ahead_(args.tile.num_slots - 1) {}
+      : args_(args), slots_(slots), num_sweeps_(num_sweeps), ahead_(args.tile.num_slots) {
+    start_span();
+  }
   __device__ __forceinline__ bool produce() {
     for (int slot = 0; slot < args_.tile.num_slots; ++slot) issue(slot);
     return false;
   }
 
-  __device__ __forceinline__ SharedView acquire(const RingPosition& at, bool first, int64_t, int,
-                                                int) {
-    if (first) wait_for_copies_but(ahead_--);
-    return {slots_ + static_cast<int64_t>(at.slot) * args_.tile.slot_bytes};
+  __device__ __forceinline__ void wait(RingPosition, int num_steps) {
+    ahead_ -= num_steps;
+    wait_for_copies_but(ahead_);
+  }
+  __device__ __forceinline__ SharedView view(const RingPosition& at, int64_t, int, int) const {
+    return {slots_ + at.slot * args_.tile.slot_bytes};
   }
   // The slot's chunks are this thread's own, so it may refill them without asking anybody.
   __device__ __forceinline__ void release(const RingPosition& at) {
@@ -166,25 +176,32 @@ class CpAsyncRing {
   }
 
  private:
+  // What the steps of a span have in common.
+  __device__ __forceinline__ void start_span() {
+    first_chunk_ = first_chunk<kChunks>(args_, next_.span) + chunk_in_span<kChunks>(0);
+    chunks_left_ = chunks_in_span<kChunks>(args_, next_.span) - chunk_in_span<kChunks>(0);
+  }
+
   // One group per step, also past the last one, so that groups count steps.
   __device__ __forceinline__ void issue(int slot) {
     if (!next_.done(args_)) {
-      const std::byte* from =
-          step_data<Elements, kChunks>(args_, next_.row, next_.span, next_.source);
-      std::byte* to = slots_ + static_cast<int64_t>(slot) * args_.tile.slot_bytes;
-      const int chunk_bytes = Elements::kWidth * Elements::bytes(args_.sources[next_.source].dtype);
-      const int chunks = chunks_in_span<kChunks>(args_, next_.span);
+      const ConstByteRows& rows = args_.sources[next_.source];
+      const int chunk_bytes = Elements::kWidth * Elements::bytes(rows.dtype);
+      // A warp's chunks lie side by side, so one address does for all of a thread's.
+      const std::byte* from = row_at(rows, next_.row) + static_cast<uint32_t>(first_chunk_) *
+                                                            static_cast<uint32_t>(chunk_bytes);
+      std::byte* to =
+          slots_ + slot * args_.tile.slot_bytes + chunk_in_span<kChunks>(0) * chunk_bytes;
 #pragma unroll
       for (int k = 0; k < kChunks; ++k) {
-        const int chunk = chunk_in_span<kChunks>(k);
-        if (chunk < chunks) {
+        if (k * kWarpSize < chunks_left_) {
           for (int b = 0; b < chunk_bytes; b += 16) {
-            copy_async_16(to + chunk * chunk_bytes + b,
-                          from + static_cast<int64_t>(chunk) * chunk_bytes + b);
+            copy_async_16(to + k * kWarpSize * chunk_bytes + b,
+                          from + k * kWarpSize * chunk_bytes + b);
           }
         }
       }
-      next_.advance(args_, num_sweeps_);
+      if (next_.advance(args_, num_sweeps_)) start_span();
     }
     commit_copies();
   }
@@ -192,8 +209,10 @@ class CpAsyncRing {
   const Args& args_;
   std::byte* slots_;
   int num_sweeps_;
-  int ahead_;  // groups committed after the one of the step that is acquired next
+  int ahead_;  // groups committed since that of the last step waited for
   StepCursor<Args> next_;
+  int first_chunk_;  // of this thread in the next step's row,
+  int chunks_left_;  // and how many chunks of its span lie from there on
 };
 
 template <typename Elements, int kChunks, typename Args>
@@ -226,10 +245,15 @@ class BulkRing {
     return true;
   }
 
-  __device__ __forceinline__ SharedView acquire(const RingPosition& at, bool first, int64_t, int,
-                                                int) {
-    if (first) barriers_.wait_until_filled(at);
-    return {slots_ + static_cast<int64_t>(at.slot) * args_.tile.slot_bytes};
+  __device__ __forceinline__ void wait(RingPosition at, int num_steps) {
+#pragma unroll 1
+    for (; num_steps > 0; --num_steps) {
+      barriers_.wait_until_filled(at);
+      at.advance(args_.tile.num_slots);
+    }
+  }
+  __device__ __forceinline__ SharedView view(const RingPosition& at, int64_t, int, int) const {
+    return {slots_ + at.slot * args_.tile.slot_bytes};
   }
   __device__ __forceinline__ void release(const RingPosition& at) { barriers_.release(at); }
 

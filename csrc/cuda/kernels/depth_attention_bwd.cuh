@@ -83,29 +83,22 @@ class DepthAttentionBackwardBody {
       bool arriving = true;
       // f(source, view) for every source of a span. In several spans rows are read in place, in any
       // order.
-      const auto step = [&](int span, int source, bool last, auto&& f) {
-        const auto values = loader.acquire(at, arriving || !tile.resident, row, span, source);
-        f(source, values);
-        if (last || !tile.resident) loader.release(at);
-        at.advance(tile.num_slots);
-      };
       const auto sweep = [&](int span, bool last, auto&& f) {
         if (tile.resident) at = row_start;
-        for (int source = 0; source < args.num_sources; ++source) step(span, source, last, f);
+        const bool waits = arriving || !tile.resident, releases = last || !tile.resident;
+        for (int source = 0; source < args.num_sources; ++source) {
+          if (waits) loader.wait(at, 1);
+          f(source, loader.view(at, row, span, source));
+          if (releases) loader.release(at);
+          at.advance(tile.num_slots);
+        }
         arriving = false;
       };
 
       if (args.stats == nullptr) {
         for (int span = 0; span < tile.num_spans; ++span) {
           if (!one_span) load_score(args, span, score);
-          const auto add_source = [&](int source, auto&& add) {
-            step(span, source, false, [&](int, auto values) {
-              add([&](int, int chunk, Compute(&x)[kWidth]) {
-                Elements::load(values, args.sources[source].dtype, chunk, x);
-              });
-            });
-          };
-          Thread::add_partials(args, span, args.num_sources, score, partials, add_source);
+          Thread::add_partials(args, loader, at, row, span, args.num_sources, score, partials);
         }
         arriving = false;
         numbers.share(partials, args.num_sources);
@@ -135,8 +128,9 @@ class DepthAttentionBackwardBody {
         sweep(span, false, [&](int source, auto values) {
           if (is_empty(args, source, factors)) return;
           Thread::add_weighted(args, span, factors.weight(source), g,
-                               [&](int, int chunk, Compute(&x)[kWidth]) {
-                                 Elements::load(values, args.sources[source].dtype, chunk, x);
+                               [&](bool present, int, int chunk, Compute(&x)[kWidth]) {
+                                 Elements::load_if(present, values, args.sources[source].dtype,
+                                                   chunk, x);
                                });
         });
       };
@@ -159,9 +153,9 @@ class DepthAttentionBackwardBody {
         sweep(span, false, [&](int source, auto values) {
           Compute dot = 0;
           if (!is_empty(args, source, factors)) {
-            Thread::for_chunks(args, span, [&](int k, int, int chunk) {
+            Thread::for_all_chunks(args, span, [&](int k, int, int chunk, bool present) {
               Compute x[kWidth];
-              Elements::load(values, args.sources[source].dtype, chunk, x);
+              Elements::load_if(present, values, args.sources[source].dtype, chunk, x);
 #pragma unroll
               for (int j = 0; j < kWidth; ++j) dot += g[k][j] * x[j];
             });

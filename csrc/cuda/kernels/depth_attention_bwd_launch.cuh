@@ -99,8 +99,8 @@ DepthAttentionShape backward_shape(const DepthAttentionBackward& p, bool sums_ar
           .chunk_bytes = Elements::kWidth * static_cast<int>(largest),
           .chunks_per_thread = Policy::kChunks,
           .segments_per_warp = Thread::kSegments,
-          .registers = depth_attention_backward_registers(
-              Policy::kChunks * Elements::kWidth * sizeof(Compute), Elements::kDispatchRegisters),
+          .registers =
+              depth_attention_backward_registers(Policy::kShareBytes, Elements::kDispatchRegisters),
           .num_sources = p.num_sources,
           .num_steps = p.num_sources,
           .compute_bytes = sizeof(Compute),

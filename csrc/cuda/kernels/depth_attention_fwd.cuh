@@ -27,6 +27,14 @@ class DepthAttentionForwardBody {
   static constexpr int kWidth = Elements::kWidth;
 
  public:
+  // The plan counts a producer warp for every loader; a CTA of its own that has none may use its
+  // registers.
+  static constexpr int kLaunchBound = Loader::kExtraThreads == 0 && !Team::kIsCluster
+                                          ? kMaxThreads
+                                          : most_threads_with(depth_attention_registers(
+                                                Policy::kShareBytes, Elements::kDispatchRegisters));
+  static_assert(kLaunchBound >= kMaxThreads);
+
   __device__ __forceinline__ static void run(const Args& args) {
     const DepthAttentionTile& tile = args.tile;
     // Segments of this CTA: one or more a warp.
@@ -67,27 +75,20 @@ class DepthAttentionForwardBody {
       RingPosition row_start = at;
       for (int span = 0; span < tile.num_spans; ++span) {
         if (tile.num_spans > 1) Thread::load_query(args, span, query);
-        const auto add_source = [&](int source, auto&& add) {
-          const auto values = loader.acquire(at, true, row, span, source);
-          add([&](int, int chunk, Compute(&x)[kWidth]) {
-            Elements::load(values, args.sources[source].dtype, chunk, x);
-          });
-          if (!tile.resident) loader.release(at);
-          at.advance(tile.num_slots);
-        };
-        const auto add_sum = [&](int, auto&& add) {
-          const Summands summands = acquire_summands(loader, args, at, true, row, span);
-          std::byte* to = row_at(args.new_partial, row);
-          add([&](int row_chunk, int chunk, Compute(&x)[kWidth]) {
-            add_summands(args, summands, chunk, x);
-            Elements::store(to, args.new_partial.dtype, row_chunk, x);
-          });
-          finish_summands(loader, args, at, !tile.resident);
-        };
-        Thread::add_partials(args, span, num_plain, query, partials, add_source);
+        Thread::add_partials(args, loader, at, row, span, num_plain, query, partials);
         if (sums) {
-          Thread::template add_some_partials<1>(args, span, num_plain, num_plain + 1, query,
-                                                partials, add_sum);
+          if constexpr (Loader::kUsesSlots) loader.wait(at, num_summands(args));
+          const Summands summands = view_summands(loader, args, at, row, span);
+          std::byte* to = row_at(args.new_partial, row);
+          Thread::template add_some_partials<1>(
+              args, span, num_plain, 1, query, partials,
+              [&](int, bool present, int row_chunk, int chunk, Compute(&x)[kWidth]) {
+                clear(x);
+                if (!present) return;
+                add_summands(args, summands, chunk, x);
+                Elements::store(to, args.new_partial.dtype, row_chunk, x);
+              });
+          finish_summands(loader, args, at, !tile.resident);
         }
       }
       numbers.share(partials, args.num_sources);
@@ -96,40 +97,44 @@ class DepthAttentionForwardBody {
       sync_first_threads(tile.num_threads);
       numbers.next();
 
+      // A merged state that is empty may hold anything, NaN too.
+      const bool skips_first = args.first_logit != nullptr && weights[0] == 0;
       Compute sum_of_squares[Thread::kSegments] = {};
       for (int pass = 0; pass < num_mixes; ++pass) {
-        const bool last_pass = pass == num_mixes - 1;
+        const bool releases = pass == num_mixes - 1 || !tile.resident;
         if (tile.resident) at = row_start;
         // What the second of two mixes is multiplied by.
         const Compute out_scale = pass == 0 ? Compute(1) : inverse_rms(args, sum_of_squares[0]);
         for (int span = 0; span < tile.num_spans; ++span) {
           Share mix = {};
           for (int source = 0; source < num_plain; ++source) {
-            const auto values = loader.acquire(at, !tile.resident, row, span, source);
-            // A merged state that is empty may hold anything, NaN too.
-            const bool empty = source == 0 && args.first_logit != nullptr && weights[0] == 0;
-            if (!empty) {
+            if (!tile.resident) loader.wait(at, 1);
+            const auto values = loader.view(at, row, span, source);
+            if (source > 0 || !skips_first) {
               Thread::add_weighted(args, span, weights[source], mix,
-                                   [&](int, int chunk, Compute(&x)[kWidth]) {
-                                     Elements::load(values, args.sources[source].dtype, chunk, x);
+                                   [&](bool present, int, int chunk, Compute(&x)[kWidth]) {
+                                     Elements::load_if(present, values, args.sources[source].dtype,
+                                                       chunk, x);
                                    });
             }
-            if (last_pass || !tile.resident) loader.release(at);
+            if (releases) loader.release(at);
             at.advance(tile.num_slots);
           }
           if (sums && kKeepsSummands && tile.resident) {
-            const Summands summands = acquire_summands(loader, args, at, false, row, span);
+            const Summands summands = view_summands(loader, args, at, row, span);
             Thread::add_weighted(args, span, weights[num_plain], mix,
-                                 [&](int, int chunk, Compute(&x)[kWidth]) {
-                                   add_summands(args, summands, chunk, x);
+                                 [&](bool present, int, int chunk, Compute(&x)[kWidth]) {
+                                   clear(x);
+                                   if (present) add_summands(args, summands, chunk, x);
                                  });
-            finish_summands(loader, args, at, last_pass);
+            finish_summands(loader, args, at, releases);
           } else if (sums) {
             // Each thread reads back what it wrote itself.
             const SharedView values{row_at(args.new_partial, row)};
             Thread::add_weighted(args, span, weights[num_plain], mix,
-                                 [&](int row_chunk, int, Compute(&x)[kWidth]) {
-                                   Elements::load(values, args.new_partial.dtype, row_chunk, x);
+                                 [&](bool present, int row_chunk, int, Compute(&x)[kWidth]) {
+                                   Elements::load_if(present, values, args.new_partial.dtype,
+                                                     row_chunk, x);
                                  });
           }
           if (pass == 0 && args.mix.data != nullptr) store_mix(args, row, span, mix);
@@ -164,16 +169,15 @@ class DepthAttentionForwardBody {
   __device__ __forceinline__ static int num_summands(const Args& args) {
     return args.num_steps - args.num_sources + 1;
   }
-  __device__ __forceinline__ static Summands acquire_summands(Loader& loader, const Args& args,
-                                                              RingPosition at, bool first,
-                                                              int64_t row, int span) {
+  __device__ __forceinline__ static Summands view_summands(const Loader& loader, const Args& args,
+                                                           RingPosition at, int64_t row, int span) {
     Summands summands = {};
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (i == num_summands(args)) break;
       const int source = args.num_sources - 1 + i;
       if constexpr (Loader::kUsesSlots) {
-        summands.rows[i] = loader.acquire(at, first, row, span, source);
+        summands.rows[i] = loader.view(at, row, span, source);
         at.advance(args.tile.num_slots);
       } else {
         summands.rows[i].base = step_data<Elements, kChunks>(args, row, span, source);
@@ -183,7 +187,9 @@ class DepthAttentionForwardBody {
   }
   __device__ __forceinline__ static void finish_summands(Loader& loader, const Args& args,
                                                          RingPosition& at, bool release) {
-    for (int i = 0; i < num_summands(args); ++i) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (i == num_summands(args)) break;
       if (release) loader.release(at);
       at.advance(args.tile.num_slots);
     }
@@ -320,7 +326,7 @@ class DepthAttentionForwardBody {
 };
 
 template <typename Policy, int kCapacity>
-__global__ void __launch_bounds__(kMaxThreads, 1)
+__global__ void __launch_bounds__(DepthAttentionForwardBody<Policy, kCapacity>::kLaunchBound, 1)
     depth_attention_fwd_kernel(const __grid_constant__ DepthAttentionForwardArgs<
                                typename Policy::Elements::Compute, kCapacity, typename Policy::Team>
                                    args) {

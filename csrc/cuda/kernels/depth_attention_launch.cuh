@@ -92,8 +92,7 @@ DepthAttentionShape forward_shape(const DepthAttentionForward& p) {
           .chunk_bytes = Elements::kWidth * static_cast<int>(largest),
           .chunks_per_thread = Policy::kChunks,
           .segments_per_warp = Thread::kSegments,
-          .registers = depth_attention_registers(
-              Policy::kChunks * Elements::kWidth * sizeof(Compute), Elements::kDispatchRegisters),
+          .registers = depth_attention_registers(Policy::kShareBytes, Elements::kDispatchRegisters),
           .num_sources = p.num_sources,
           .num_steps = num_forward_steps(p),
           .compute_bytes = sizeof(Compute),

@@ -55,6 +55,13 @@ constexpr int depth_attention_backward_registers(int share_bytes, int dispatch) 
 }
 static_assert(kMaxThreads * depth_attention_backward_registers(16 * 4, 0) <=
               kRegistersPerMultiprocessor);
+// A kernel's launch bound. It holds the compiler to the registers that the plan counts on, as far
+// as they fit in portions: a multiprocessor hands them out to four warps at a time.
+constexpr int most_threads_with(int registers) {
+  constexpr int kFourWarps = 4 * 32;
+  return kRegistersPerMultiprocessor / (registers * kFourWarps) * kFourWarps;
+}
+static_assert(most_threads_with(128) == kMaxThreads && most_threads_with(96) == 640);
 // Block summation holds two slots at a time.
 constexpr int kLeastSlots = 2;
 // Parts of a weight gradient that a multiprocessor makes at most: each CTA of the backward makes
