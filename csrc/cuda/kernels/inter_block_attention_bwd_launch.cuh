@@ -106,24 +106,13 @@ auto launch_inter_block_backward_with(const InterBlockBackward& p, const DeviceL
     if (!grid.fits) return otherwise();
   }
   Args args;
-  args.num_tokens = p.num_tokens;
-  args.num_tiles = grid.num_tiles;
-  args.hidden = static_cast<int>(p.hidden);
-  args.num_sources = p.num_sources;
-  args.num_queries = static_cast<int>(p.num_queries);
-  args.inverse_hidden = static_cast<Compute>(1.0 / static_cast<double>(p.hidden));
-  args.eps = static_cast<Compute>(p.eps);
-  args.scale = static_cast<Compute>(p.scale);
-  args.queries = byte_rows<const std::byte>(p.queries, p.num_queries);
-  args.key_weights = byte_rows<const std::byte>(p.key_weights, p.num_queries);
+  set_inter_block_args(args, p, grid);
   args.grad_out = byte_rows<const std::byte>(p.grad_out, p.num_queries * p.num_tokens);
   args.grad_lse = static_cast<const Compute*>(p.grad_lse);
   args.stats = static_cast<const Compute*>(p.stats);
   args.parts = p.num_parts > 0 ? static_cast<Compute*>(p.parts) : nullptr;
   args.wants_sources = false;
-  args.tile = grid.tile;
   for (int i = 0; i < p.num_sources; ++i) {
-    args.sources[i] = byte_rows<const std::byte>(p.sources[i], p.num_tokens);
     args.grads[i] = byte_rows<std::byte>(p.grad_sources[i], p.num_tokens);
     args.bases[i] = byte_rows<const std::byte>(p.grad_base[i], p.num_tokens);
     args.wants_sources = args.wants_sources || p.grad_sources[i].data != nullptr;

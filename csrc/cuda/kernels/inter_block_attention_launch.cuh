@@ -84,6 +84,26 @@ InterBlockShape inter_block_shape(const InterBlockForward& p) {
           false};
 }
 
+// What the arguments of forward and backward have in common.
+template <typename Args, typename Params>
+void set_inter_block_args(Args& args, const Params& p, const InterBlockGrid& grid) {
+  using Compute = decltype(args.eps);
+  args.num_tokens = p.num_tokens;
+  args.num_tiles = grid.num_tiles;
+  args.hidden = static_cast<int>(p.hidden);
+  args.num_sources = p.num_sources;
+  args.num_queries = static_cast<int>(p.num_queries);
+  args.inverse_hidden = static_cast<Compute>(1.0 / static_cast<double>(p.hidden));
+  args.eps = static_cast<Compute>(p.eps);
+  args.scale = static_cast<Compute>(p.scale);
+  args.queries = byte_rows<const std::byte>(p.queries, p.num_queries);
+  args.key_weights = byte_rows<const std::byte>(p.key_weights, p.num_queries);
+  args.tile = grid.tile;
+  for (int i = 0; i < p.num_sources; ++i) {
+    args.sources[i] = byte_rows<const std::byte>(p.sources[i], p.num_tokens);
+  }
+}
+
 // Calls otherwise() where rows are not read in place and not even one token's fit.
 template <typename Policy, int kCapacity, typename Launch, typename Otherwise>
 auto launch_inter_block_with(const InterBlockForward& p, const DeviceLimits& limits,
@@ -99,24 +119,11 @@ auto launch_inter_block_with(const InterBlockForward& p, const DeviceLimits& lim
     if (!grid.fits) return otherwise();
   }
   Args args;
-  args.num_tokens = p.num_tokens;
-  args.num_tiles = grid.num_tiles;
-  args.hidden = static_cast<int>(p.hidden);
-  args.num_sources = p.num_sources;
-  args.num_queries = static_cast<int>(p.num_queries);
-  args.inverse_hidden = static_cast<Compute>(1.0 / static_cast<double>(p.hidden));
-  args.eps = static_cast<Compute>(p.eps);
-  args.scale = static_cast<Compute>(p.scale);
-  args.queries = byte_rows<const std::byte>(p.queries, p.num_queries);
-  args.key_weights = byte_rows<const std::byte>(p.key_weights, p.num_queries);
+  set_inter_block_args(args, p, grid);
   args.known_rstd = p.known_rstd;
   args.out = byte_rows<std::byte>(p.out, p.num_queries * p.num_tokens);
   args.lse = static_cast<Compute*>(p.lse);
   args.stats = static_cast<Compute*>(p.stats);
-  args.tile = grid.tile;
-  for (int i = 0; i < p.num_sources; ++i) {
-    args.sources[i] = byte_rows<const std::byte>(p.sources[i], p.num_tokens);
-  }
   return launch.template operator()<kKernel>(args, grid.shape);
 }
 
