@@ -12,6 +12,7 @@ from attnres_ext.benchmarks.report.frame import section as part
 from attnres_ext.benchmarks.report.html import Content, Html, tag, value
 from attnres_ext.benchmarks.report.kept import Kept, Place, Run
 from attnres_ext.benchmarks.report.scales import Scale, linear_ticks
+from attnres_ext.benchmarks.report.sections import roofline
 from attnres_ext.benchmarks.results import Result
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -20,7 +21,9 @@ _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 def section(kept: Kept) -> Html | None:
     """A chart for each place."""
     charts = [
-        drawn for place in kept.places for drawn in (_place(kept, place), _ladder(kept, place))
+        drawn
+        for place in kept.places
+        for drawn in (_place(kept, place), roofline.drawn(kept, place), _ladder(kept, place))
     ]
     if not any(charts):
         return None
@@ -32,7 +35,10 @@ def section(kept: Kept) -> Html | None:
         "operator must move and took turns with it in the same process. A bar that reaches the "
         "line at 100 % does nothing but move its bytes. Thin lines span the middle half of the "
         "samples. Where an operator's matrix products alone would take longer than the copy, at "
-        "the rate of large products in the same process, a red mark shows how far it can get.",
+        "the rate of large products in the same process, a red mark shows how far it can get. The "
+        "rooflines count the operations of the definition, for everybody alike: what lies left of "
+        "where the roofs meet is bound by memory. Their lower slope is a copy of large buffers, "
+        "the upper one of buffers that fit into a cache.",
         [drawn for drawn in charts if drawn],
     )
 
