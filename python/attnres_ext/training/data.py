@@ -7,6 +7,7 @@ a resumed run needs no data position beyond the step it is at.
 from __future__ import annotations
 
 import hashlib
+import platform
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ def read_documents(path: Path | None) -> tuple[str, list[Document]]:
     """
     if path is None:
         root = Path(sysconfig.get_paths()["stdlib"])
-        source = f"the standard library of Python {sysconfig.get_python_version()}"
+        source = f"the standard library of Python {platform.python_version()}"
         documents = [Document(name, (root / name).read_bytes()) for name in _stdlib_files(root)]
         wanted = f"no Python sources under {root}; name a text with --text"
     elif path.is_dir():
