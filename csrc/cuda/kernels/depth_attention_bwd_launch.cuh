@@ -39,27 +39,16 @@ template <typename Compute, int kCapacity, typename Team>
 auto make_backward_args(const DepthAttentionBackward& p, int width, const DepthAttentionTile& tile,
                         bool sums_are_shared) {
   DepthAttentionBackwardArgs<Compute, kCapacity, Team> args;
-  args.num_tokens = p.num_tokens;
-  args.row_chunks = static_cast<int>(p.hidden / width);
-  args.num_sources = args.num_steps = args.num_later_steps = p.num_sources;
-  args.inverse_hidden = static_cast<Compute>(1.0 / static_cast<double>(p.hidden));
-  args.eps = static_cast<Compute>(p.eps);
-  args.out_eps = static_cast<Compute>(p.out_eps);
-  args.scale = static_cast<Compute>(p.scale);
-  args.query = gain_vector(p.query);
-  args.key_weight = gain_vector(p.key_weight);
-  args.out_weight = gain_vector(p.out_weight);
+  set_depth_attention_args(args, p, width, tile);
+  args.num_steps = args.num_later_steps = p.num_sources;
   args.grad_out = byte_rows<const std::byte>(p.grad_out, p.num_tokens);
   args.mix = byte_rows<const std::byte>(p.mix, p.num_tokens);
   args.grad_weights = static_cast<const Compute*>(p.grad_weights);
   args.stats = static_cast<const Compute*>(p.stats);
-  args.first_logit = static_cast<const Compute*>(p.first_logit);
   args.grad_first_logit = static_cast<Compute*>(p.grad_first_logit);
   args.parts = p.num_parts > 0 ? static_cast<Compute*>(p.parts) : nullptr;
   args.sums_are_shared = sums_are_shared;
-  args.tile = tile;
   for (int i = 0; i < p.num_sources; ++i) {
-    args.sources[i] = byte_rows<const std::byte>(p.sources[i], p.num_tokens);
     args.grads[i] = byte_rows<std::byte>(p.grad_sources[i], p.num_tokens);
     args.bases[i] = byte_rows<const std::byte>(p.grad_base[i], p.num_tokens);
   }

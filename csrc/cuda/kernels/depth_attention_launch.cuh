@@ -45,14 +45,14 @@ inline GainVector gain_vector(const ConstVector& v) {
 static_assert(depth_attention_team_bytes(2, 3, 5) ==
               Exchange::bytes(3 * 5 * static_cast<int>(sizeof(Pair<float>))));
 
-template <typename Compute, int kCapacity, typename Team>
-auto make_forward_args(const DepthAttentionForward& p, int width, const DepthAttentionTile& tile) {
-  DepthAttentionForwardArgs<Compute, kCapacity, Team> args;
+// What the arguments of forward and backward have in common.
+template <typename Args, typename Params>
+void set_depth_attention_args(Args& args, const Params& p, int width,
+                              const DepthAttentionTile& tile) {
+  using Compute = decltype(args.eps);
   args.num_tokens = p.num_tokens;
   args.row_chunks = static_cast<int>(p.hidden / width);
   args.num_sources = p.num_sources;
-  args.num_steps = num_forward_steps(p);
-  args.num_later_steps = p.num_sources - (p.delta.data != nullptr ? 1 : 0);
   args.inverse_hidden = static_cast<Compute>(1.0 / static_cast<double>(p.hidden));
   args.eps = static_cast<Compute>(p.eps);
   args.out_eps = static_cast<Compute>(p.out_eps);
@@ -60,8 +60,20 @@ auto make_forward_args(const DepthAttentionForward& p, int width, const DepthAtt
   args.query = gain_vector(p.query);
   args.key_weight = gain_vector(p.key_weight);
   args.out_weight = gain_vector(p.out_weight);
-  args.new_partial = byte_rows<std::byte>(p.new_partial, p.num_tokens);
   args.first_logit = static_cast<const Compute*>(p.first_logit);
+  args.tile = tile;
+  for (int i = 0; i < p.num_sources; ++i) {
+    args.sources[i] = byte_rows<const std::byte>(p.sources[i], p.num_tokens);
+  }
+}
+
+template <typename Compute, int kCapacity, typename Team>
+auto make_forward_args(const DepthAttentionForward& p, int width, const DepthAttentionTile& tile) {
+  DepthAttentionForwardArgs<Compute, kCapacity, Team> args;
+  set_depth_attention_args(args, p, width, tile);
+  args.num_steps = num_forward_steps(p);
+  args.num_later_steps = p.num_sources - (p.delta.data != nullptr ? 1 : 0);
+  args.new_partial = byte_rows<std::byte>(p.new_partial, p.num_tokens);
   args.known_rstd = p.known_rstd;
   args.num_known_rstd = p.num_known_rstd;
   args.last_rstd = p.last_rstd;
@@ -69,10 +81,6 @@ auto make_forward_args(const DepthAttentionForward& p, int width, const DepthAtt
   args.mix = byte_rows<std::byte>(p.mix, p.num_tokens);
   args.weights = static_cast<Compute*>(p.weights);
   args.stats = static_cast<Compute*>(p.stats);
-  args.tile = tile;
-  for (int i = 0; i < p.num_sources; ++i) {
-    args.sources[i] = byte_rows<const std::byte>(p.sources[i], p.num_tokens);
-  }
   if (p.delta.data != nullptr) {
     args.sources[args.num_steps - 1] = byte_rows<const std::byte>(p.delta, p.num_tokens);
   }
