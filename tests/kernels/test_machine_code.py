@@ -5,17 +5,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 import attnres_ext
+from tests.tool import load_tool
 
-ROOT = Path(__file__).resolve().parents[2]
 #: Bytes of kernel parameters that every supported driver takes.
 MOST_PARAMETER_BYTES = 32764
 #: Chunks of a thread, by policy: DepthAttentionPolicy<Elements, Loader, chunks, Team>, capacity.
@@ -39,17 +36,7 @@ WEIGHT_GRADIENT = re.compile(
 )
 
 
-def load_tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("kernels_tool", ROOT / "tools" / "kernels.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = load_tool()
+tool = load_tool("kernels")
 
 
 @pytest.fixture(scope="module")

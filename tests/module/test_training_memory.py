@@ -1,18 +1,10 @@
 """What a forward keeps for its backward, in bytes: with recomputation on, a standard residual's."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-specification = importlib.util.spec_from_file_location(
-    "training_memory", ROOT / "tools" / "training_memory.py"
-)
-tool = importlib.util.module_from_spec(specification)
-sys.modules[specification.name] = tool
-specification.loader.exec_module(tool)
+from tests.tool import load_tool
+
+tool = load_tool("training_memory")
 
 X = 32 * 2  # bytes of a token
 STATISTICS = 4  # of a float32 number
