@@ -8,6 +8,7 @@ copied.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,7 +35,7 @@ class _MissingError(MisfitError, AttributeError):
     """The same, so that ``hasattr`` says no."""
 
 
-class StreamLike:
+class StreamLike(ABC):
     """The operations that a layer may apply to its stream: ``+`` on either side, and ``to`` where
     that changes nothing.
 
@@ -42,23 +43,23 @@ class StreamLike:
     """
 
     @property
+    @abstractmethod
     def shape(self) -> torch.Size:
         """Shape of the stream, ``[..., D]``."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def dtype(self) -> torch.dtype:
         """Dtype of the stream."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def device(self) -> torch.device:
         """Device of the stream."""
-        raise NotImplementedError
 
+    @abstractmethod
     def plus(self, delta: Tensor) -> StreamLike:
         """The stream after ``delta`` ``[..., D]`` is added."""
-        raise NotImplementedError
 
     def to(self, *args: Any, **kwargs: Any) -> StreamLike:
         """The stream itself, if it has the dtype and the device already."""
