@@ -112,7 +112,7 @@ def make_inputs(case: Case, seed: int = 0, device: str = "cpu") -> Inputs:
         inputs.sources = []
         inputs.out = rows(1.0)
         inputs.lse = randn(case.tokens).add_(2.0)
-    if case.gradients in ("fresh", "accumulate"):
+    if case.has_backward:
         inputs.upstream = _upstream(case, rows, randn)
     if case.gradients != "none":
         for name, leaf in inputs.leaves().items():

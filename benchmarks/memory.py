@@ -35,9 +35,9 @@ def available_bytes(device: str = "cpu") -> int | None:
 def missing_memory(case: Case, device: str) -> str | None:
     """Why plain PyTorch cannot run ``case`` on this machine, or None."""
     # Float32 copies of all sources; forward holds about five of them at its peak, backward eight.
-    copies = 8 if case.gradients in ("fresh", "accumulate") else 5
+    copies = 8 if case.has_backward else 5
     # The reference attends once per query and autograd keeps what each left.
-    if case.gradients in ("fresh", "accumulate"):
+    if case.has_backward:
         copies *= case.queries
     needed = copies * case.sources * case.tokens * case.hidden * 4
     available = available_bytes(device)

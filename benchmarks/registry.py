@@ -114,6 +114,11 @@ class Case:
         return self.cuda if device == "cuda" else self.suite
 
     @property
+    def has_backward(self) -> bool:
+        """Whether a timed call runs the backward, too."""
+        return self.gradients in ("fresh", "accumulate")
+
+    @property
     def is_host(self) -> bool:
         """Whether the cost of the call is measured rather than bytes moved."""
         return self.origin == "host"

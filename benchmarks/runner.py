@@ -91,7 +91,7 @@ def rough_seconds(case: Case, options: Options) -> float:
     if options.on_gpu:
         return _ROUGH_COMPILING + budget
     elements = case.sources * case.queries * case.tokens * case.hidden
-    plain = _ROUGH_ELEMENT * elements * (4 if case.gradients in ("fresh", "accumulate") else 1)
+    plain = _ROUGH_ELEMENT * elements * (4 if case.has_backward else 1)
     # It runs four times before it is timed, and others, who are faster, get as much time together.
     return _ROUGH_COMPILING + 4 * plain + 2 * min(budget, 10 * plain)
 

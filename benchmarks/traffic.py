@@ -14,7 +14,7 @@ from attnres_ext.benchmarks.registry import Case
 def bytes_moved(case: Case) -> int:
     """Bytes one timed call of ``case`` must move, in its forward and in its backward if any."""
     directions = ["forward"]
-    if case.gradients in ("fresh", "accumulate"):
+    if case.has_backward:
         directions.append("backward")
     itemsize = getattr(torch, case.dtype).itemsize
     return sum(
@@ -41,7 +41,7 @@ def operations(case: Case) -> int | None:
     if case.operator != "inter_block_attention":
         return None
     product = 2 * case.queries * case.sources * case.hidden * case.tokens
-    return (2 + (4 if case.gradients in ("fresh", "accumulate") else 0)) * product
+    return (2 + (4 if case.has_backward else 0)) * product
 
 
 def arithmetic(case: Case) -> int:
@@ -52,11 +52,10 @@ def arithmetic(case: Case) -> int:
     query's: two operations each. Softmax and what else happens once a row is left out, 1/D of it.
     """
     n, s = case.sources, case.queries
-    backward = case.gradients in ("fresh", "accumulate")
     if case.operator == "inter_block_attention":
         # Every query has a product and a mix; the squares and the value's own factor are shared.
         each = 4 * s * n + 2 * n
-        if backward:
+        if case.has_backward:
             each += 8 * s * n + 2 * n
     else:
         scored = {"depth_attention": n, "accumulate_depth_attention": n + 1, "merge_partial": 1}
@@ -66,7 +65,7 @@ def arithmetic(case: Case) -> int:
         sums = 0 if case.operator == "depth_attention" else 1
         mix = 2 * (rows + states)
         each = 4 * rows + mix + sums + (4 if case.norm else 0)
-        if backward:
+        if case.has_backward:
             # Behind a norm the mix is made again, and has a gradient of its own.
             each += 10 * rows + 4 * states + sums + (mix + 8 if case.norm else 0)
     if case.gradients == "accumulate":
@@ -79,4 +78,4 @@ def standard_bytes_moved(case: Case) -> int:
     x = case.tokens * case.hidden * getattr(torch, case.dtype).itemsize
     # Backward: read two incoming gradients and the stream, write the one gradient that both inputs
     # share.
-    return (4 + (4 if case.gradients in ("fresh", "accumulate") else 0)) * x
+    return (4 + (4 if case.has_backward else 0)) * x

@@ -63,9 +63,8 @@ def _dots(case: registry.Case, run: Run) -> list[Dot]:
             f"{wording.contestant(contestant)}: {row.shape}, {row.work}, "
             f"{wording.seconds(row.seconds)}, {rate / 1e9:.1f}e9 operations a second"
         )
-        backward = case.gradients in ("fresh", "accumulate")
         series = palette.series(contestant)
-        made.append(Dot(label, series, operations / ours.bytes, rate, hollow=backward))
+        made.append(Dot(label, series, operations / ours.bytes, rate, hollow=case.has_backward))
     return made
 
 
