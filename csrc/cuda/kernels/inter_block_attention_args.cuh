@@ -29,12 +29,25 @@ __device__ __forceinline__ ColumnSlice slice_of_cta(const Args& args) {
   }
 }
 
-template <typename Compute, int kCapacity, typename TeamPolicy>
-struct InterBlockForwardArgs {
-  using Team = TeamPolicy;
-
+// The tokens of a launch, a few to a tile.
+struct InterBlockTiles {
   int64_t num_tokens;
   int64_t num_tiles;
+  InterBlockTile tile;
+
+  __device__ __forceinline__ int64_t first_token(int64_t index) const {
+    return index * tile.tokens;
+  }
+  __device__ __forceinline__ int tokens_in_tile(int64_t index) const {
+    const int64_t left = num_tokens - first_token(index);
+    return left < tile.tokens ? static_cast<int>(left) : tile.tokens;
+  }
+};
+
+template <typename Compute, int kCapacity, typename TeamPolicy>
+struct InterBlockForwardArgs : InterBlockTiles {
+  using Team = TeamPolicy;
+
   int hidden;
   int num_sources;
   int num_queries;
@@ -47,17 +60,9 @@ struct InterBlockForwardArgs {
   ByteRows out;               // [S * M, D]
   Compute* lse;               // [S, M]
   Compute* stats;             // [N + S * N, M], or null
-  InterBlockTile tile;
   ConstByteRows sources[kCapacity];
 
   // A tile's rows are the sources of its first token, of its second one, and so on.
-  __device__ __forceinline__ int64_t first_token(int64_t index) const {
-    return index * tile.tokens;
-  }
-  __device__ __forceinline__ int tokens_in_tile(int64_t index) const {
-    const int64_t left = num_tokens - first_token(index);
-    return left < tile.tokens ? static_cast<int>(left) : tile.tokens;
-  }
   __device__ __forceinline__ int rows_of_token() const { return num_sources; }
   __device__ __forceinline__ int rows_in_tile(int64_t index) const {
     return tokens_in_tile(index) * rows_of_token();
@@ -74,11 +79,9 @@ struct InterBlockForwardArgs {
 };
 
 template <typename Compute, int kCapacity, typename TeamPolicy>
-struct InterBlockBackwardArgs {
+struct InterBlockBackwardArgs : InterBlockTiles {
   using Team = TeamPolicy;
 
-  int64_t num_tokens;
-  int64_t num_tiles;
   int hidden;
   int num_sources;
   int num_queries;
@@ -93,19 +96,11 @@ struct InterBlockBackwardArgs {
   Compute* parts;           // [num_teams, S, D]: sums over each team's tokens of the gradients of
                             // the score vectors (scale * query * key_weight), or null
   bool wants_sources;       // any gradient of a source
-  InterBlockTile tile;
   ConstByteRows sources[kCapacity];
   ByteRows grads[kCapacity];       // or absent
   ConstByteRows bases[kCapacity];  // what a gradient is added to, or absent
 
   // A token's rows are its sources, then the gradients of its outputs.
-  __device__ __forceinline__ int64_t first_token(int64_t index) const {
-    return index * tile.tokens;
-  }
-  __device__ __forceinline__ int tokens_in_tile(int64_t index) const {
-    const int64_t left = num_tokens - first_token(index);
-    return left < tile.tokens ? static_cast<int>(left) : tile.tokens;
-  }
   __device__ __forceinline__ int rows_of_token() const {
     return num_sources + (grad_out.data != nullptr ? num_queries : 0);
   }

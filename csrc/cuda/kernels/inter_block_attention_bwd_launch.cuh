@@ -46,24 +46,6 @@ inline bool share_gradients(const InterBlockBackward& p) {
   return false;
 }
 
-template <typename Products, bool kUsesSlots>
-InterBlockShape inter_block_shape(const InterBlockBackward& p) {
-  int64_t largest = p.grad_out.data == nullptr ? 0 : size_of(p.grad_out.dtype);
-  for (int i = 0; i < p.num_sources; ++i) largest = std::max(largest, size_of(p.sources[i].dtype));
-  const int gradients = p.grad_out.data == nullptr ? 0 : static_cast<int>(p.num_queries);
-  return {p.hidden,
-          p.num_sources,
-          p.num_queries,
-          static_cast<int>(largest),
-          Products::kVectorValueBytes,
-          Products::kVectorParts,
-          static_cast<int>(sizeof(typename Products::Compute)),
-          kUsesSlots,
-          p.num_sources + gradients,
-          Products::Scratch::kMatrices,
-          p.num_parts > 0};
-}
-
 template <typename Compute, typename Launch>
 auto launch_inter_block_weight_gradients(const InterBlockBackward& p, int num_parts,
                                          Launch&& launch) {
@@ -100,8 +82,12 @@ auto launch_inter_block_backward_with(const InterBlockBackward& p, const DeviceL
   // Each team makes a part of the gradients of queries and gains.
   int64_t most_teams = int64_t{kPartsPerMultiprocessor} * limits.num_multiprocessors;
   if (p.num_parts > 0) most_teams = std::min(most_teams, p.num_parts);
-  const InterBlockGrid grid = inter_block_grid<kKernel, Policy, Args>(
-      inter_block_shape<Products, kUsesSlots>(p), p.num_tokens, most_teams, limits, launch);
+  const bool has_out = p.grad_out.data != nullptr;
+  const InterBlockShape shape = inter_block_shape<Products, kUsesSlots>(
+      p, has_out ? size_of(p.grad_out.dtype) : 0,
+      p.num_sources + (has_out ? static_cast<int>(p.num_queries) : 0), p.num_parts > 0);
+  const InterBlockGrid grid =
+      inter_block_grid<kKernel, Policy, Args>(shape, p.num_tokens, most_teams, limits, launch);
   if constexpr (kUsesSlots) {
     if (!grid.fits) return otherwise();
   }

@@ -67,21 +67,24 @@ InterBlockGrid inter_block_grid(const InterBlockShape& shape, int64_t num_tokens
   return grid;
 }
 
-template <typename Products, bool kUsesSlots>
-InterBlockShape inter_block_shape(const InterBlockForward& p) {
-  int64_t largest = 0;
-  for (int i = 0; i < p.num_sources; ++i) largest = std::max(largest, size_of(p.sources[i].dtype));
+// `row_value_bytes`: at least; sources may be wider.
+template <typename Products, bool kUsesSlots, typename Params>
+InterBlockShape inter_block_shape(const Params& p, int64_t row_value_bytes, int rows_of_token,
+                                  bool makes_sums) {
+  for (int i = 0; i < p.num_sources; ++i) {
+    row_value_bytes = std::max(row_value_bytes, size_of(p.sources[i].dtype));
+  }
   return {p.hidden,
           p.num_sources,
           p.num_queries,
-          static_cast<int>(largest),
+          static_cast<int>(row_value_bytes),
           Products::kVectorValueBytes,
           Products::kVectorParts,
           static_cast<int>(sizeof(typename Products::Compute)),
           kUsesSlots,
-          p.num_sources,
+          rows_of_token,
           Products::Scratch::kMatrices,
-          false};
+          makes_sums};
 }
 
 // What the arguments of forward and backward have in common.
@@ -114,7 +117,8 @@ auto launch_inter_block_with(const InterBlockForward& p, const DeviceLimits& lim
   constexpr auto kKernel = inter_block_attention_fwd_kernel<Policy, kCapacity>;
   constexpr bool kUsesSlots = Policy::template Loader<Args>::kUsesSlots;
   const InterBlockGrid grid = inter_block_grid<kKernel, Policy, Args>(
-      inter_block_shape<Products, kUsesSlots>(p), p.num_tokens, INT64_MAX, limits, launch);
+      inter_block_shape<Products, kUsesSlots>(p, 0, p.num_sources, false), p.num_tokens, INT64_MAX,
+      limits, launch);
   if constexpr (kUsesSlots) {
     if (!grid.fits) return otherwise();
   }

@@ -26,8 +26,7 @@
 // for every token they would be more than twice its own bytes. In the first case one CTA keeps
 // them. In the second a cluster of 8 does, 130 KB each, beside three tiles of one token; the
 // backward's tiles hold S gradients a token too, and there a cluster of 16 keeps 65 KB of score
-// vectors, 43 KB of sums and two tiles of one token. What a CTA tells the others is then 3 KB a
-// token, and what it gets 0.8 KB of each.
+// vectors, 43 KB of sums and two tiles of one token. Each CTA gives each other one 0.8 KB a token.
 #pragma once
 
 #include <algorithm>
