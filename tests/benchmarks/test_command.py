@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from attnres_ext.benchmarks import bandwidth, memory, model_registry, registry, results, runner
 from attnres_ext.benchmarks.model_registry import ModelCase
@@ -260,9 +261,40 @@ def test_list_names_the_cases_and_runs_none(capsys: pytest.CaptureFixture[str]) 
     assert [line.split()[0] for line in lines] == [case.name for case in TINY_MODELS[1:]]
 
 
+def test_cases_can_be_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    left_out = TINY[0].name
+    assert bench("--list", "--suite", "ops", "--without", left_out) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == [case.name for case in TINY[1:]]
+
+
+def test_steps_name_what_is_going_on_before_it_does(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench("--steps", "--repeats", 2, "--contestants", "ours", "--filter", TINY[0].name) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[1:5] == [f"case {TINY[0].name}", "  inputs", "  checking ours", "  timing ours"]
+
+
+def test_a_lost_gpu_ends_the_run_and_keeps_what_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lost() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nand more")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    assert bench("--repeats", 2, "--contestants", "ours", "--out", tmp_path) == 2
+    printed = capsys.readouterr().err
+    assert (
+        f"attnres bench: in case {TINY[0].name} the GPU was lost to this process (CUDA error: an "
+        "illegal memory access was encountered); the cases after it were not run\n"
+    ) in printed
+    assert {row.case for row in results.read(kept(tmp_path))[1]} == {TINY[0].name}
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
+        (["--without", "x/N1"], "--without names 'x/N1', expected some of what `attnres bench"),
         (["--device", "tpu"], "--device is tpu, expected cpu, cuda or cuda:1"),
         (["--device", "cuda"], "--device cuda cannot be used: "),
         (["--filter", "nothing"], "no case of suite 'quick' matches 'nothing'"),

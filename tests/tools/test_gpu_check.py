@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tools.gpu_check import build, command, parts, process, python
+from tools.gpu_check import build, command, outcomes, parts, process, python, testing
 from tools.gpu_check.process import ROOT, Finished
 
 H100 = {"name": "NVIDIA H100 80GB HBM3", "capability": 90}
@@ -54,7 +56,12 @@ class Machine:
         self.rows = [CASE]
 
     def __call__(
-        self, arguments: Sequence[str], seconds: float, log: Path, environment: Mapping[str, str]
+        self,
+        arguments: Sequence[str],
+        seconds: float,
+        log: Path,
+        environment: Mapping[str, str],
+        patience: float = math.inf,
     ) -> Finished:
         self.commands.append(list(arguments))
         self.environments.append(environment)
@@ -117,7 +124,8 @@ def test_everything_passes_and_is_written_down(machine: Machine, tmp_path: Path)
     assert record["kernels"].keys() >= {"sm80/depth_attention", "sm90/depth_attention"}
     assert {k: record[k] for k in FACTS} == FACTS
     assert list(record["parts"]) == [part.name for part in parts.PARTS]
-    assert record["parts"]["tests"]["tests"] == {"tests/ops/test_a.py::test[cuda]": "passed"}
+    for part in ("kernels", "tests", "memcheck"):
+        assert record["parts"][part]["tests"] == {"tests/ops/test_a.py::test[cuda]": "passed"}
     assert record["parts"]["bench"]["figures"]["results"] == [CASE]
     assert record["parts"]["racecheck"]["errors"] == 0
     # Nothing had to be built but the bindings, and everybody could import the package.
@@ -168,6 +176,7 @@ def test_a_failing_test_is_named(machine: Machine, tmp_path: Path) -> None:
     entry = record["parts"]["tests"]
     assert (entry["status"], entry["reason"]) == ("failed", "b")
     assert entry["counts"] == {"passed": 1, "failed": 1, "skipped": 1}
+    assert "\n    b: error 1 > 0" in command.summary(entry)
     assert entry["reasons"] == {"b": "error 1 > 0", "c": "no"}
     assert record["passed"] is False
 
@@ -395,7 +404,181 @@ def test_outcomes_survive_a_run_that_is_killed(tmp_path: Path) -> None:
     path = tmp_path / "outcomes"
     line = {"test": "a", "outcome": "passed", "seconds": 1.0, "reason": ""}
     path.write_text(json.dumps(line) + '\n{"test": "b", "outc')
-    assert parts.read_outcomes(path)["tests"] == {"a": "passed"}
+    assert outcomes.summary([path])["tests"] == {"a": "passed"}
+    outcomes.append(path, {**line, "test": "c", "outcome": "begun"})
+    assert outcomes.summary([path])["tests"] == {"a": "passed", "c": "unfinished"}
+
+
+def test_a_program_that_prints_nothing_is_stuck(tmp_path: Path) -> None:
+    script = "echo begun; sleep 60"
+    finished = process.run(["sh", "-c", script], 50, tmp_path / "log", {}, 0.5)
+    assert (finished.stuck, finished.timed_out) == (True, False)
+    assert finished.output == "begun\n"
+    # It may take its time, as long as it says something.
+    script = "for i in 1 2 3 4 5; do echo $i; sleep 0.3; done"
+    finished = process.run(["sh", "-c", script], 50, tmp_path / "log", {}, 1.0)
+    assert (finished.stuck, finished.code) == (False, 0)
+    # The first output may take longer.
+    finished = process.run(["sh", "-c", "sleep 1; echo"], 50, tmp_path / "log", {}, 0.1)
+    assert (finished.stuck, finished.code) == (False, 0)
+
+
+HOSTILE = """
+import os, sys, time
+from types import SimpleNamespace
+import pytest
+
+@pytest.mark.parametrize("size", range(4))
+def test_hangs(size):
+    if size in (0, 2):
+        time.sleep(600)
+
+@pytest.mark.parametrize("size", range(3))
+def test_crashes(size):
+    if size == 1:
+        os.abort()
+
+def test_fails():
+    assert 1 + 1 == 3
+
+def test_loses_the_gpu():
+    def lost():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\\nmore")
+    cuda = SimpleNamespace(is_initialized=lambda: True, synchronize=lost)
+    sys.modules["torch"] = SimpleNamespace(cuda=cuda)
+    lost()
+
+@pytest.mark.parametrize("size", range(3))
+def test_passes(size):
+    pass
+"""
+
+
+def setting_in(tmp_path: Path) -> parts.Setting:
+    this = python.Python(sys.executable, FOUND)
+    return parts.Setting(this, "cpu", ROOT / "python" / "attnres_ext", tmp_path, process.run)
+
+
+def test_what_a_test_takes_along_is_its_own_process(tmp_path: Path) -> None:
+    """Real processes: every test has its turn, and the record says which hung."""
+    (tmp_path / "test_hostile.py").write_text(HOSTILE)
+    suite = testing.Suite("hostile", [str(tmp_path / "test_hostile.py")], patience=1.5)
+    entry, ended = testing.run(setting_in(tmp_path), suite, 100)
+    names = {name.split("::")[-1]: outcome for name, outcome in entry["tests"].items()}
+    failing = {"test_hangs[0]", "test_hangs[2]", "test_crashes[1]", "test_fails"}
+    failing |= {"test_loses_the_gpu"}
+    passing = {"test_hangs[1]", "test_hangs[3]", "test_crashes[0]", "test_crashes[2]"}
+    passing |= {f"test_passes[{size}]" for size in range(3)}
+    assert names == {**dict.fromkeys(failing, "failed"), **dict.fromkeys(passing, "passed")}
+    assert entry["collected"] == len(names)
+    assert entry["counts"] == {"passed": len(passing), "failed": len(failing)}
+    assert entry["status"] == "failed"
+    reasons = {name.split("::")[-1]: reason for name, reason in entry["reasons"].items()}
+    assert reasons["test_hangs[0]"] == "did not end within 2 s"
+    assert reasons["test_crashes[1]"] == "its process was ended by SIGABRT"
+    assert reasons["test_fails"] == "assert (1 + 1) == 3"
+    assert reasons["test_loses_the_gpu"].endswith(
+        "(no call after it: CUDA error: an illegal memory access was encountered)"
+    )
+    assert "assert 1 + 1 == 3" in "\n".join(entry["texts"].values())
+    # A process for each test that took one along, and one for the rest.
+    assert len(ended) == 5
+    # What has lost a process comes last.
+    order = [name.split("::")[-1] for name in entry["tests"]]
+    assert order.index("test_hangs[1]") > order.index("test_passes[2]")
+
+
+def test_processes_share_the_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    (tmp_path / "test_some.py").write_text(
+        "import os, pytest\n"
+        "@pytest.mark.parametrize('size', range(7))\n"
+        "def test_one(size):\n    size == 2 and os.abort()\n"
+    )
+    suite = testing.Suite("some", [str(tmp_path / "test_some.py")], processes=2)
+    entry, ended = testing.run(setting_in(tmp_path), suite, 100)
+    assert entry["counts"] == {"passed": 6, "failed": 1}
+    assert entry["collected"] == 7
+    assert len(ended) == 3
+    mine, others = (
+        {line["test"] for line in outcomes.read_lines(path) if "test" in line}
+        for path in sorted(tmp_path.glob("*.jsonl"))
+    )
+    assert (len(mine), len(others), mine & others) == (4, 3, set())
+
+
+def test_tests_that_were_not_reached_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "test_hostile.py").write_text(HOSTILE)
+    suite = testing.Suite("hostile", [str(tmp_path / "test_hostile.py")], patience=60)
+    entry, _ = testing.run(setting_in(tmp_path), suite, 4)
+    assert entry["status"] == "out of time"
+    assert list(entry["tests"].values()) == ["unfinished"]
+    assert "1 unfinished, 11 not reached" in command.summary(entry)
+
+
+def bench_machine(machine: Machine, hostile: str, how: dict[str, Any]) -> Any:
+    """A benchmark of four cases of which one takes its process along."""
+    cases = ["a/N1", "b/N2", "c/N3", "d/N4"]
+
+    def run(arguments: Sequence[str], seconds: float, log: Path, *rest: Any) -> Finished:
+        if "bench" not in arguments:
+            return machine(arguments, seconds, log, *rest)
+        machine.commands.append(list(arguments))
+        out = Path(arguments[arguments.index("--out") + 1])
+        out.mkdir(parents=True)
+        without = ()
+        if "--without" in arguments:
+            without = arguments[arguments.index("--without") + 1].split(",")
+        lines, said = [{"kind": "run", "format": 1, "device": "cuda"}], ["4 cases"]
+        for case in cases:
+            if case in without:
+                continue
+            said += [f"case {case}", "  checking ours", "  checking fla"]
+            if case == hostile:
+                code = how.get("code", -9)
+                if "rows" in how:
+                    lines.append({**CASE, "case": case, "status": "failed", "reason": "lost"})
+                break
+            code = 0
+            lines.append({**CASE, "case": case})
+        if len(lines) > 1:
+            (out / "cuda-ops.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        return Finished(code if code else 0, "\n".join(said), 1.0, stuck=how.get("stuck", code < 0))
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("how", "lost", "code"),
+    [
+        # Somebody else's kernel hangs, or crashes: noted, and no failure of ours.
+        ({}, {"b/N2": "nothing happened any more while checking fla"}, 0),
+        ({"stuck": False, "code": -6}, {"b/N2": "it ended with -6 while checking fla"}, 0),
+        # The case could still be written, and says what went wrong.
+        ({"code": 1, "rows": True}, {}, 1),
+    ],
+)
+def test_a_case_takes_its_own_process_along(
+    machine: Machine, tmp_path: Path, how: dict[str, Any], lost: dict[str, str], code: int
+) -> None:
+    run = bench_machine(machine, "b/N2", how)
+    assert command.main(["--parts", "bench", "--out", str(tmp_path / "out")], run) == code
+    (path,) = (tmp_path / "out").iterdir()
+    entry = json.loads(path.read_text())["parts"]["bench"]
+    assert entry["lost"] == lost
+    timed = [row["case"] for row in entry["figures"]["results"] if row["status"] == "timed"]
+    assert timed == ["a/N1", "c/N3", "d/N4"]
+    assert len(machine.ran("bench")) == 2
+    if code:
+        assert entry["reason"] == "ours in b/N2: lost"
+
+
+def test_a_benchmark_that_cannot_begin_is_not_begun_for_ever(
+    machine: Machine, tmp_path: Path
+) -> None:
+    run = bench_machine(machine, "a/N1", {"code": 1})
+    assert command.main(["--parts", "bench", "--out", str(tmp_path / "out")], run) == 1
+    assert len(machine.ran("bench")) == 1
 
 
 @pytest.mark.slow
@@ -406,12 +589,14 @@ def test_rehearsal_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(build, "complaint", lambda *_: None)
     some = "tests/ops/test_merge_partial.py"
     monkeypatch.setattr(
-        parts,
-        "_pytest",
-        lambda setting, outcomes, *_, real=parts._pytest: [
-            *real(setting, outcomes, some), "-k", "test_no_tokens"
-        ],
-    )  # fmt: skip
+        testing,
+        "run",
+        lambda setting, suite, seconds, real=testing.run: real(
+            setting,
+            replace(suite, paths=[some], options=[*suite.options, "-k", "test_no_tokens"]),
+            seconds,
+        ),
+    )
     arguments = ["--device", "cpu", "--python", sys.executable, "--out", str(tmp_path / "out")]
     code = command.main([*arguments, "--parts", "tests,memcheck"])
     (path,) = (tmp_path / "out").iterdir()

@@ -208,8 +208,23 @@ def write(path: Path, content: dict[str, Any]) -> None:
         raise
 
 
+#: So many failures are printed; the record has all of them.
+_SHOWN = 12
+
+
 def summary(entry: dict[str, Any]) -> str:
-    """One line for people."""
+    """One line for people, then each failure, then all that the first one said."""
     counts = ", ".join(f"{n} {outcome}" for outcome, n in sorted(entry.get("counts", {}).items()))
+    reached = sum(entry.get("counts", {}).values())
+    if reached < entry.get("collected", 0):
+        counts += f", {entry['collected'] - reached} not reached"
     words = [f"{entry['status']} in {entry['seconds']:.0f} s", counts, entry["reason"]]
-    return "; ".join(word for word in words if word)
+    lines = ["; ".join(word for word in words if word)]
+    failed = [test for test, outcome in entry.get("tests", {}).items() if outcome == "failed"]
+    lines += [f"  {test}: {entry['reasons'].get(test, '')}" for test in failed[:_SHOWN]]
+    if len(failed) > _SHOWN:
+        lines.append(f"  and {len(failed) - _SHOWN} more")
+    lines += [f"  {case}: {why}" for case, why in entry.get("lost", {}).items()]
+    for test, text in list(entry.get("texts", {}).items())[:1]:
+        lines += [f"  {test} said:", *(f"    {line}" for line in text.splitlines()[-30:])]
+    return "\n  ".join(lines)

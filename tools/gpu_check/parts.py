@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import re
 import shutil
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tools.gpu_check.process import ROOT, Finished, Run
+from tools.gpu_check import benching, testing
+from tools.gpu_check.process import Finished, Run
 from tools.gpu_check.python import Python
 
 #: Exit code by which compute-sanitizer tells what it found from a program that failed.
@@ -24,6 +24,9 @@ _RIVALS = (
     "ours", "standard", "standard-fused", "eager", "fla", "fla-keep", "fla-gluon", "liger",
     "flash-attn-res", "fast-attnres",
 )  # fmt: skip
+#: Every kernel once, on few tokens.
+_KERNELS = "tests/ops/test_every_kernel.py"
+_PROCESSES = 6
 #: Kernels of this library, by a part of their names: what torch's own kernels do is not ours.
 _OURS = "attnres"
 
@@ -47,9 +50,14 @@ class Setting:
     run: Run
 
     def start(
-        self, part: str, arguments: list[str], seconds: float, **environment: str
+        self,
+        part: str,
+        arguments: list[str],
+        seconds: float,
+        patience: float = math.inf,
+        **environment: str,
     ) -> Finished:
-        """Runs the Python with the package in reach."""
+        """Runs a program with the package in reach; ``patience`` as for :func:`process.run`."""
         # The package first, then wherever the user has put what the Python lacks.
         path = [str(self.package.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
         return self.run(
@@ -62,6 +70,7 @@ class Setting:
                 "COLUMNS": "120",
                 **environment,
             },
+            patience,
         )
 
 
@@ -83,57 +92,20 @@ class Part:
     check: Callable[[Setting, float], dict[str, Any]]
 
 
+def run_kernels(setting: Setting, seconds: float) -> dict[str, Any]:
+    """Every kernel by every way in which it is launched: what is wrong with one of them shows here,
+    whatever becomes of the others."""
+    options = ["--device", setting.device]
+    suite = testing.Suite("kernels", [_KERNELS], options, patience=20.0, processes=_PROCESSES)
+    return testing.run(setting, suite, seconds)[0]
+
+
 def run_tests(setting: Setting, seconds: float) -> dict[str, Any]:
-    """Every test of an operator, of the module and of the CUDA behaviour, on the device."""
-    path = setting.logs / "outcomes.jsonl"
-    path.unlink(missing_ok=True)
-    command = _pytest(setting, path, "tests/cuda", "tests/ops", "tests/module", "tests/compat")
-    if setting.python.facts["xdist"]:
-        # A process takes half a gigabyte of the GPU's memory before it has done anything.
-        workers = max(1, min(6, (os.cpu_count() or 1) - 1))
-        command += ["-n", str(workers), "--dist", "worksteal"]
-    finished = setting.start("tests", command, seconds)
-    entry = {"seconds": finished.seconds, **read_outcomes(path)}
-    failed = [test for test, outcome in entry["tests"].items() if outcome == "failed"]
-    if finished.timed_out:
-        return {**entry, "status": "out of time", "reason": f"stopped after {seconds:.0f} s"}
-    if failed:
-        more = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
-        return {**entry, "status": "failed", "reason": f"{failed[0]}{more}"}
-    if finished.code != 0 or not entry["counts"].get("passed"):
-        return {**entry, "status": "failed", "reason": _last_line(finished)}
-    return {**entry, "status": "passed", "reason": ""}
-
-
-def read_outcomes(path: Path) -> dict[str, Any]:
-    """What ``tests/outcomes.py`` wrote.
-
-    Returns:
-        ``tests``, the outcome of each test; ``reasons`` of those that did not pass; ``counts`` of
-        each outcome.
-    """
-    tests: dict[str, str] = {}
-    reasons: dict[str, str] = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            report = json.loads(line)
-        except ValueError:
-            continue  # a run that was killed may leave half a line
-        name = report["test"]
-        # A test that fails in its teardown has passed before.
-        if tests.get(name) != "failed":
-            tests[name] = report["outcome"]
-        if report["reason"]:
-            reasons[name] = report["reason"]
-    return {"counts": dict(Counter(tests.values())), "reasons": reasons, "tests": tests}
-
-
-def _pytest(setting: Setting, outcomes: Path, *paths: str) -> list[str]:
-    return [
-        setting.python.path, "-m", "pytest", "-q", "--tb=short", "-p", "tests.outcomes",
-        "--outcomes", str(outcomes), "--device", setting.device, "-p", "no:cacheprovider",
-        *(path for path in paths if (ROOT / path).exists()),
-    ]  # fmt: skip
+    """Every other test of an operator, of the module and of the CUDA behaviour, on the device."""
+    folders = ["tests/cuda", "tests/ops", "tests/module", "tests/compat"]
+    options = ["--device", setting.device, "--ignore", _KERNELS]
+    suite = testing.Suite("tests", folders, options, processes=_PROCESSES)
+    return testing.run(setting, suite, seconds)[0]
 
 
 def find_sanitizer(packages: Path) -> str | None:
@@ -163,8 +135,6 @@ def sanitize(tool: str, setting: Setting, seconds: float) -> dict[str, Any]:
             "reason": "compute-sanitizer is not on the PATH and not in CUDA_HOME; it comes with "
             "the CUDA toolkit, and as nvidia-cuda-sanitizer-api from PyPI",
         }
-    path = setting.logs / f"{tool}-outcomes.jsonl"
-    path.unlink(missing_ok=True)
     command = [
         program, "--tool", tool, "--error-exitcode", str(_FOUND), "--print-limit", "20",
         "--kernel-name", f"kernel_substring={_OURS}",
@@ -172,21 +142,27 @@ def sanitize(tool: str, setting: Setting, seconds: float) -> dict[str, Any]:
     if tool == "memcheck":
         # torch asks the driver for much that it can do without.
         command += ["--report-api-errors", "no"]
-    command += [*_pytest(setting, path, "tests/cuda", "tests/ops"), "-m", "sanitizer"]
-    # Without torch's cache each tensor is an allocation of its own, whose end is known.
-    finished = setting.start(tool, command, seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-    found = found_errors(finished.output)
-    entry = {"seconds": finished.seconds, "errors": found, **read_outcomes(path)}
-    if finished.timed_out:
-        return {**entry, "status": "out of time", "reason": f"stopped after {seconds:.0f} s"}
+    suite = testing.Suite(
+        tool,
+        ["tests/cuda", "tests/ops"],
+        ["--device", setting.device, "-m", "sanitizer"],
+        patience=60.0,
+        under=command,
+        # Without torch's cache each tensor is an allocation of its own, whose end is known.
+        environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+    )
+    entry, ended = testing.run(setting, suite, seconds)
+    output = "\n".join(finished.output for finished in ended)
+    found = found_errors(output)
+    entry["errors"] = found
     if found:
-        first = next(line for line in finished.output.splitlines() if _REPORT.match(line))
+        first = next(line for line in output.splitlines() if _REPORT.match(line))
         return {**entry, "status": "failed", "reason": first.lstrip("= ")}
-    if found is None or finished.code != 0 or not entry["counts"].get("passed"):
-        if "not supported" in finished.output.lower():
-            return {**entry, "status": "unavailable", "reason": _last_line(finished)}
-        return {**entry, "status": "failed", "reason": _last_line(finished)}
-    return {**entry, "status": "passed", "reason": ""}
+    if found is None and "not supported" in output.lower():
+        return {**entry, "status": "unavailable", "reason": ended[-1].last_line}
+    if found is None and entry["status"] == "passed":
+        return {**entry, "status": "failed", "reason": ended[-1].last_line}
+    return entry
 
 
 _SUMMARY = re.compile(
@@ -204,49 +180,22 @@ def found_errors(output: str) -> int | None:
 def run_operators(setting: Setting, seconds: float) -> dict[str, Any]:
     """The operators' benchmark."""
     suite = "ops" if setting.device == "cuda" else "quick"
-    return _benchmark("bench", setting, seconds, "--suite", suite)
+    # Other people's kernels are compiled, and tuned by trial, within a step.
+    return _benchmark("bench", setting, seconds, 60.0, "--suite", suite)
 
 
 def run_models(setting: Setting, seconds: float) -> dict[str, Any]:
-    """A training step, a prefill and decoding steps of one stack; small ones on the CPU."""
-    stack = "*/L12-D2304-S6-B1-*" if setting.device == "cuda" else "decode/L8-D256-S4-B1-*"
-    return _benchmark("models", setting, seconds, "--suite", "all", "--filter", stack)
+    """A decoding step and a training step of one stack; a small one on the CPU."""
+    # T1 and T8192, without prefills.
+    stack = "[dt]*/L12-D2304-S6-B1-T[18]*" if setting.device == "cuda" else "decode/L8-D256-S4-B1-*"
+    return _benchmark("models", setting, seconds, 120.0, "--suite", "all", "--filter", stack)
 
 
-def _benchmark(part: str, setting: Setting, seconds: float, *choice: str) -> dict[str, Any]:
-    """``attnres bench``, whose file is rewritten after each case."""
-    out = setting.logs / part
-    shutil.rmtree(out, ignore_errors=True)
-    command = [
-        setting.python.path, "-m", "attnres_ext", "bench", "--device", setting.device, *choice,
-        "--contestants", ",".join(_RIVALS),
-        "--seconds", str(max(1, int(0.9 * seconds))), "--out", str(out),
-    ]  # fmt: skip
-    finished = setting.start(part, command, seconds)
-    files = sorted(out.glob("*.jsonl")) if out.is_dir() else []
-    lines = [json.loads(line) for path in files for line in path.read_text().splitlines()]
-    entry: dict[str, Any] = {"seconds": finished.seconds}
-    if lines:
-        run, *rows = lines
-        entry["figures"] = {"run": run, "results": rows}
-    wrong = [
-        f"{row['contestant']} in {row['case']}: {row['reason']}"
-        for row in lines[1:]
-        if row["contestant"] == "ours" and row["status"] in ("wrong", "failed")
-    ]
-    if wrong:
-        return {**entry, "status": "failed", "reason": wrong[0]}
-    if finished.timed_out:
-        return {**entry, "status": "out of time", "reason": f"stopped after {seconds:.0f} s"}
-    if finished.code != 0 or not lines:
-        return {**entry, "status": "failed", "reason": _last_line(finished)}
-    return {**entry, "status": "passed", "reason": ""}
-
-
-def _last_line(finished: Finished) -> str:
-    lines = [line for line in finished.output.splitlines() if line.strip()]
-    last = lines[-1].strip() if lines else "it printed nothing"
-    return f"ended with code {finished.code}: {last}"
+def _benchmark(
+    part: str, setting: Setting, seconds: float, patience: float, *choice: str
+) -> dict[str, Any]:
+    rivals = ",".join(_RIVALS)
+    return benching.run(setting, part, seconds, patience, *choice, "--contestants", rivals)
 
 
 def _sanitizer(tool: str, about: str, share: float) -> Part:
@@ -255,9 +204,10 @@ def _sanitizer(tool: str, about: str, share: float) -> Part:
 
 #: In the order in which they run; what one leaves of its time goes to those after it.
 PARTS = (
+    Part("kernels", "each kernel, each way in which it is launched", 3.0, run_kernels),
     Part("tests", "the operators' tests", 5.0, run_tests),
     Part("bench", "the operators' benchmark", 4.0, run_operators),
-    Part("models", "a training step, a prefill and decoding steps", 2.0, run_models),
+    Part("models", "a decoding step and a training step", 3.0, run_models),
     _sanitizer("memcheck", "accesses out of bounds", 2.0),
     _sanitizer("racecheck", "races in shared memory", 2.0),
     _sanitizer("synccheck", "wrong use of barriers", 1.0),

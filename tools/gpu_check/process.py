@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import subprocess
@@ -26,20 +27,39 @@ class Finished:
         output: standard output and error, in the order in which they were written.
         seconds: how long it ran.
         timed_out: whether it was stopped because its time was over.
+        stuck: whether it was stopped because it had printed nothing for too long.
     """
 
     code: int
     output: str
     seconds: float
     timed_out: bool = False
+    stuck: bool = False
+
+    @property
+    def last_line(self) -> str:
+        """How it ended, and the last that it printed."""
+        lines = [line for line in self.output.splitlines() if line.strip()]
+        last = lines[-1].strip() if lines else "it printed nothing"
+        return f"ended with code {self.code}: {last}"
 
 
-#: ``run(command, seconds, log, environment)``.
-Run = Callable[[Sequence[str], float, Path, Mapping[str, str]], Finished]
+#: Seconds that a program has to print anything at all: the first import of torch on a machine that
+#: has just been started reads gigabytes.
+_STARTING = 90.0
+#: Seconds between two looks at what a program has printed.
+_LOOK = 0.2
+
+#: ``run(command, seconds, log, environment, patience)``.
+Run = Callable[[Sequence[str], float, Path, Mapping[str, str], float], Finished]
 
 
 def run(
-    command: Sequence[str], seconds: float, log: Path, environment: Mapping[str, str]
+    command: Sequence[str],
+    seconds: float,
+    log: Path,
+    environment: Mapping[str, str],
+    patience: float = math.inf,
 ) -> Finished:
     """Runs a program in the checkout's root.
 
@@ -48,6 +68,8 @@ def run(
         seconds: after which it and whatever it started are stopped.
         log: file for its output.
         environment: variables to set in addition to this process's.
+        patience: seconds without a byte of output after which it is taken for stuck and stopped,
+            once it has printed something.
     """
     start = time.monotonic()
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -62,16 +84,37 @@ def run(
             # A group of its own, so that its children can be stopped with it.
             start_new_session=True,
         )
-        timed_out = False
+        timed_out = stuck = False
         try:
-            process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            timed_out = True
+            timed_out, stuck = _wait(process, start + seconds, log, patience)
         finally:
             if process.poll() is None:
                 _stop(process)
     output = log.read_text(errors="replace")
-    return Finished(process.returncode, output, time.monotonic() - start, timed_out)
+    # One that even SIGKILL has not ended yet waits for the driver.
+    code = -signal.SIGKILL if process.returncode is None else process.returncode
+    return Finished(code, output, time.monotonic() - start, timed_out, stuck)
+
+
+def _wait(
+    process: subprocess.Popen[bytes], end: float, log: Path, patience: float
+) -> tuple[bool, bool]:
+    """Waits for the program to end; says whether its time was over, and whether it is stuck."""
+    size, changed = 0, time.monotonic()
+    while True:
+        try:
+            process.wait(_LOOK)
+            return False, False
+        except subprocess.TimeoutExpired:
+            pass
+        now = time.monotonic()
+        if now >= end:
+            return True, False
+        printed = log.stat().st_size
+        if printed != size:
+            size, changed = printed, now
+        elif now - changed > (patience if size else max(patience, _STARTING)):
+            return False, True
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

@@ -72,6 +72,9 @@ def add_parser(subparsers: Any) -> None:
         "--filter", metavar="TEXT", help="only cases whose name contains or matches this"
     )
     parser.add_argument(
+        "--without", metavar="NAMES", type=list_of(str), default=(), help="cases to leave out"
+    )
+    parser.add_argument(
         "--contestants",
         metavar="NAMES",
         type=list_of(str),
@@ -111,6 +114,11 @@ def add_parser(subparsers: Any) -> None:
         help="go on with the newest such run in --out that was interrupted, if there is one",
     )
     parser.add_argument(
+        "--steps",
+        action="store_true",
+        help="also say each step of a case: what hangs, or crashes, has named itself before",
+    )
+    parser.add_argument(
         "--list", action="store_true", help="name the cases and contestants, and stop"
     )
     instead = parser.add_subparsers(
@@ -140,6 +148,15 @@ def run(args: argparse.Namespace) -> int:
                 f"no case of suite '{args.suite}' matches '{args.filter}'; "
                 f"`attnres bench --suite {args.suite} --list` names them"
             )
+        names = {case.name for case in (*cases, *stacks)}
+        for name in args.without:
+            if name not in names:
+                raise registry.UnknownCaseError(
+                    f"--without names '{name}', expected some of what "
+                    f"`attnres bench --suite {args.suite} --list` names"
+                )
+        cases = [case for case in cases if case.name not in args.without]
+        stacks = [stack for stack in stacks if stack.name not in args.without]
         if args.seconds is not None:
             cases = registry.most_wanted_first(cases, kind)
             stacks = model_registry.cheapest_first(stacks)
@@ -233,7 +250,7 @@ def _bench(
             stamp = facts["date"].replace(":", "").replace("+0000", "Z")
             now.path = args.out / f"{args.device}-{args.suite}-{stamp}.jsonl"
     try:
-        _run(jobs, now, math.inf if args.seconds is None else args.seconds)
+        _run(jobs, now, math.inf if args.seconds is None else args.seconds, args.steps)
     finally:
         # Whatever ended it: what it has is shown.
         if now.rows:
@@ -263,18 +280,19 @@ def _jobs(
     ]
 
 
-def _run(jobs: list[_Job], now: Session, seconds: float) -> None:
+def _run(jobs: list[_Job], now: Session, seconds: float, steps: bool) -> None:
     from attnres_ext.cli.bench_progress import Display
 
     end = time.monotonic() + seconds
     finished = now.finished
-    with Display(now) as display:
+    with Display(now, steps) as display:
         for job in jobs:
             if job.name in finished:
                 continue
             begin = time.monotonic()
             if begin > end:
                 break
+            display.begin(job.name)
             rows = job.run(partial(display.step, job.label))
             took = time.monotonic() - begin
             try:
@@ -284,6 +302,22 @@ def _run(jobs: list[_Job], now: Session, seconds: float) -> None:
                     f"{now.path} cannot be written ({error.strerror}); it holds what it held before"
                 ) from None
             display.done(job.label, took)
+            _check_context(job.name)
+
+
+def _check_context(name: str) -> None:
+    """Ends the run where the GPU's context is of no use any more: all that follow would fail."""
+    import torch
+
+    if not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        raise UserError(
+            f"in case {name} the GPU was lost to this process ({str(error).splitlines()[0]}); the "
+            "cases after it were not run"
+        ) from None
 
 
 def _show(args: argparse.Namespace, now: Session, console: Console) -> None:

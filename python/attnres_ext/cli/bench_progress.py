@@ -17,9 +17,10 @@ class Display:
 
     Args:
         session: the run; what it has already counts as done.
+        steps: whether a log is told each step of a case.
     """
 
-    def __init__(self, session: Session):
+    def __init__(self, session: Session, steps: bool = False):
         console = Console(stderr=True)
         self._session = session
         self._total = len(session.expected)
@@ -37,6 +38,7 @@ class Display:
         done = len(session.finished)
         self._task = self._progress.add_task("", total=self._total, completed=done, left="")
         self._lines = not console.is_terminal
+        self._steps = steps
 
     def __enter__(self) -> Display:
         self._progress.start()
@@ -48,9 +50,16 @@ class Display:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
+    def begin(self, name: str) -> None:
+        """Shows that a case begins."""
+        if self._steps:
+            self._log(f"case {name}")
+
     def step(self, case: str, what: str) -> None:
         """Shows what is going on in a case."""
         self._update(f"{case}: {what}")
+        if self._steps:
+            self._log(f"  {what}")
 
     def done(self, case: str, seconds: float) -> None:
         """Shows that a case is over."""
