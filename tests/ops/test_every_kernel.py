@@ -1,4 +1,5 @@
-"""Every kernel once, on few tokens: what compute-sanitizer runs, too, at its pace."""
+"""Every kernel by every way in which it is launched: what compute-sanitizer runs, too, at its
+pace."""
 
 from __future__ import annotations
 
@@ -10,11 +11,9 @@ import torch
 from attnres_ext import AttentionResiduals
 from tests.helpers import assert_same_bits, check
 from tests.ops.cases import make_sources, make_weights
+from tests.ops.ways import DEPTH, PHASE_ONE, Way
 
 pytestmark = pytest.mark.sanitizer
-
-#: Rows that are loaded 16 bytes at a time, and rows that are not.
-HIDDEN_SIZES = [256, 67]
 
 
 def depth_attention(module: Any, **arguments: Any) -> Any:
@@ -26,9 +25,8 @@ def accumulate(module: Any, sources: Any, **arguments: Any) -> Any:
     return module.accumulate_depth_attention(partial, delta, blocks, **arguments)
 
 
-def inter_block(module: Any, sources: Any, query: Any, key_weight: Any, **_: Any) -> Any:
-    queries = torch.stack([query, -query, 2 * query])
-    return module.inter_block_attention(sources, queries, key_weight.expand(3, -1))
+def inter_block(module: Any, sources: Any, **arguments: Any) -> Any:
+    return module.inter_block_attention(sources, **arguments)
 
 
 def merge(module: Any, sources: Any, **arguments: Any) -> Any:
@@ -37,19 +35,65 @@ def merge(module: Any, sources: Any, **arguments: Any) -> Any:
     return module.merge_partial(out, lse, partial, delta, **arguments)
 
 
+def rows_of(way: Way, device: str, extra: int = 0) -> list[torch.Tensor]:
+    """Sources of a way, and so many more of the first dtype, before them."""
+    shape = (way.tokens_on(device), way.hidden)
+    first = make_sources(extra, shape, dtype=way.dtypes[0], device=device)
+    return [*first, *make_sources(way.sources, shape, dtype=way.dtypes, device=device)]
+
+
+def frozen(arguments: dict[str, Any], backward: bool) -> list[str]:
+    """Everything, where only the forward is to run."""
+    names = [*arguments, *(f"sources[{i}]" for i in range(len(arguments["sources"])))]
+    return [] if backward else names
+
+
+directions = pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+ways = pytest.mark.parametrize("way", DEPTH, ids=lambda way: way.name)
+
+
+@directions
+@ways
+def test_depth_attention(device: str, way: Way, backward: bool) -> None:
+    arguments = {"sources": rows_of(way, device), **make_weights(way.hidden, device=device)}
+    # Logits of a few units, whatever the width.
+    arguments["scale"] = min(1.0, 8 / way.hidden**0.5)
+    check(depth_attention, arguments, frozen=frozen(arguments, backward))
+
+
+@directions
+@ways
+def test_depth_attention_with_summation(device: str, way: Way, backward: bool) -> None:
+    """Partial sum and delta, then the sources as blocks; the sum is one of 256 sources at most."""
+    blocks = rows_of(way, device, extra=2)[: 2 + min(way.sources, 254)]
+    arguments = {"sources": blocks, **make_weights(way.hidden, device=device)}
+    arguments["scale"] = min(1.0, 8 / way.hidden**0.5)
+    check(accumulate, arguments, frozen=frozen(arguments, backward))
+
+
+@directions
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("hidden", HIDDEN_SIZES)
-@pytest.mark.parametrize("operator", [depth_attention, accumulate, inter_block, merge])
-def test_operators(device: str, operator: Any, hidden: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("hidden", [256, 67, 7168])
+def test_depth_attention_with_merge(
+    device: str, hidden: int, dtype: torch.dtype, backward: bool
+) -> None:
     sources = make_sources(4, (5, hidden), dtype=dtype, device=device)
-    tokens = 5 if operator is inter_block else None
-    check(operator, {"sources": sources, **make_weights(hidden, device=device)}, tokens=tokens)
+    arguments = {"sources": sources, **make_weights(hidden, device=device)}
+    arguments["scale"] = min(1.0, 8 / hidden**0.5)
+    check(merge, arguments, frozen=frozen(arguments, backward))
 
 
-@pytest.mark.parametrize("hidden", HIDDEN_SIZES)
-def test_many_sources(device: str, hidden: int) -> None:
-    sources = make_sources(40, (3, hidden), dtype=torch.bfloat16, device=device)
-    check(depth_attention, {"sources": sources, **make_weights(hidden, device=device)})
+@directions
+@pytest.mark.parametrize("way", PHASE_ONE, ids=lambda way: way.name)
+def test_inter_block_attention(device: str, way: Way, backward: bool) -> None:
+    arguments = {
+        "sources": rows_of(way, device),
+        "queries": 0.5 * torch.randn(way.queries, way.hidden, device=device),
+        "key_weights": 1 + 0.2 * torch.randn(way.queries, way.hidden, device=device),
+        "scale": min(1.0, 8 / way.hidden**0.5),
+    }
+    tokens = way.tokens_on(device)
+    check(inter_block, arguments, frozen=frozen(arguments, backward), tokens=tokens)
 
 
 @pytest.mark.parametrize("two_phase", [False, True], ids=["single-pass", "two-phase"])
