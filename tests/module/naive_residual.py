@@ -1,8 +1,14 @@
 """Attention Residuals as the paper writes them, one softmax over a stack per site; shares no code
 with the library."""
 
+import pytest
 import torch
 from torch import nn
+
+#: Where models of these tests are made: see the fixture ``on_device``.
+device = "cpu"
+#: For tests that say something about each kind of device.
+on_device = pytest.mark.usefixtures("on_device")
 
 
 def mix(sources, query, gain, eps):
@@ -95,7 +101,7 @@ def gradients(model, embedding, run):
     embedding = embedding.detach().requires_grad_()
     out = run(embedding)
     weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-    (out * weight.to(out.dtype)).sum().backward()
+    (out * weight.to(out)).sum().backward()
     grads = {name: parameter.grad for name, parameter in model.named_parameters()}
     return out.detach(), {"embedding": embedding.grad, **grads}
 

@@ -9,7 +9,8 @@ import torch
 from attnres_ext import reference
 from attnres_ext.cache import BlockCache
 from tests.helpers import allocated
-from tests.module.naive_residual import Toy, assert_as_exact_as_plain_pytorch
+from tests.module import naive_residual
+from tests.module.naive_residual import Toy, assert_as_exact_as_plain_pytorch, on_device
 from tests.module.test_residual import MODES, D, embed, toy
 
 
@@ -23,12 +24,13 @@ def _no_grad():
         yield
 
 
+@on_device
 @pytest.mark.parametrize("options", MODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_cached_state_equals_the_training_state(options, dtype):
     model = toy(**options).to(dtype)
     exact = copy.deepcopy(model).double()
-    cache = model.residual.new_cache((2, 3), dtype=dtype)
+    cache = model.residual.new_cache((2, 3), dtype=dtype, device=naive_residual.device)
     x = embed(2, 3, dtype=dtype)
     expected, naive = exact.naive(x.double()), model.naive(x)
     for _ in range(2):  # the memory is used again
@@ -189,10 +191,15 @@ def test_a_result_for_all_reads():
     assert torch.equal(cache.sources()[0], before)
 
 
+@on_device
 @pytest.mark.parametrize("options", MODES)
 def test_fewer_tokens_in_the_same_memory(options):
     model = toy(**options).float()
-    large = model.residual.new_cache((2, 8))
+
+    def new(shape):
+        return model.residual.new_cache(shape, device=naive_residual.device)
+
+    large = new((2, 8))
     x = embed(2, 8, dtype=torch.float32)
     assert_as_exact_as_plain_pytorch(
         [model(x, cache=large)], [model.naive(x)], [copy.deepcopy(model).double().naive(x.double())]
@@ -203,9 +210,9 @@ def test_fewer_tokens_in_the_same_memory(options):
         small = large.resized(part.shape[:-1])
         assert (small._slots.data_ptr(), small._rstd.data_ptr()) == memory
         assert small.shape == part.shape
-        own = model(part, cache=model.residual.new_cache(part.shape[:-1]))
+        own = model(part, cache=new(part.shape[:-1]))
         assert torch.equal(model(part, cache=small), own)
-    assert torch.equal(model(x, cache=large), model(x, cache=model.residual.new_cache((2, 8))))
+    assert torch.equal(model(x, cache=large), model(x, cache=new((2, 8))))
     with pytest.raises(ValueError, match=r"resized to shape \(3, 8\), expected at most 16 tokens"):
         large.resized((3, 8))
 
@@ -319,13 +326,14 @@ def test_two_forwards_at_a_time_need_two_caches(two_phase):
     assert torch.equal(second.read(0), 2 * x)
 
 
+@on_device
 @pytest.mark.parametrize("choices", list(itertools.product([False, True], repeat=3)))
 def test_every_block_its_own_choice(choices, monkeypatch):
     model = toy(sublayers_per_block=3)
     monkeypatch.setattr(
         model.residual, "reads_in_two_phases", lambda block, like, training: choices[block - 1]
     )
-    cache = model.residual.new_cache((2, 3), dtype=torch.float64)
+    cache = model.residual.new_cache((2, 3), dtype=torch.float64, device=naive_residual.device)
     x = embed(2, 3)
     # The cache keeps 1/rms in float32.
     torch.testing.assert_close(model(x, cache=cache), model.naive(x), rtol=1e-5, atol=1e-5)

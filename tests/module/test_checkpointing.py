@@ -12,7 +12,8 @@ from torch.utils.checkpoint import (
     set_checkpoint_early_stop,
 )
 
-from tests.module.naive_residual import Toy, gradients
+from tests.module import naive_residual
+from tests.module.naive_residual import Toy, gradients, on_device
 from tests.module.test_residual import assert_same, embed, toy
 from tests.module.test_residual_autograd import every_mode
 
@@ -114,6 +115,7 @@ FORWARDS = {
 every_forward = pytest.mark.parametrize("forward", FORWARDS.values(), ids=FORWARDS.keys())
 
 
+@on_device
 @every_mode
 @every_forward
 def test_gradients_are_the_same_bits(options, forward):
@@ -124,6 +126,7 @@ def test_gradients_are_the_same_bits(options, forward):
         assert_same(gradients(model, embed(4), partial(forward, model)), expected, 0)
 
 
+@on_device
 @every_mode
 @pytest.mark.parametrize("save", ["nothing", "output"])
 @pytest.mark.parametrize("name", ["sites", "uneven"])
@@ -133,6 +136,7 @@ def test_whatever_is_saved(options, save, name):
     assert_same(actual, gradients(model, embed(4), model), 0)
 
 
+@on_device
 @every_mode
 def test_some_stretches_alone(options):
     model = toy(**options)
@@ -147,6 +151,7 @@ def test_some_stretches_alone(options):
     assert_same(gradients(model, embed(4), forward), gradients(model, embed(4), model), 0)
 
 
+@on_device
 @every_mode
 @pytest.mark.parametrize("name", ["sites", "uneven", "shifted"])
 def test_low_precision(options, name):
@@ -157,6 +162,7 @@ def test_low_precision(options, name):
     assert_same(gradients(model, x, partial(FORWARDS[name], model)), gradients(model, x, model), 0)
 
 
+@on_device
 @every_mode
 @pytest.mark.parametrize("name", ["sites", "uneven", "shifted"])
 def test_retained_graph_and_some_inputs(options, name):
@@ -176,6 +182,7 @@ def test_retained_graph_and_some_inputs(options, name):
     assert torch.equal(x.grad, expected[0])
 
 
+@on_device
 @every_mode
 def test_two_forwards_before_their_backwards(options):
     model, forward = toy(**options), FORWARDS["uneven"]
@@ -187,6 +194,7 @@ def test_two_forwards_before_their_backwards(options):
         assert torch.equal(x.grad, alone.grad)
 
 
+@on_device
 @every_mode
 @pytest.mark.parametrize("frozen", ["embedding", "sublayers", "residual", "norms"])
 def test_frozen(options, frozen):
@@ -204,6 +212,7 @@ def test_frozen(options, frozen):
         assert a is None if b is None else torch.equal(a, b)
 
 
+@on_device
 @every_mode
 def test_randomness_is_repeated(options):
     model = toy(**options)
@@ -217,12 +226,13 @@ def test_randomness_is_repeated(options):
     assert_same(run(FORWARDS["layers"]), run(Toy.__call__), 0)
 
 
+@on_device
 @every_mode
 def test_autocast(options):
     model, x = toy(dtype=torch.float32, **options), embed(4, dtype=torch.float32)
 
     def run(forward, x):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(naive_residual.device, dtype=torch.bfloat16):
             return forward(model, x)
 
     assert_same(
@@ -232,6 +242,7 @@ def test_autocast(options):
     )
 
 
+@on_device
 @every_mode
 def test_hooks_see_the_gradient_of_what_is_written(options):
     model = toy(3, **options)
@@ -256,6 +267,7 @@ def test_hooks_see_the_gradient_of_what_is_written(options):
         assert torch.equal(a, b)
 
 
+@on_device
 @every_mode
 @pytest.mark.parametrize("name", ["plain", "layers"])
 def test_saved_tensors_go_elsewhere(options, name):

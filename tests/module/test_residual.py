@@ -7,20 +7,26 @@ import torch
 from torch import nn
 
 from attnres_ext.residual import AttentionResiduals
-from tests.module.naive_residual import Toy, assert_as_exact_as_plain_pytorch, gradients
+from tests.module import naive_residual
+from tests.module.naive_residual import (
+    Toy,
+    assert_as_exact_as_plain_pytorch,
+    gradients,
+    on_device,
+)
 
 D = 12
 
 
 def toy(num_sublayers=7, dtype=torch.float64, seed=0, **options):
     residual = AttentionResiduals(D, num_sublayers, **options)
-    return Toy(residual, seed=seed).to(dtype)
+    return Toy(residual, seed=seed).to(naive_residual.device, dtype)
 
 
 def embed(*shape, dtype=torch.float64, seed=3):
     return torch.randn(
         *shape, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    ).to(dtype)
+    ).to(naive_residual.device, dtype)
 
 
 def assert_same(actual, expected, tolerance=1e-11):
@@ -50,6 +56,7 @@ MODES = [
 ]
 
 
+@on_device
 @pytest.mark.parametrize("options", MODES)
 def test_equals_the_papers_listing_with_gradients(options):
     model = toy(**options)
@@ -63,6 +70,7 @@ def test_equals_the_papers_listing_with_gradients(options):
     assert_same(actual, expected)
 
 
+@on_device
 @pytest.mark.parametrize("choices", list(itertools.product([False, True], repeat=3)))
 def test_every_block_its_own_choice(choices, monkeypatch):
     """Blocks that read in two phases and blocks that do not, in any order."""
@@ -165,6 +173,7 @@ def test_fresh_queries_read_plain_averages():
         torch.testing.assert_close(weights, torch.full((count,), 1 / count))
 
 
+@on_device
 @pytest.mark.parametrize("options", [{"mode": "full"}, {"sublayers_per_block": 3}])
 def test_fresh_model_equals_the_standard_residual(options):
     # Every read is 1/n of the residual stream, and the norm that follows removes the 1/n; eps alone
@@ -201,6 +210,7 @@ def test_a_row_depends_on_its_own_tokens():
     assert torch.equal(model(rows)[order], model(rows[order]))
 
 
+@on_device
 @pytest.mark.parametrize("two_phase", [False, True])
 def test_no_tokens(two_phase):
     model = toy(sublayers_per_block=3, two_phase=two_phase)

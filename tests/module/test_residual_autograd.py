@@ -1,5 +1,8 @@
 """AttentionResiduals in the ways training uses autograd."""
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -7,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from attnres_ext import residual_training
-from tests.module.naive_residual import gradients
+from tests.module import naive_residual
+from tests.module.naive_residual import gradients, on_device
 from tests.module.test_residual import assert_same, embed, toy
 
 OPTIONS = [
@@ -19,6 +23,7 @@ OPTIONS = [
 every_mode = pytest.mark.parametrize("options", OPTIONS)
 
 
+@on_device
 @every_mode
 @pytest.mark.parametrize("save", ["nothing", "stats", "output"])
 def test_what_is_saved_changes_no_gradient(options, save):
@@ -26,6 +31,7 @@ def test_what_is_saved_changes_no_gradient(options, save):
     assert_same(gradients(model, embed(4), model), gradients(model, embed(4), model.naive))
 
 
+@on_device
 @every_mode
 def test_buffers_equal_autograds_adds(options, monkeypatch):
     model = toy(**options)
@@ -65,12 +71,13 @@ class Constant(torch.autograd.Function):
         return ctx.gradient, None, None
 
 
+@on_device
 @every_mode
 @pytest.mark.parametrize("save", ["nothing", "stats"])
 def test_gradients_are_added_in_the_kernels(options, save):
     """Autograd adds no gradients of blocks or sums, and nothing gathers those of phase 1."""
     model = toy(save=save, **options)
-    anchor = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    anchor = embed(1).sum().zero_().requires_grad_()
     state = model.residual.start(Constant.apply(anchor, embed(4), torch.ones_like(anchor)))
     for site in range(7):
         hidden = state.read(site, model.norms[site])
@@ -97,6 +104,7 @@ def test_blocks_are_tapped_in_training_alone(options):
     assert None not in training._buffers
 
 
+@on_device
 @every_mode
 def test_checkpointed_sublayers(options):
     model = toy(**options)
@@ -116,6 +124,25 @@ def test_checkpointed_model(options):
 
 
 @every_mode
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_backward_in_another_thread(options, checkpointed):
+    """As that of a GPU's tensors always is: nothing may be found by the forward's thread."""
+    model = toy(**options)
+
+    run = partial(checkpoint, model, use_reentrant=False) if checkpointed else model
+    expected = gradients(model, embed(4), run)
+    model.zero_grad()
+    x = embed(4).requires_grad_()
+    out = run(x)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(7), dtype=out.dtype)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit((out * weight).sum().backward).result()
+    grads = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert_same((out.detach(), {"embedding": x.grad, **grads}), expected, 0)
+
+
+@on_device
+@every_mode
 def test_microbatches_accumulate(options):
     model = toy(**options)
     whole = embed(6)
@@ -128,6 +155,7 @@ def test_microbatches_accumulate(options):
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-11, atol=1e-11)
 
 
+@on_device
 @every_mode
 def test_two_forwards_before_their_backwards(options):
     model = toy(**options)
@@ -140,6 +168,7 @@ def test_two_forwards_before_their_backwards(options):
         torch.testing.assert_close(x.grad, alone.grad, rtol=1e-11, atol=1e-11)
 
 
+@on_device
 @every_mode
 def test_retained_graph_twice(options):
     model, x = toy(**options), embed(4).requires_grad_()
@@ -151,6 +180,7 @@ def test_retained_graph_twice(options):
         assert torch.equal(a, b)
 
 
+@on_device
 def test_a_freed_graph_is_an_error():
     model, x = toy(sublayers_per_block=3, two_phase=True), embed(4).requires_grad_()
     state = model.residual.start(x)
@@ -164,6 +194,7 @@ def test_a_freed_graph_is_an_error():
         hidden[2].sum().backward()
 
 
+@on_device
 @every_mode
 def test_gradients_of_some_inputs(options):
     model, x = toy(**options), embed(4).requires_grad_()
@@ -178,6 +209,7 @@ def test_gradients_of_some_inputs(options):
         assert torch.equal(a, b)
 
 
+@on_device
 @every_mode
 def test_aborted_backward(options):
     model, x = toy(**options), embed(4).requires_grad_()
@@ -198,6 +230,7 @@ def test_aborted_backward(options):
         assert torch.equal(a, b)
 
 
+@on_device
 @every_mode
 def test_frozen_embedding(options):
     model, x = toy(**options), embed(4)
@@ -210,6 +243,7 @@ def test_frozen_embedding(options):
         torch.testing.assert_close(parameter.grad, frozen[name], rtol=1e-12, atol=1e-12)
 
 
+@on_device
 @every_mode
 def test_frozen_residual_parameters(options):
     model = toy(**options)
@@ -223,6 +257,7 @@ def test_frozen_residual_parameters(options):
             torch.testing.assert_close(grad, expected[name], rtol=1e-12, atol=1e-12)
 
 
+@on_device
 @every_mode
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_gradients(options, mode):
@@ -234,6 +269,7 @@ def test_without_gradients(options, mode):
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
 
 
+@on_device
 @every_mode
 def test_written_tensor_used_elsewhere(options):
     """A sublayer's output may have readers of its own, and hooks see its whole gradient."""
@@ -270,13 +306,14 @@ def test_written_tensor_used_elsewhere(options):
         torch.testing.assert_close(*pair, rtol=1e-11, atol=1e-11)
 
 
+@on_device
 @every_mode
 def test_autocast(options):
     model = toy(dtype=torch.float32, **options)
     x = embed(4, dtype=torch.float32)
 
     def run(x):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(naive_residual.device, dtype=torch.bfloat16):
             return model(x)
 
     out, grads = gradients(model, x, run)
@@ -289,6 +326,7 @@ def test_autocast(options):
         assert (grad - expected_grads[name]).norm() <= 0.1 * expected_grads[name].norm() + 1e-6
 
 
+@on_device
 @every_mode
 def test_bfloat16(options):
     model = toy(dtype=torch.bfloat16, **options)
