@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -139,7 +140,12 @@ def test_training_shows_the_newest_run(tmp_path: Path) -> None:
 
 
 def keep_check(
-    folder: Path, date: str, capability: int = 90, outcome: str = "passed", **changes: str
+    folder: Path,
+    date: str,
+    capability: int = 90,
+    outcome: str = "passed",
+    parts: dict[str, Any] | None = None,
+    **changes: str,
 ) -> None:
     """A record of ``make gpu-check`` for the kernels as they are, with ``changes`` to them."""
     record = {
@@ -158,6 +164,7 @@ def keep_check(
                     "results": [],
                 }
             },
+            **(parts or {}),
         },
     }
     (folder / f"gpu-check-nvidia-x-{date}.json").write_text(json.dumps(record))
@@ -195,6 +202,34 @@ def test_verification_shows_failures(tmp_path: Path) -> None:
     # Skipped is neither.
     keep_check(tmp_path, DATES[1], outcome="skipped")
     assert verified(tmp_path)["sm90"].startswith("passed, 2026-01-01")
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        "test_merge_partial.py::test_a[cuda]",
+        "test_block_cache.py::test_a[cuda]",
+        "test_every_kernel.py::test_depth_attention_with_merge[cuda]",
+    ],
+)
+def test_verification_shows_failures_of_whoever_runs_the_kernel(tmp_path: Path, test: str) -> None:
+    tests = {"tests/ops/test_depth_attention.py::test_a[cuda]": "passed"}
+    failing = {"kernels": {"tests": {f"tests/ops/{test}": "failed"}}, "tests": {"tests": tests}}
+    keep_check(tmp_path, DATES[0], parts=failing)
+    assert verified(tmp_path)["sm90"].startswith("failed, 2026-01-01")
+
+
+def test_verification_shows_what_was_not_reached(tmp_path: Path) -> None:
+    tests = {"tests/ops/test_depth_attention.py::test_a[cuda]": "passed"}
+    keep_check(tmp_path, DATES[0], parts={"tests": {"tests": tests, "collected": 1}})
+    assert verified(tmp_path)["sm90"].startswith("passed, 2026-01-01")
+    keep_check(tmp_path, DATES[1], parts={"tests": {"tests": tests, "collected": 2}})
+    assert verified(tmp_path)["sm90"].startswith("passed in part, 2026-02-01")
+
+
+def test_verification_shows_what_checkers_found(tmp_path: Path) -> None:
+    keep_check(tmp_path, DATES[0], parts={"memcheck": {"errors": 0}, "racecheck": {"errors": 2}})
+    assert verified(tmp_path)["sm90"].startswith("passed, but racecheck found errors, 2026-01-01")
 
 
 def test_figures_of_a_check_count_as_a_run(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from attnres_ext.benchmarks import model_registry, model_runner
 from tools.gpu_check import build, command, outcomes, parts, process, python, testing
 from tools.gpu_check.process import ROOT, Finished
 
@@ -154,6 +155,23 @@ def test_parts_share_the_time_and_can_be_chosen(machine: Machine, tmp_path: Path
 
 def test_the_default_ends_within_nine_minutes() -> None:
     assert command.parse([]).seconds <= 9 * 60 - 20
+
+
+def test_each_part_has_its_time_even_if_those_before_take_all_of_theirs() -> None:
+    left, waiting, shares = command.parse([]).seconds, list(parts.PARTS), {}
+    while waiting:
+        part = waiting[0]
+        shares[part.name] = command.share_of(left, part, waiting)
+        left -= shares[part.name]
+        waiting.pop(0)
+    assert left == pytest.approx(0, abs=1)
+    # A decoding step and a training step; no case is begun in the last tenth.
+    assert 0.9 * shares["models"] > 2 * model_runner.ROUGH_SECONDS
+    # Three kernels in a row that hang, and the processes that go on after them.
+    assert shares["kernels"] > 3 * (20 + 5)
+    cases = model_registry.select("all", "cuda", parts.STACKS)
+    assert sorted(case.work for case in cases) == ["decode", "train"]
+    assert {case.tokens for case in cases} == {1, 8192}
 
 
 def test_a_copy_without_git_is_told_its_commit(

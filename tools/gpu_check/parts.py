@@ -27,6 +27,8 @@ _RIVALS = (
 #: Every kernel once, on few tokens.
 _KERNELS = "tests/ops/test_every_kernel.py"
 _PROCESSES = 6
+#: A decoding step, and a training step of 8192 tokens: what the goals are set for.
+STACKS = "[dt]*/L12-D2304-S6-B1-T[18]*"
 #: Kernels of this library, by a part of their names: what torch's own kernels do is not ours.
 _OURS = "attnres"
 
@@ -186,8 +188,7 @@ def run_operators(setting: Setting, seconds: float) -> dict[str, Any]:
 
 def run_models(setting: Setting, seconds: float) -> dict[str, Any]:
     """A decoding step and a training step of one stack; a small one on the CPU."""
-    # T1 and T8192, without prefills.
-    stack = "[dt]*/L12-D2304-S6-B1-T[18]*" if setting.device == "cuda" else "decode/L8-D256-S4-B1-*"
+    stack = STACKS if setting.device == "cuda" else "decode/L8-D256-S4-B1-*"
     return _benchmark("models", setting, seconds, 120.0, "--suite", "all", "--filter", stack)
 
 
