@@ -59,6 +59,8 @@ std::string Argument::text() const {
 }
 
 void check_floating(const Argument& argument, const Tensor& tensor) {
+  // None in the place of a tensor arrives as one that is not defined.
+  ATTNRES_CHECK(tensor.defined(), argument.text(), " is None, expected a tensor");
   ATTNRES_CHECK(supported_dtype(tensor).has_value(), argument.text(), " has dtype ",
                 dtype_name(tensor), ", expected float32, float64, bfloat16 or float16");
 }

@@ -42,6 +42,7 @@ class BlockCache:
 
     Raises:
         ValueError: For a capacity, shape, size, dtype or stream that cannot be.
+        TypeError: For a capacity, shape or dtype that is none.
     """
 
     def __init__(
@@ -56,8 +57,14 @@ class BlockCache:
         side_stream: torch.cuda.Stream | None = None,
         reuse_result: bool = False,
     ) -> None:
-        self._state = _C.CacheState(capacity)
         self._leading = (shape,) if isinstance(shape, int) else tuple(shape)
+        if not hasattr(capacity, "__index__"):
+            raise TypeError(f"BlockCache: capacity is {capacity!r}, expected an integer")
+        if not all(hasattr(size, "__index__") for size in self._leading):
+            raise TypeError(f"BlockCache: shape is {shape!r}, expected integers")
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"BlockCache: dtype is {dtype!r}, expected a torch.dtype")
+        self._state = _C.CacheState(capacity)
         if any(size < 0 for size in self._leading):
             raise ValueError(f"BlockCache: shape is {self._leading}, expected sizes not below 0")
         if hidden_size < 1:

@@ -89,7 +89,7 @@ def depth_attention(
         ...])``.
     """
     if not isinstance(sources, list):
-        sources = _as_list(sources)
+        sources = _as_list("depth_attention: sources", sources)
     if _transformed():
         return reference.depth_attention(
             sources, query, key_weight, out_weight=out_weight, eps=eps, out_eps=out_eps,
@@ -101,7 +101,9 @@ def depth_attention(
         )
     traced = _traced()
     if not traced:
-        if torch.is_grad_enabled() and _needs_gradient((query, key_weight, out_weight, *sources)):
+        if torch.is_grad_enabled() and _needs_gradient(
+            "depth_attention", (query, key_weight, out_weight, *sources)
+        ):
             options = Options(eps, out_eps, scale, save, return_weights, buffers)
             return DepthAttention.apply(options, query, key_weight, out_weight, *sources)
         save = "nothing"
@@ -155,7 +157,7 @@ def accumulate_depth_attention(
         itself, or where gradients are recorded a view of it.
     """
     if not isinstance(blocks, list):
-        blocks = _as_list(blocks)
+        blocks = _as_list("accumulate_depth_attention: blocks", blocks)
     if _transformed():
         return reference.accumulate_depth_attention(
             partial, delta, blocks, query, key_weight, out_weight=out_weight, eps=eps,
@@ -169,7 +171,7 @@ def accumulate_depth_attention(
     traced = _traced()
     if not traced and torch.is_grad_enabled():
         tensors = (query, key_weight, out_weight, partial, delta, *blocks)
-        if _needs_gradient(tensors):
+        if _needs_gradient("accumulate_depth_attention", tensors):
             options = Options(eps, out_eps, scale, save, False, buffers)
             return AccumulateDepthAttention.apply(
                 options, query, key_weight, out_weight, partial, delta, *blocks
@@ -227,14 +229,16 @@ def inter_block_attention(
         sum of exponentials that :func:`merge_partial` needs to add one more source.
     """
     if not isinstance(blocks, list):
-        blocks = _as_list(blocks)
+        blocks = _as_list("inter_block_attention: blocks", blocks)
     if _transformed():
         return reference.inter_block_attention(blocks, queries, key_weights, eps=eps, scale=scale)
     if _traced():
         return _ops.inter_block_attention_with_stats.default(
             blocks, queries, key_weights, eps, scale
         )[:2]
-    if torch.is_grad_enabled() and _needs_gradient((queries, key_weights, *blocks)):
+    if torch.is_grad_enabled() and _needs_gradient(
+        "inter_block_attention", (queries, key_weights, *blocks)
+    ):
         options = Options(eps, None, scale, "stats", False, buffers)
         return InterBlockAttention.apply(options, queries, key_weights, *blocks)
     with below_autograd(False):
@@ -286,7 +290,7 @@ def merge_partial(
             out, lse, partial, delta, query, key_weight, out_weight, eps, out_eps, scale
         )
     elif torch.is_grad_enabled() and _needs_gradient(
-        (out, lse, partial, delta, query, key_weight, out_weight)
+        "merge_partial", (out, lse, partial, delta, query, key_weight, out_weight)
     ):
         options = Options(eps, out_eps, scale, "nothing", False, None)
         hidden, new_partial = MergePartial.apply(
@@ -302,24 +306,46 @@ def merge_partial(
     return hidden, partial if delta is None else delta
 
 
-def _as_list(sources: Sources) -> list[Tensor]:
+def _as_list(name: str, sources: Sources) -> list[Tensor]:
     if isinstance(sources, BlockCache):
         return sources.sources()
     if isinstance(sources, Tensor):
         return list(sources.unbind(0))
-    return list(sources)
+    try:
+        return list(sources)
+    except TypeError:
+        raise TypeError(f"{name} is {_kind(sources)}, expected tensors") from None
 
 
 def _transformed() -> bool:
     return not _traced() and is_transformed()
 
 
-def _needs_gradient(tensors: Sequence[Tensor | None]) -> bool:
+#: Tensors of each operator as `_needs_gradient` gets them; the last name of three of them is that
+#: of a list.
+_TENSORS = {
+    "depth_attention": ("query", "key_weight", "out_weight", "sources"),
+    "accumulate_depth_attention": (
+        "query", "key_weight", "out_weight", "partial", "delta", "blocks",
+    ),
+    "inter_block_attention": ("queries", "key_weights", "blocks"),
+    "merge_partial": ("out", "lse", "partial", "delta", "query", "key_weight", "out_weight"),
+}  # fmt: skip
+
+
+def _needs_gradient(op: str, tensors: Sequence[Tensor | None]) -> bool:
     try:
         for tensor in tensors:  # noqa: SIM110 (a generator takes twice the time)
             if tensor is not None and tensor.requires_grad:
                 return True
         return False
     except AttributeError:
-        strange = next(t for t in tensors if not isinstance(t, Tensor | None))
-        raise TypeError(f"attnres: expected tensors, got {type(strange).__name__}") from None
+        index = next(i for i, t in enumerate(tensors) if not isinstance(t, Tensor | None))
+        names = _TENSORS[op]
+        single = len(names) if op == "merge_partial" else len(names) - 1
+        name = names[index] if index < single else f"{names[-1]}[{index - single}]"
+        raise TypeError(f"{op}: {name} is {_kind(tensors[index])}, expected a tensor") from None
+
+
+def _kind(value: object) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"

@@ -215,6 +215,8 @@ class AttentionResiduals(nn.Module):
         Raises:
             ValueError: If ``embedding`` or ``cache`` does not fit the module.
         """
+        if not isinstance(embedding, Tensor):
+            raise TypeError(f"start: embedding is a {type(embedding).__name__}, expected a tensor")
         if not embedding.is_floating_point():
             raise ValueError(
                 f"start: embedding has dtype {embedding.dtype}, expected a floating point dtype"

@@ -50,18 +50,23 @@ class ResidualState(ABC):
 
         Raises:
             RuntimeError: If no read came since the last write, or the output site is read.
-            ValueError: If ``x`` does not have the embedding's shape or device, or is no floating
-                point tensor.
+            ValueError: If ``x`` does not have the embedding's shape or device, or no floating
+                point dtype.
+            TypeError: If ``x`` is no tensor.
         """
         if self._site == self._residual.num_sites:
             raise RuntimeError(
                 "write: the output is read, this forward pass is over; call start for another one"
             )
+        if self._pending is not None and self._site == 0:
+            raise RuntimeError("write: site 0 is to be read first; start has written the embedding")
         if self._pending is not None:
             raise RuntimeError(
                 f"write: called twice before site {self._site} was read; "
                 "sites are read in turn, each followed by one write"
             )
+        if not isinstance(x, Tensor):
+            raise TypeError(f"write: x is a {type(x).__name__}, expected a tensor")
         if x.shape != self._shape:
             raise ValueError(
                 f"write: x has shape {tuple(x.shape)}, "
@@ -86,6 +91,7 @@ class ResidualState(ABC):
 
         Raises:
             RuntimeError: If it is another site's turn, or nothing was written since the last read.
+            TypeError: If ``norm_weight`` is no tensor, but the norm itself, say.
         """
         num_sublayers = self._residual.num_sublayers
         if not 0 <= site < num_sublayers:
@@ -116,6 +122,11 @@ class ResidualState(ABC):
             raise RuntimeError(
                 f"read: nothing was written since site {site - 1} was read; "
                 "write its sublayer's output first"
+            )
+        if norm_weight is not None and not isinstance(norm_weight, Tensor):
+            raise TypeError(
+                f"read: norm_weight is a {type(norm_weight).__name__}, expected its weight, a "
+                "tensor"
             )
         if norm_weight is not None and norm_weight.shape != (self._residual.hidden_size,):
             raise ValueError(

@@ -257,6 +257,19 @@ def test_errors_of_construction(arguments, options, message):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((2.5, 4, D), {}, "capacity is 2.5, expected an integer"),
+        ((2, "ab", D), {}, "shape is 'ab', expected integers"),
+        ((2, 4, D), {"dtype": "bf16"}, "dtype is 'bf16', expected a torch.dtype"),
+    ],
+)
+def test_kinds_of_arguments(arguments, options, message):
+    with pytest.raises(TypeError, match=f"BlockCache: {message}"):
+        BlockCache(*arguments, **options)
+
+
+@pytest.mark.parametrize(
     ("delta", "message"),
     [
         (torch.zeros(5, D), r"delta has shape \(5, 12\), expected \(4, 12\)"),

@@ -38,7 +38,7 @@ def test_embedding(residual):
 
 def test_order(residual):
     state = residual.start(torch.zeros(2, 8))
-    with pytest.raises(RuntimeError, match="called twice before site 0 was read"):
+    with pytest.raises(RuntimeError, match="site 0 is to be read first; start has written"):
         state.write(torch.zeros(2, 8))
     with pytest.raises(RuntimeError, match="site 1 was asked for, but site 0 is next"):
         state.read(1)
@@ -98,3 +98,16 @@ def test_cache_that_does_not_fit(residual):
         ValueError, match=r"cache was made for eps 0\.001, expected the module's 1e-06"
     ):
         residual.start(torch.zeros(2, 8), cache=other.new_cache(2))
+
+
+def test_what_is_no_tensor(residual):
+    state = residual.start(torch.zeros(2, 8))
+    with pytest.raises(RuntimeError, match="write: site 0 is to be read first; start has written"):
+        state.write(torch.zeros(2, 8))
+    with pytest.raises(TypeError, match=r"norm_weight is a RMSNorm, expected its weight, a tensor"):
+        state.read(0, torch.nn.RMSNorm(8))
+    state.read(0, torch.ones(8))
+    with pytest.raises(TypeError, match=r"write: x is a tuple, expected a tensor"):
+        state.write((torch.zeros(2, 8), None))
+    with pytest.raises(TypeError, match="start: embedding is a list, expected a tensor"):
+        residual.start([0.0] * 8)

@@ -5,6 +5,7 @@ And nothing is written.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -121,10 +122,53 @@ def test_too_many_sources(name: str) -> None:
     assert_says(named(name, [t(3, D)] * (limit + 1)), name, LISTS[name], str(limit))
 
 
-def test_not_a_list_of_tensors() -> None:
-    for bad in ([t(3, D), None], [t(3, D), 3.0], None):
-        with pytest.raises(ERRORS):
-            ops.depth_attention(bad, t(D))
+@pytest.mark.parametrize("recording", [False, True])
+@pytest.mark.parametrize("name", LISTS)
+def test_not_a_list_of_tensors(name: str, recording: bool) -> None:
+    first = t(3, D).requires_grad_(recording)
+    for bad in ([first, None], [first, 3.0]):
+        assert_says(named(name, bad), name, LISTS[name])
+    assert_says(named(name, 3.0), f"{name}: {LISTS[name]} is a float, expected tensors")
+    assert_says(named(name, None), f"{name}: {LISTS[name]} is None, expected tensors")
+
+
+X = t(3, D)
+MISSING = {
+    "depth_attention": ([X], None),
+    "accumulate_depth_attention": (X, X, [X], None),
+    "accumulate_depth_attention ": (X, None, [X], t(D)),
+    "inter_block_attention": ([X], None),
+    "merge_partial": (None, t(3), X, X, t(D)),
+    "merge_partial ": (X, None, X, X, t(D)),
+    "merge_partial  ": (X, t(3), X, X, None),
+}
+
+
+@pytest.mark.parametrize("recording", [False, True])
+@pytest.mark.parametrize("name", MISSING)
+def test_what_is_missing_is_named(name: str, recording: bool) -> None:
+    call = inspect.signature(getattr(ops, name.strip())).bind(*MISSING[name]).arguments
+    (missing,) = (key for key, value in call.items() if value is None)
+    given = {
+        key: [X.clone().requires_grad_(recording)] if isinstance(value, list) else value
+        for key, value in call.items()
+    }
+    assert_says(lambda: getattr(ops, name.strip())(**given), f"{missing} is None, expected")
+
+
+def test_what_is_no_tensor_is_named() -> None:
+    assert_says(
+        lambda: ops.depth_attention([X], X[0], [1.0] * D),
+        "depth_attention: key_weight is a list, expected a tensor",
+    )
+    assert_says(
+        lambda: ops.merge_partial(X, t(3), X, X, t(D), out_weight=1.0),
+        "merge_partial: out_weight is a float, expected a tensor",
+    )
+    assert_says(
+        lambda: ops.inter_block_attention([X, 2.0], t(2, D)),
+        "inter_block_attention: blocks[1] is a float, expected a tensor",
+    )
 
 
 @pytest.mark.parametrize("shape", [(), (3, 0), (0,)])
