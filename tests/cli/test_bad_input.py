@@ -131,3 +131,9 @@ def test_prompts_that_are_too_long(refused, trained):
         )
         assert f"--prompt has {count} tokens" in sentence
         assert "than the 512 the model was made for" in sentence
+
+
+def test_a_folder_that_cannot_be_made(capsys):
+    assert main(["train", "--preset", "tiny", "--steps", "1", "--out", "/dev/null/run"]) == 2
+    printed = capsys.readouterr().err
+    assert "attnres train: --out /dev/null/run cannot be made: Not a directory\n" in printed

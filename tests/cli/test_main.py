@@ -6,6 +6,7 @@ import pytest
 
 from attnres_ext.cli.main import main, make_parser
 from attnres_ext.training.loop import Settings
+from attnres_ext.version import __version__
 
 SUBCOMMANDS = ["train", "generate", "inspect", "info", "bench"]
 
@@ -49,6 +50,25 @@ def test_bad_arguments_are_one_sentence(argv, capsys):
     assert error.count("\n") == 1
     assert error.startswith("attnres")
     assert "--help)" in error
+
+
+@pytest.mark.parametrize("name", SUBCOMMANDS)
+def test_an_option_that_a_command_has_not_refers_to_its_own_help(name, capsys):
+    required = {"train": ["--out", "x"], "generate": ["--checkpoint", "x"]}
+    required["inspect"] = ["x", "--out", "y"]
+    with pytest.raises(SystemExit) as exit:
+        main([name, *required.get(name, []), "--colour=red"])
+    assert exit.value.code == 2
+    assert capsys.readouterr().err == (
+        f"attnres {name}: unrecognized arguments: --colour=red (see attnres {name} --help)\n"
+    )
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["--version"])
+    assert exit.value.code == 0
+    assert capsys.readouterr().out == f"attnres {__version__}\n"
 
 
 def test_parsing_imports_nothing_heavy():

@@ -65,6 +65,21 @@ def test_chunks_of_a_prompt_share_their_memory(mode, reads):
     assert [sizes for _, sizes in reads[sites:]] == [[]] * (2 * sites)
 
 
+def test_the_cache_of_a_prompt_is_as_large_as_a_chunk(monkeypatch):
+    """Whatever the prompt's length."""
+    model, made = decoder("block", True), []
+    new = model.model.new_block_cache
+    monkeypatch.setattr(
+        model.model, "new_block_cache", lambda *shape: made.append(new(*shape)) or made[-1]
+    )
+    for length in (4, 5, 20):
+        state = model.new_state(2, length)
+        made.clear()
+        model.prefill(make_ids(tokens=length), state, 4)
+        assert [cache.shape[:2] for cache in made] == [(2, 4)]
+        assert state.prefill_cache is None
+
+
 @pytest.mark.parametrize("mode", ["block", "full"])
 def test_phase_1_runs_beside_the_sublayers(mode, monkeypatch):
     model, ids = decoder(mode, True), make_ids(tokens=8)

@@ -72,6 +72,21 @@ def test_bytes_decide_where_there_are_many_tokens(num_sources, num_queries):
     assert plan.two_phase == (plan.bytes_two_phase < plan.bytes_single_pass)
 
 
+@pytest.mark.parametrize("num_sources", range(1, 12))
+@pytest.mark.parametrize("num_queries", [1, 2, 3, 6, 24])
+def test_one_choice_serves_forward_and_backward(num_sources, num_queries):
+    """A mixture of single pass and two phases moves no fewer bytes than the better of the two."""
+    forward = _C.plan(num_sources, num_queries, 1, 64, 2, "cuda")
+    both = _C.plan(num_sources, num_queries, 1, 64, 2, "cuda", training=True)
+    single = both.bytes_single_pass - forward.bytes_single_pass
+    phases = both.bytes_two_phase - forward.bytes_two_phase
+    # The backward of two phases needs what phase 1 found: after a single pass it is run for that.
+    phase_one = (num_sources + num_queries) * 64 * 2
+    best = min(both.bytes_single_pass, both.bytes_two_phase)
+    assert forward.bytes_single_pass + phase_one + phases >= best
+    assert forward.bytes_two_phase + single >= best
+
+
 def test_arithmetic_decides_on_a_cpu():
     plan = _C.plan(9, 6, 1 << 30, 64, 2, "cpu")
     assert not plan.two_phase

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from attnres_ext.training.errors import UserError
+from attnres_ext.version import __version__
 
 _SUBCOMMANDS = ("train", "generate", "inspect", "info", "bench")
 
@@ -51,6 +52,7 @@ def make_parser(subcommands: Sequence[str] = _SUBCOMMANDS) -> argparse.ArgumentP
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"attnres {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in subcommands:
         module = importlib.import_module(f"attnres_ext.cli.{name}")
@@ -70,7 +72,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     # The file of a subcommand that is not asked for is not imported, so it cannot be in the way.
     named = argv[:1] if argv and argv[0] in _SUBCOMMANDS else _SUBCOMMANDS
-    args = make_parser(named).parse_args(argv)
+    parser = make_parser(named)
+    args, strange = parser.parse_known_args(argv)
+    if strange:
+        # argparse would refer to the help of `attnres`, which does not list a command's options.
+        command = f"{parser.prog} {args.command}"
+        words = shlex.join(strange)
+        parser.exit(2, f"{command}: unrecognized arguments: {words} (see {command} --help)\n")
     args.command_line = shlex.join(["attnres", *argv])
     module = importlib.import_module(f"attnres_ext.cli.{args.command}")
     try:

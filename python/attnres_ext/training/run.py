@@ -48,13 +48,15 @@ class Run:
         """Makes the directory; it appears with all its files or not at all.
 
         Raises:
-            UserError: See :func:`check_vacant`.
+            UserError: It cannot be made, or see :func:`check_vacant`.
         """
         check_vacant(path, overwrite)
         path = path.absolute()
-        path.parent.mkdir(parents=True, exist_ok=True)
         building = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        building.mkdir()
+        try:
+            building.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"--out {path} cannot be made: {error.strerror}") from None
         try:
             write_json(building / _DESCRIPTION, description)
             save_tokenizer(tokenizer, building / _TOKENIZER)
