@@ -26,7 +26,8 @@ class ModelCase:
     compared on different work.
 
     Attributes:
-        work: "train" (forward, backward, optimizer step), "prefill", or "decode" (one token).
+        work: "train" (forward, backward, optimizer step), "prefill", "decode" (one token), or
+            "reads" (what a decoding step does between the sublayers, which are left out).
         layers: token mixer and feed-forward each.
         hidden: D.
         intermediate: of the feed-forward.
@@ -117,6 +118,7 @@ def _cases() -> list[ModelCase]:
         tokens=[{"batch": 8}],
         hidden=[{"hidden": 512, "intermediate": 1408, "heads": 8}],
     )
+    cases.append(replace(small, work="reads", tokens=1, context=128))
     cases += _curves(replace(small, work="prefill", tokens=256), tokens=[{"tokens": 1024}])
     cases += _curves(
         large,
@@ -129,6 +131,10 @@ def _cases() -> list[ModelCase]:
         replace(large, work="decode", tokens=1, context=1024),
         layers=[{"layers": 27}],
         tokens=[{"batch": 8}, {"batch": 32}, {"batch": 128}],
+    )
+    cases += _curves(
+        replace(large, work="reads", tokens=1, context=1024),
+        tokens=[{"batch": 32}, {"batch": 128}],
     )
     cases += _curves(replace(large, work="prefill"), tokens=[{"tokens": 2048}])
     return cases

@@ -108,7 +108,7 @@ def _timer(case: ModelCase, device: str) -> Timer:
     if not device.startswith("cuda"):
         return HostTimer()
     # A server replays a decoding step as a graph; longer work is launched as it comes.
-    return CudaTimer(graphs=case.work == "decode")
+    return CudaTimer(graphs=case.work in ("decode", "reads"))
 
 
 def _peak(action: Any, device: str) -> int:

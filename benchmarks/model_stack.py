@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -56,22 +57,47 @@ class Stack:
         model: the layers; whose residual it has at the moment is the last arm's business.
         residuals: modules to connect them with, by the arm's name.
         tokens: ids ``[B, context + tokens]``.
+        written: what stands in for sublayers where reads alone are timed.
     """
 
     case: ModelCase
     model: KimiLinearForCausalLM
     residuals: nn.ModuleDict
     tokens: Tensor
+    written: dict[tuple[int, torch.Size, torch.dtype], Tensor] = field(default_factory=dict)
 
     @contextlib.contextmanager
     def connected_by(self, arm: Arm) -> Iterator[KimiLinearForCausalLM]:
-        """The model with the arm's residual."""
-        before = self.model.model.residual
-        self.model.model.residual = self.residuals[arm.name]
+        """The model with the arm's residual; where reads alone are timed, without sublayers."""
+        inner = self.model.model
+        before = inner.residual
+        inner.residual = self.residuals[arm.name]
+        if self.case.work == "reads":
+            inner._sublayers = partial(self._written, inner)
         try:
             yield self.model
         finally:
-            self.model.model.residual = before
+            inner.residual = before
+            vars(inner).pop("_sublayers", None)
+
+    def _written(self, inner: nn.Module, *_: object) -> Iterator[tuple[nn.RMSNorm, Callable]]:
+        """The norms of the sublayers, and in the place of each a tensor that it always writes."""
+        norms = (
+            norm
+            for layer in inner.layers
+            for norm in (layer.input_layernorm, layer.post_attention_layernorm)
+        )
+        for site, norm in enumerate(norms):
+            yield norm, partial(self._write, site)
+
+    def _write(self, site: int, hidden: Tensor) -> Tensor:
+        key = site, hidden.shape, hidden.dtype
+        if key not in self.written:
+            generator = torch.Generator(hidden.device).manual_seed(site)
+            values = torch.randn(hidden.shape, generator=generator, device=hidden.device)
+            # The same in float64 as in the case's dtype.
+            self.written[key] = values.to(getattr(torch, self.case.dtype)).to(hidden.dtype)
+        return self.written[key]
 
     def parameters(self) -> list[nn.Parameter]:
         """Of the layers and of every arm's residual, each once."""
@@ -116,6 +142,7 @@ def action(stack: Stack, arm: Arm, optimizer: torch.optim.Optimizer | None) -> A
         "train": lambda: _training_step(stack, arm, optimizer),
         "prefill": lambda: _prefill(stack, arm),
         "decode": lambda: _decoding_step(stack, arm),
+        "reads": lambda: _reads(stack, arm),
     }
     return makers[stack.case.work]()
 
@@ -154,6 +181,19 @@ def _decoding_step(stack: Stack, arm: Arm) -> Action:
             return model(token, state=state).logits
 
     return Action(run, before=lambda _: _rewind(state, case.context), context=torch.inference_mode)
+
+
+def _reads(stack: Stack, arm: Arm) -> Action:
+    case = stack.case
+    with torch.inference_mode(), stack.connected_by(arm) as model:
+        state = model.new_state(case.batch, case.context + 1)
+    token = stack.tokens[:, -1:]
+
+    def run(_: int) -> Tensor:
+        with stack.connected_by(arm) as model:
+            return model.model(token, state)
+
+    return Action(run, context=torch.inference_mode)
 
 
 def _rewind(state: KimiLinearState, length: int) -> None:

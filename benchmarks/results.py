@@ -101,7 +101,8 @@ class ModelResult(Measurement):
 
     Attributes:
         case: the case's name: the work and the stack. All arms of a case take turns.
-        work: "train" (forward, backward, optimizer step), "prefill" or "decode" (one token).
+        work: "train" (forward, backward, optimizer step), "prefill", "decode" (one token) or
+            "reads" (of a decoding step, without its sublayers).
         residual: "standard", "block" or "full".
         contestant: whose residual: "ours", "eager", "fla"; "standard" for the standard residual.
         shape: the stack, for people.
@@ -140,6 +141,11 @@ class ModelResult(Measurement):
     peak_bytes: int | None = None
     overhead: float | None = None
     overhead_quartiles: tuple[float, float] | None = None
+
+    @property
+    def sites(self) -> int:
+        """How many reads one call makes."""
+        return 2 * self.layers + 1
 
 
 def shared_cores(rows: Iterable[Measurement]) -> tuple[int, int]:

@@ -23,6 +23,7 @@ TRAIN = ModelCase(
 )
 PREFILL = replace(TRAIN, work="prefill")
 DECODE = replace(TRAIN, work="decode", tokens=1, context=20)
+READS = replace(DECODE, work="reads")
 HERE = tuple(arm for arm in ARMS if arm.contestant != "fla")
 
 
@@ -46,7 +47,7 @@ def test_every_axis_is_a_curve(kind: str) -> None:
     }
     training = model_registry.select("model", kind)
     assert {axis for case in training for axis in case.scaling} == set(fields)
-    for work in ("train", "prefill", "decode"):
+    for work in ("train", "prefill", "decode", "reads"):
         for axis, free in fields.items():
             points = [
                 case
@@ -63,7 +64,9 @@ def test_every_axis_is_a_curve(kind: str) -> None:
 
 def test_suites() -> None:
     assert {case.work for case in model_registry.select("model", "cpu")} == {"train"}
-    assert {case.work for case in model_registry.select("decode", "cuda")} == {"prefill", "decode"}
+    for kind in ("cpu", "cuda"):
+        works = {case.work for case in model_registry.select("decode", kind)}
+        assert works == {"prefill", "decode", "reads"}
     assert model_registry.select("ops", "cpu") == []
     assert model_registry.select("all", "cpu", "train/L8*")
     large = [case for case in model_registry.select("model", "cuda") if case.layers >= 12]
@@ -114,7 +117,7 @@ def test_plain_residuals_compute_the_same(mode: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12)
 
 
-@pytest.mark.parametrize("case", [TRAIN, PREFILL, DECODE], ids=lambda case: case.work)
+@pytest.mark.parametrize("case", [TRAIN, PREFILL, DECODE, READS], ids=lambda case: case.work)
 def test_every_arm_passes_the_gate_and_is_timed(case: ModelCase) -> None:
     rows = model_runner.run_case(case, "cpu", turns=3)
     assert [(row.residual, row.contestant) for row in rows] == [
@@ -238,6 +241,27 @@ def test_a_decoding_step_is_the_same_every_time() -> None:
     assert logits[0].shape == (2, 1, 1024)
     # Linear attention's memory moves on; the position in the sequence does not.
     assert all(bool(one.isfinite().all()) for one in logits)
+
+
+def test_reads_alone_call_no_sublayer(monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = make_stack(READS, "cpu", HERE)
+    called: list[nn.Module] = []
+    for layer in stack.model.model.layers:
+        for module in (layer.self_attn, layer.feed_forward):
+            module.register_forward_pre_hook(lambda module, _: called.append(module))
+    results = {}
+    for arm in HERE:
+        timed = action(stack, arm, None)
+        with timed.context():
+            results[arm.name] = timed.run(0).clone()
+            assert torch.equal(timed.run(1), results[arm.name])
+    assert called == []
+    assert len(stack.written) == 2 * READS.layers
+    torch.testing.assert_close(results["block, ours"], results["block, eager"])
+    assert not torch.allclose(results["block, ours"], results["standard, standard"])
+    # What was put in their place is gone.
+    stack.model(stack.tokens)
+    assert len(called) == 2 * READS.layers
 
 
 def test_turns_are_taken_in_step_and_order_rotates() -> None:

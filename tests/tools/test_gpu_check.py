@@ -165,12 +165,12 @@ def test_each_part_has_its_time_even_if_those_before_take_all_of_theirs() -> Non
         left -= shares[part.name]
         waiting.pop(0)
     assert left == pytest.approx(0, abs=1)
-    # A decoding step and a training step; no case is begun in the last tenth.
-    assert 0.9 * shares["models"] > 2 * model_runner.ROUGH_SECONDS
+    # No case is begun in the last tenth.
+    assert 0.9 * shares["models"] > 3 * model_runner.ROUGH_SECONDS
     # Three kernels in a row that hang, and the processes that go on after them.
-    assert shares["kernels"] > 3 * (20 + 5)
+    assert shares["kernels"] >= 3 * (20 + 4)
     cases = model_registry.select("all", "cuda", parts.STACKS)
-    assert sorted(case.work for case in cases) == ["decode", "train"]
+    assert sorted(case.work for case in cases) == ["decode", "reads", "train"]
     assert {case.tokens for case in cases} == {1, 8192}
 
 

@@ -27,8 +27,8 @@ _RIVALS = (
 #: Every kernel once, on few tokens.
 _KERNELS = "tests/ops/test_every_kernel.py"
 _PROCESSES = 6
-#: A decoding step, and a training step of 8192 tokens: what the goals are set for.
-STACKS = "[dt]*/L12-D2304-S6-B1-T[18]*"
+#: A decoding step, its reads alone, and a training step of 8192 tokens: what the goals are set for.
+STACKS = "[drt]*/L12-D2304-S6-B1-T[18]*"
 #: Kernels of this library, by a part of their names: what torch's own kernels do is not ours.
 _OURS = "attnres"
 
@@ -187,8 +187,8 @@ def run_operators(setting: Setting, seconds: float) -> dict[str, Any]:
 
 
 def run_models(setting: Setting, seconds: float) -> dict[str, Any]:
-    """A decoding step and a training step of one stack; a small one on the CPU."""
-    stack = STACKS if setting.device == "cuda" else "decode/L8-D256-S4-B1-*"
+    """A decoding step, its reads alone and a training step of one stack; small ones on the CPU."""
+    stack = STACKS if setting.device == "cuda" else "[dr]*/L8-D256-S4-B1-*"
     return _benchmark("models", setting, seconds, 120.0, "--suite", "all", "--filter", stack)
 
 
@@ -208,7 +208,7 @@ PARTS = (
     Part("kernels", "each kernel, each way in which it is launched", 3.0, run_kernels),
     Part("tests", "the operators' tests", 5.0, run_tests),
     Part("bench", "the operators' benchmark", 4.0, run_operators),
-    Part("models", "a decoding step and a training step", 3.0, run_models),
+    Part("models", "a decoding step, its reads, a training step", 4.0, run_models),
     _sanitizer("memcheck", "accesses out of bounds", 2.0),
     _sanitizer("racecheck", "races in shared memory", 2.0),
     _sanitizer("synccheck", "wrong use of barriers", 1.0),

@@ -22,7 +22,12 @@ AXES = {
     "tokens": ("tokens in a call", lambda row: row.batch * row.tokens),
     "hidden": ("hidden size", lambda row: row.hidden),
 }
-WORKS = {"train": "Training step", "prefill": "Prefill", "decode": "Decode step"}
+WORKS = {
+    "train": "Training step",
+    "prefill": "Prefill",
+    "decode": "Decode step",
+    "reads": "Reads of a decode step",
+}
 
 
 def section(kept: Kept) -> Html | None:

@@ -83,7 +83,12 @@ def _add_operator(table: Table, rows: list[Result]) -> None:
 
 def _add_model(table: Table, rows: list[ModelResult]) -> None:
     """Adds a stack: its arms, and what they cost over the standard residual."""
-    work = {"train": "training step", "prefill": "prefill", "decode": "decoding step"}[rows[0].work]
+    work = {
+        "train": "training step",
+        "prefill": "prefill",
+        "decode": "decoding step",
+        "reads": "reads of a step",
+    }[rows[0].work]
     layers, hidden, blocks, *tokens = rows[0].shape.split(", ")
     labels = [f"[bold]{work}[/bold]", f"{layers}, {hidden}", blocks, ", ".join(tokens)]
     for row in _present(rows):
@@ -100,7 +105,9 @@ def _add_model(table: Table, rows: list[ModelResult]) -> None:
             *names,
             _seconds(row.seconds),
             f"{100 * row.spread:.0f} %",
-            f"{row.tokens_per_second:,.0f}",
+            f"{row.tokens_per_second:,.0f}"
+            if row.work != "reads"
+            else f"{_seconds(row.seconds / row.sites)} a site",
             f"{row.peak_bytes / 2**20:,.1f} MiB",
             over,
         )
