@@ -58,6 +58,12 @@ class _Writer:
             append(self._path, {"collected": len(mine)})
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
+        if session.items and session.config.getoption("--device", None) == "cuda":
+            # Takes seconds, on a machine that has just been started many: not the first test's.
+            import torch
+
+            torch.zeros(1, device="cuda")
+            torch.cuda.synchronize()
         # Whoever watches the output sees that from now on each test says something.
         print(f"{len(session.items)} tests", flush=True)
 

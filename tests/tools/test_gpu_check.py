@@ -25,7 +25,6 @@ FOUND = {
     "includes": ["/include"],
     "packages": "/packages",
     "missing": [],
-    "xdist": False,
     "torch": "2.10.1+cu130",
     "gpus": [H100],
 }

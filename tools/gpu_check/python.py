@@ -33,7 +33,6 @@ found = {{
     "includes": [sysconfig.get_path("include")],
     "packages": sysconfig.get_path("purelib"),
     "missing": [n for m, n in needed.items() if importlib.util.find_spec(m) is None],
-    "xdist": importlib.util.find_spec("xdist") is not None,
 }}
 if "torch" not in found["missing"]:
     import torch
