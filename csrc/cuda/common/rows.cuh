@@ -2,6 +2,8 @@
 // numbers.
 #pragma once
 
+#include <algorithm>
+
 #include "attnres/params.hpp"
 #include "common/instructions.cuh"
 
@@ -47,6 +49,14 @@ bool is_aligned(const RowsOf<Void>& rows, int64_t bytes) {
   const int64_t size = size_of(rows.dtype);
   return is_aligned(rows.data, bytes) && rows.outer_stride * size % bytes == 0 &&
          rows.inner_stride * size % bytes == 0;
+}
+
+// Bytes of a value of the widest of an operator's sources.
+template <typename Params>
+int64_t widest_source(const Params& p) {
+  int64_t widest = 0;
+  for (int i = 0; i < p.num_sources; ++i) widest = std::max(widest, size_of(p.sources[i].dtype));
+  return widest;
 }
 
 }  // namespace attnres::cuda

@@ -82,10 +82,8 @@ DepthAttentionShape backward_shape(const DepthAttentionBackward& p, bool sums_ar
   using Compute = typename Elements::Compute;
   using Args = DepthAttentionBackwardArgs<Compute, 1, typename Policy::Team>;
   using Thread = DepthAttentionThread<Policy, Args>;
-  int64_t largest = 0;
-  for (int i = 0; i < p.num_sources; ++i) largest = std::max(largest, size_of(p.sources[i].dtype));
   return {.row_chunks = p.hidden / Elements::kWidth,
-          .chunk_bytes = Elements::kWidth * static_cast<int>(largest),
+          .chunk_bytes = Elements::kWidth * static_cast<int>(widest_source(p)),
           .chunks_per_thread = Policy::kChunks,
           .segments_per_warp = Thread::kSegments,
           .registers =

@@ -93,11 +93,10 @@ DepthAttentionShape forward_shape(const DepthAttentionForward& p) {
   using Compute = typename Elements::Compute;
   using Args = DepthAttentionForwardArgs<Compute, 1, typename Policy::Team>;
   using Thread = DepthAttentionThread<Policy, Args>;
-  int64_t largest = 0;
-  for (int i = 0; i < p.num_sources; ++i) largest = std::max(largest, size_of(p.sources[i].dtype));
-  if (p.delta.data != nullptr) largest = std::max(largest, size_of(p.delta.dtype));
+  const int64_t widest =
+      std::max(widest_source(p), p.delta.data == nullptr ? 0 : size_of(p.delta.dtype));
   return {.row_chunks = p.hidden / Elements::kWidth,
-          .chunk_bytes = Elements::kWidth * static_cast<int>(largest),
+          .chunk_bytes = Elements::kWidth * static_cast<int>(widest),
           .chunks_per_thread = Policy::kChunks,
           .segments_per_warp = Thread::kSegments,
           .registers = depth_attention_registers(Policy::kShareBytes, Elements::kDispatchRegisters),

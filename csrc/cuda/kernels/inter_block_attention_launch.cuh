@@ -71,13 +71,10 @@ InterBlockGrid inter_block_grid(const InterBlockShape& shape, int64_t num_tokens
 template <typename Products, bool kUsesSlots, typename Params>
 InterBlockShape inter_block_shape(const Params& p, int64_t row_value_bytes, int rows_of_token,
                                   bool makes_sums) {
-  for (int i = 0; i < p.num_sources; ++i) {
-    row_value_bytes = std::max(row_value_bytes, size_of(p.sources[i].dtype));
-  }
   return {p.hidden,
           p.num_sources,
           p.num_queries,
-          static_cast<int>(row_value_bytes),
+          static_cast<int>(std::max(row_value_bytes, widest_source(p))),
           Products::kVectorValueBytes,
           Products::kVectorParts,
           static_cast<int>(sizeof(typename Products::Compute)),
