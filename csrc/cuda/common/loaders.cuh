@@ -8,12 +8,10 @@
 // - BulkRing (9.0 and later): a producer warp has the copy engine fill the slots, barriers
 //   hand them over.
 //
-// A body makes the loader, which touches no global memory yet, waits for the previous kernel, and
-// calls produce(): in threads that have nothing else to do it loads everything and returns true, in
-// the others it starts what there is to start. Then it calls wait() when it comes to some steps for
-// the first time in a sweep over memory, reads its chunks of each through its view(), and calls
-// release() when no thread of its warp will read that slot again. Only the threads below
-// tile.num_threads run the body.
+// A body makes the loader, which touches no global memory yet, and calls only_loads(). Then it
+// calls wait() when it comes to some steps for the first time in a sweep over memory, reads its
+// chunks of each through its view(), and calls release() when no thread of its warp will read that
+// slot again. Only the threads below tile.num_threads run the body.
 #pragma once
 
 #include "common/elements.cuh"
@@ -24,6 +22,18 @@
 #include "kernels/depth_attention_tile.hpp"
 
 namespace attnres::cuda {
+
+// What every body begins with when it has made its loader and its team. produce() loads everything
+// in threads that have nothing else to do, and returns true; in the others it starts what there is
+// to start. Whoever gets true here is done.
+template <typename Loader, typename Team>
+__device__ __forceinline__ bool only_loads(Loader& loader, Team& team) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  if (!loader.produce()) return false;
+  team.start();
+  return true;
+}
 
 // Waits until at most so many of this thread's groups of copies are under way. The number is part
 // of the instruction: rounded down to one there is.

@@ -35,43 +35,31 @@ class DepthAttentionBackwardBody {
     const DepthAttentionTile& tile = args.tile;
     static_assert(Thread::kSegments == 1);
     const int num_warps = tile.num_threads / kWarpSize;
-    // slots | barriers | numbers of the team | sums [2, columns of the CTA] if they are shared |
-    // partials [num_warps, N] | norm [num_warps] | weights [N] | score factors [N] |
-    // value factors [N]
-    std::byte* slots = dynamic_shared_memory();
-    auto* barriers = reinterpret_cast<Barrier*>(slots + tile.num_slots * tile.slot_bytes);
-    auto* team_numbers = reinterpret_cast<std::byte*>(barriers + 2 * tile.num_slots);
-    auto* shared_sums = reinterpret_cast<Compute*>(team_numbers + tile.team_bytes);
+    CtaMemory memory(tile);
     const int64_t hidden = static_cast<int64_t>(args.row_chunks) * kWidth;
     const Sums part = {args.parts + (args.parts == nullptr ? 0 : Team::index() * 2 * hidden),
                        args.row_chunks, 0};
-    const Sums sums = args.sums_are_shared
-                          ? Sums{shared_sums, args.tile.slice_chunks, first_chunk<kChunks>(args, 0)}
-                          : part;
-    auto* partials = reinterpret_cast<Pair<Compute>*>(
-        args.sums_are_shared ? shared_sums + 2 * tile.slice_chunks * kWidth : shared_sums);
+    Sums sums = part;
+    if (args.sums_are_shared) {
+      sums = {memory.take<Compute>(2 * tile.slice_chunks * kWidth), tile.slice_chunks,
+              first_chunk<kChunks>(args, 0)};
+    }
+    auto* partials = memory.take<Pair<Compute>>(num_warps * args.num_sources);
     // One sum a source takes the place of the pair that its logit was made of.
     auto* dots = reinterpret_cast<Compute*>(partials);
-    auto* norm_partials = partials + num_warps * args.num_sources;
-    const Factors factors = {reinterpret_cast<Compute*>(norm_partials + num_warps),
-                             args.num_sources};
+    auto* norm_partials = memory.take<Pair<Compute>>(num_warps);
+    const Factors factors = {memory.take<Compute>(3 * args.num_sources), args.num_sources};
 
     const bool has_norm = args.out_weight.data != nullptr;
     // A ring serves its steps in one order, and that of several spans would be another.
     const bool one_span = Loader::kUsesSlots || tile.num_spans == 1;
     const bool makes_mix = has_norm && args.mix.data == nullptr;
-    Loader loader(args, slots, barriers,
+    Loader loader(args, memory.slots, memory.barriers,
                   tile.resident ? 1 : 2 + (args.stats == nullptr) + (makes_mix ? 1 : 0));
     SegmentNumbers<Team> numbers(
-        team_numbers,
-        static_cast<int>(sizeof(Pair<Compute>)) * tile.num_segments * args.num_sources,
+        memory.team, static_cast<int>(sizeof(Pair<Compute>)) * tile.num_segments * args.num_sources,
         segments_of_cta(args));
-    wait_for_previous_kernel();
-    let_next_kernel_start();
-    if (loader.produce()) {
-      numbers.start();
-      return;
-    }
+    if (only_loads(loader, numbers)) return;
 
     if (args.parts != nullptr) clear(args, sums);
     Share score = {};
@@ -194,7 +182,7 @@ class DepthAttentionBackwardBody {
   // What warp 0 finds out about every source of a row, in shared memory: its weight, and the
   // factors of u and of v in dv. Before those are known, 1/rms and the logit stand in their place.
   struct Factors {
-    Compute* data;
+    Compute* data;  // [3, N]
     int num_sources;
 
     __device__ __forceinline__ Compute& weight(int source) const { return data[source]; }

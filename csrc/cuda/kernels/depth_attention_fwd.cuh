@@ -39,14 +39,10 @@ class DepthAttentionForwardBody {
     const DepthAttentionTile& tile = args.tile;
     // Segments of this CTA: one or more a warp.
     const int num_segments = tile.num_threads / kWarpSize * Thread::kSegments;
-    // slots | barriers | numbers of the team | partials [segments, N] | norm [segments] |
-    // weights [N]
-    std::byte* slots = dynamic_shared_memory();
-    auto* barriers = reinterpret_cast<Barrier*>(slots + tile.num_slots * tile.slot_bytes);
-    auto* team_numbers = reinterpret_cast<std::byte*>(barriers + 2 * tile.num_slots);
-    auto* partials = reinterpret_cast<Pair<Compute>*>(team_numbers + tile.team_bytes);
-    auto* norm_partials = reinterpret_cast<Compute*>(partials + num_segments * args.num_sources);
-    Compute* weights = norm_partials + num_segments;
+    CtaMemory memory(tile);
+    auto* partials = memory.take<Pair<Compute>>(num_segments * args.num_sources);
+    auto* norm_partials = memory.take<Compute>(num_segments);
+    auto* weights = memory.take<Compute>(args.num_sources);
 
     const bool has_norm = args.out_weight.data != nullptr;
     const bool sums = args.new_partial.data != nullptr;
@@ -54,18 +50,12 @@ class DepthAttentionForwardBody {
     // A mix in several spans leaves the registers before its norm is known, and is made again for
     // the output.
     const int num_mixes = args.out.data == nullptr ? 0 : has_norm && tile.num_spans > 1 ? 2 : 1;
-    Loader loader(args, slots, barriers,
+    Loader loader(args, memory.slots, memory.barriers,
                   tile.resident || args.num_later_steps == 0 ? 1 : 1 + num_mixes);
     SegmentNumbers<Team> numbers(
-        team_numbers,
-        static_cast<int>(sizeof(Pair<Compute>)) * tile.num_segments * args.num_sources,
+        memory.team, static_cast<int>(sizeof(Pair<Compute>)) * tile.num_segments * args.num_sources,
         segments_of_cta(args));
-    wait_for_previous_kernel();
-    let_next_kernel_start();
-    if (loader.produce()) {
-      numbers.start();
-      return;
-    }
+    if (only_loads(loader, numbers)) return;
 
     Share query = {};
     if (tile.num_spans == 1) Thread::load_query(args, 0, query);

@@ -2,6 +2,7 @@
 // chunks of a row.
 #pragma once
 
+#include "common/cta_memory.cuh"
 #include "common/elements.cuh"
 #include "common/loaders.cuh"
 #include "common/reduce.cuh"

@@ -1,6 +1,7 @@
 // What the kernels of phase 1 get, by value, and what their threads share.
 #pragma once
 
+#include "common/cta_memory.cuh"
 #include "common/elements.cuh"
 #include "common/rows.cuh"
 #include "common/teams.cuh"
@@ -156,14 +157,15 @@ struct InterBlockScratch {
   Compute* magnitudes;  // [S]: what score vectors were divided by
 
   template <typename Args>
-  __device__ __forceinline__ InterBlockScratch(const Args& args, std::byte* memory)
-      : vectors(memory),
-        partials(reinterpret_cast<Compute*>(memory + args.tile.vector_bytes)),
-        sums(partials + args.tile.num_threads / 32 * kProductRows * args.tile.partial_pitch),
-        logits(sums + args.tile.sum_values),
-        squares(logits + kMatrices * matrix_size(args)),
-        factors(squares + args.tile.tokens * args.num_sources),
-        magnitudes(factors + args.tile.tokens * args.num_sources) {}
+  __device__ __forceinline__ InterBlockScratch(const Args& args, CtaMemory& memory)
+      : vectors(memory.take<std::byte>(args.tile.vector_bytes)),
+        partials(memory.take<Compute>(args.tile.num_threads / 32 * kProductRows *
+                                      args.tile.partial_pitch)),
+        sums(memory.take<Compute>(args.tile.sum_values)),
+        logits(memory.take<Compute>(kMatrices * matrix_size(args))),
+        squares(memory.take<Compute>(args.tile.tokens * args.num_sources)),
+        factors(memory.take<Compute>(args.tile.tokens * args.num_sources)),
+        magnitudes(memory.take<Compute>(args.num_queries)) {}
 
   template <typename Args>
   __device__ __forceinline__ static int matrix_size(const Args& args) {

@@ -34,21 +34,13 @@ class InterBlockForwardBody {
  public:
   __device__ __forceinline__ static void run(const Args& args) {
     const InterBlockTile& tile = args.tile;
-    // slots | barriers | sums of the team | score vectors | the rest of the scratch memory
-    std::byte* slots = dynamic_shared_memory();
-    auto* barriers = reinterpret_cast<Barrier*>(slots + tile.num_slots * tile.slot_bytes);
-    auto* team_memory = reinterpret_cast<std::byte*>(barriers + 2 * tile.num_slots);
-    const Scratch scratch(args, team_memory + tile.team_bytes);
-    Loader loader(args, slots, barriers);
-    TeamSums<Team> team(team_memory, tile.team_capacity);
-    wait_for_previous_kernel();
-    let_next_kernel_start();
-    if (loader.produce()) {
-      team.start();
-      return;
-    }
+    CtaMemory memory(tile);
+    const Scratch scratch(args, memory);
+    Loader loader(args, memory.slots, memory.barriers);
+    TeamSums<Team> team(memory.team, tile.team_capacity);
+    if (only_loads(loader, team)) return;
 
-    Products::prepare(args, slots, tile.tokens * args.num_sources, scratch);
+    Products::prepare(args, memory.slots, tile.tokens * args.num_sources, scratch);
     team.start();
     bool staged = false;
     RingPosition at;
