@@ -351,7 +351,7 @@ def verification(folder: Path) -> list[str]:
     for source in sorted((ROOT / "csrc" / "cuda").glob("sm*/*.cu")):
         operator = source.stem
         body = (ROOT / "tests" / "simt" / f"test_{operator}.py").is_file()
-        launchers = re.findall(rf"launch_{operator}_(\w+)_sm\d+\(", source.read_text())
+        launchers = re.findall(rf"launch_{operator}_(\w+)<", source.read_text())
         rows += [
             [
                 f"`{operator}` {direction}",

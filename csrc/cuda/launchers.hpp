@@ -18,24 +18,10 @@ struct LaunchContext {
 constexpr int64_t kMaxTokens = (int64_t{1} << 31) - 1;
 constexpr int64_t kMaxHidden = int64_t{1} << 28;
 
-// They return without waiting, with the error of the launch. Weak: null where the set was not
-// built.
-#define ATTNRES_LAUNCHER __attribute__((weak)) cudaError_t
-ATTNRES_LAUNCHER launch_depth_attention_forward_sm80(const DepthAttentionForward& p,
-                                                     const LaunchContext& context);
-ATTNRES_LAUNCHER launch_depth_attention_forward_sm90(const DepthAttentionForward& p,
-                                                     const LaunchContext& context);
-ATTNRES_LAUNCHER launch_depth_attention_backward_sm80(const DepthAttentionBackward& p,
-                                                      const LaunchContext& context);
-ATTNRES_LAUNCHER launch_depth_attention_backward_sm90(const DepthAttentionBackward& p,
-                                                      const LaunchContext& context);
-ATTNRES_LAUNCHER launch_inter_block_attention_forward_sm80(const InterBlockForward& p,
-                                                           const LaunchContext& context);
-ATTNRES_LAUNCHER launch_inter_block_attention_forward_sm90(const InterBlockForward& p,
-                                                           const LaunchContext& context);
-ATTNRES_LAUNCHER launch_inter_block_attention_backward_sm80(const InterBlockBackward& p,
-                                                            const LaunchContext& context);
-ATTNRES_LAUNCHER launch_inter_block_attention_backward_sm90(const InterBlockBackward& p,
-                                                            const LaunchContext& context);
+// Starts the kernels of a set for one operator, by the type of its parameters, and returns without
+// waiting, with the error of the launch. Each set's folder specialises it; weak, so that it is null
+// where the set was not built.
+template <int kSet, typename Params>
+__attribute__((weak)) cudaError_t launch(const Params& p, const LaunchContext& context);
 
 }  // namespace attnres::cuda

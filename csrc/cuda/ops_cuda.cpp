@@ -89,35 +89,37 @@ std::string text(const Device& device, int index) {
          ")";
 }
 
-void check_size(const char* op, int64_t num_tokens, int64_t hidden) {
-  ATTNRES_CHECK(num_tokens <= kMaxTokens, op, ": sources have ", num_tokens,
+template <typename Params>
+void check_size(const Params& p) {
+  ATTNRES_CHECK(p.num_tokens <= kMaxTokens, p.op, ": sources have ", p.num_tokens,
                 " rows of values, expected at most ", kMaxTokens, " on CUDA");
-  ATTNRES_CHECK(hidden <= kMaxHidden, op, ": sources have rows of ", hidden,
+  ATTNRES_CHECK(p.hidden <= kMaxHidden, p.op, ": sources have rows of ", p.hidden,
                 " values, expected at most ", kMaxHidden, " on CUDA");
 }
 
-// Starts the launcher of the device's architecture on the current stream.
+// Starts the kernels of the device's set on the current stream.
 template <typename Params>
-void launch_on(int index, const Params& p, cudaError_t (*sm80)(const Params&, const LaunchContext&),
-               cudaError_t (*sm90)(const Params&, const LaunchContext&)) {
-  check_size(p.op, p.num_tokens, p.hidden);
+void launch_on(const Params& p, int index) {
   const Device& device = device_at(index);
   const DeviceGuard guard(index);
-  const auto launch = kernel_set(device.capability) == 90 ? sm90 : sm80;
-  ATTNRES_CHECK(kernel_set(device.capability) != 0 && launch != nullptr, p.op, ": ",
+  const int set = kernel_set(device.capability);
+  const auto launch_set = set == 90 ? launch<90, Params> : launch<80, Params>;
+  ATTNRES_CHECK(set != 0 && launch_set != nullptr, p.op, ": ",
                 no_kernels_for(text(device, index), device.capability, ATTNRES_CUDA_ARCHITECTURES));
-  const cudaError_t status = launch(p, {current_stream(index), index, device.limits});
+  const cudaError_t status = launch_set(p, {current_stream(index), index, device.limits});
   ATTNRES_CHECK(status == cudaSuccess, p.op, ": the launch over ", p.num_sources, " sources of ",
                 p.num_tokens, " x ", p.hidden, " values failed on ", text(device, index), ": ",
                 describe(status));
 }
 
 void depth_attention_forward(const DepthAttentionForward& p, int index) {
-  launch_on(index, p, launch_depth_attention_forward_sm80, launch_depth_attention_forward_sm90);
+  check_size(p);
+  launch_on(p, index);
 }
 
 void depth_attention_backward(const DepthAttentionBackward& p, int index) {
-  launch_on(index, p, launch_depth_attention_backward_sm80, launch_depth_attention_backward_sm90);
+  check_size(p);
+  launch_on(p, index);
 }
 
 // Logits of all queries of a token are in shared memory at once, and their outputs are numbered
@@ -136,15 +138,15 @@ void check_queries(const Params& p, int num_matrices, int index) {
 }
 
 void inter_block_forward(const InterBlockForward& p, int index) {
+  check_size(p);
   check_queries(p, 1, index);
-  launch_on(index, p, launch_inter_block_attention_forward_sm80,
-            launch_inter_block_attention_forward_sm90);
+  launch_on(p, index);
 }
 
 void inter_block_backward(const InterBlockBackward& p, int index) {
+  check_size(p);
   check_queries(p, 3, index);
-  launch_on(index, p, launch_inter_block_attention_backward_sm80,
-            launch_inter_block_attention_backward_sm90);
+  launch_on(p, index);
 }
 
 int64_t num_weight_gradient_parts(int64_t num_tokens, int index) {

@@ -6,13 +6,13 @@
 
 namespace attnres::cuda {
 
-cudaError_t launch_depth_attention_forward_sm80(const DepthAttentionForward& p,
-                                                const LaunchContext& context) {
+template <>
+cudaError_t launch<80>(const DepthAttentionForward& p, const LaunchContext& context) {
   return launch_depth_attention_forward<CpAsyncRing, OneCta>(p, context.limits, Launcher{context});
 }
 
-cudaError_t launch_depth_attention_backward_sm80(const DepthAttentionBackward& p,
-                                                 const LaunchContext& context) {
+template <>
+cudaError_t launch<80>(const DepthAttentionBackward& p, const LaunchContext& context) {
   return launch_depth_attention_backward<CpAsyncRing, OneCta>(p, context.limits, Launcher{context});
 }
 

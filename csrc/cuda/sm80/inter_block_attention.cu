@@ -5,14 +5,14 @@
 
 namespace attnres::cuda {
 
-cudaError_t launch_inter_block_attention_forward_sm80(const InterBlockForward& p,
-                                                      const LaunchContext& context) {
+template <>
+cudaError_t launch<80>(const InterBlockForward& p, const LaunchContext& context) {
   return launch_inter_block_attention_forward<CpAsyncTiles, OneCta>(p, context.limits,
                                                                     Launcher{context});
 }
 
-cudaError_t launch_inter_block_attention_backward_sm80(const InterBlockBackward& p,
-                                                       const LaunchContext& context) {
+template <>
+cudaError_t launch<80>(const InterBlockBackward& p, const LaunchContext& context) {
   return launch_inter_block_attention_backward<CpAsyncTiles, OneCta>(p, context.limits,
                                                                      Launcher{context});
 }

@@ -6,14 +6,14 @@
 
 namespace attnres::cuda {
 
-cudaError_t launch_depth_attention_forward_sm90(const DepthAttentionForward& p,
-                                                const LaunchContext& context) {
+template <>
+cudaError_t launch<90>(const DepthAttentionForward& p, const LaunchContext& context) {
   return launch_depth_attention_forward<BulkRing, CtaCluster>(p, context.limits,
                                                               Launcher{context, true});
 }
 
-cudaError_t launch_depth_attention_backward_sm90(const DepthAttentionBackward& p,
-                                                 const LaunchContext& context) {
+template <>
+cudaError_t launch<90>(const DepthAttentionBackward& p, const LaunchContext& context) {
   return launch_depth_attention_backward<BulkRing, CtaCluster>(p, context.limits,
                                                                Launcher{context, true});
 }

@@ -6,14 +6,14 @@
 
 namespace attnres::cuda {
 
-cudaError_t launch_inter_block_attention_forward_sm90(const InterBlockForward& p,
-                                                      const LaunchContext& context) {
+template <>
+cudaError_t launch<90>(const InterBlockForward& p, const LaunchContext& context) {
   return launch_inter_block_attention_forward<BulkTiles, CtaCluster>(p, context.limits,
                                                                      Launcher{context, true});
 }
 
-cudaError_t launch_inter_block_attention_backward_sm90(const InterBlockBackward& p,
-                                                       const LaunchContext& context) {
+template <>
+cudaError_t launch<90>(const InterBlockBackward& p, const LaunchContext& context) {
   return launch_inter_block_attention_backward<BulkTiles, CtaCluster>(p, context.limits,
                                                                       Launcher{context, true});
 }
