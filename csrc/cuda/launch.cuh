@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 
+#include "cluster_counts.hpp"
 #include "kernels/launch_shape.hpp"
 #include "launchers.hpp"
 
@@ -37,25 +38,31 @@ struct Launcher {
   }
 
   // Clusters for `wanted` rows or tiles. No more than run at the same time: one that had to wait
-  // would do all its share when the others are done. Asked of the driver, because clusters leave
-  // multiprocessors over where the chip's groups of them are not multiples of their size; unless so
-  // few are wanted that those that wait have one row each. 0 where the cluster is larger than every
-  // device runs, and this one runs none.
+  // would do all its share when the others are done. Asked of the driver, once for each shape,
+  // because clusters leave multiprocessors over where the chip's groups of them are not multiples
+  // of their size; unless so few are wanted that those that wait have one row each. 0 where the
+  // cluster is larger than every device runs, and this one runs none.
   template <auto kKernel>
   int64_t num_clusters(const LaunchShape& shape, int64_t wanted) const {
     const bool runs_everywhere = shape.cluster_size <= kMostCtasInCluster;
     if (runs_everywhere && wanted * shape.cluster_size <= context.limits.num_multiprocessors) {
       return wanted;
     }
-    int count = 0;
-    if (prepare<kKernel>(shape) == cudaSuccess) {
+    static ClusterCounts counts;
+    const int count = counts.get(context.device, shape, [&] {
       LaunchShape one = shape;
       one.num_ctas = shape.cluster_size;
       const Config config(one, nullptr);
-      if (cudaOccupancyMaxActiveClusters(&count, kKernel, &config.launch) != cudaSuccess) count = 0;
-    }
+      int most = 0;
+      cudaError_t status = prepare<kKernel>(shape);
+      if (status == cudaSuccess) {
+        status = cudaOccupancyMaxActiveClusters(&most, kKernel, &config.launch);
+      }
+      if (status == cudaSuccess) return most;
+      cudaGetLastError();
+      return -1;
+    });
     // An error of a cluster that runs everywhere comes back from the launch.
-    if (count == 0) cudaGetLastError();
     return std::clamp(count, runs_everywhere ? 1 : 0,
                       std::max(1, shape.num_ctas / shape.cluster_size));
   }
