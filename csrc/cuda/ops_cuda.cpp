@@ -131,10 +131,13 @@ void check_queries(const Params& p, int num_matrices, int index) {
                 " tokens have ", rows, " rows of results, expected at most ", kMaxTokens,
                 " on CUDA");
   const Device& device = device_at(index);
-  const int64_t most = most_inter_block_queries(p.hidden, p.num_sources, size_of(p.compute),
-                                                num_matrices, device.limits);
-  ATTNRES_CHECK(p.num_queries <= most, p.op, ": got ", p.num_queries, " queries, expected at most ",
-                most, " for ", p.num_sources, " sources on ", text(device, index));
+  const int size = static_cast<int>(size_of(p.compute));
+  ATTNRES_CHECK(
+      inter_block_queries_fit(p.num_queries, p.hidden, p.num_sources, size, num_matrices,
+                              device.limits),
+      p.op, ": got ", p.num_queries, " queries, expected at most ",
+      most_inter_block_queries(p.hidden, p.num_sources, size, num_matrices, device.limits), " for ",
+      p.num_sources, " sources on ", text(device, index));
 }
 
 void inter_block_forward(const InterBlockForward& p, int index) {

@@ -126,6 +126,53 @@ void test_before_9_0_score_vectors_come_in_passes() {
   CHECK(!fits(choose_inter_block_team(backward_of(8, 24, 7168), kA100, 1), kA100));
 }
 
+void test_most_queries_fit_and_no_more() {
+  for (const DeviceLimits& limits : {kH100, kA100}) {
+    for (int n : {1, 9, 256}) {
+      for (int num_matrices : {1, 3}) {
+        const int64_t most = most_inter_block_queries(7168, n, 4, num_matrices, limits);
+        CHECK(most > 0);
+        for (int64_t s : {most / 2, most - 1, most, most + 1, 2 * most}) {
+          CHECK(inter_block_queries_fit(s, 7168, n, 4, num_matrices, limits) == (s <= most));
+        }
+      }
+    }
+  }
+}
+
+// Products of sizes that pass 2^31 do not come back as small ones.
+void test_no_size_overflows() {
+  for (const DeviceLimits& limits : {kH100, kA100}) {
+    for (int n : {1, 16, 256}) {
+      for (int64_t s : {1, 16, 64, 1024}) {
+        for (int64_t hidden = 64; hidden <= int64_t{1} << 28; hidden *= 2) {
+          for (InterBlockShape shape : {forward_of(n, s, hidden), backward_of(n, s, hidden)}) {
+            for (bool in_place : {false, true}) {
+              if (in_place) {
+                shape.uses_slots = false;
+                shape.vector_parts = 0;
+                shape.row_value_bytes = shape.vector_value_bytes = shape.compute_bytes = 8;
+              }
+              const InterBlockTile tile =
+                  choose_inter_block_team(shape, limits, kMostCtasInLargeCluster);
+              if (!fits(tile, limits)) continue;
+              const int64_t slice = hidden / tile.cluster_size;
+              const int64_t rows =
+                  in_place ? 0 : tile.num_slots * tile.tokens * shape.rows_of_token;
+              const int64_t vectors = std::max(1, shape.vector_parts) * s;
+              CHECK(tile.num_slots > 0 && tile.num_passes > 0 && tile.team_bytes >= 0);
+              CHECK(static_cast<int64_t>(tile.pass_columns) * tile.num_passes >= slice);
+              CHECK(rows * slice * shape.row_value_bytes +
+                        vectors * tile.pass_columns * shape.vector_value_bytes <=
+                    limits.shared_bytes_per_cta);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -136,5 +183,7 @@ int main() {
   test_slices_cover_all_panels();
   test_no_more_ctas_than_panels_and_multiprocessors();
   test_before_9_0_score_vectors_come_in_passes();
+  test_most_queries_fit_and_no_more();
+  test_no_size_overflows();
   return attnres::testing::finish();
 }

@@ -195,6 +195,19 @@ def test_rows_too_large_for_registers_come_in_spans(
     assert not any(result.cluster_size for result in results)
 
 
+def test_spans_are_as_wide_as_shared_memory_has_room_for(runner: Path, tmp_path: Path) -> None:
+    # Two slots of 15360 values, or of 7680.
+    limits = [Limits(1, kib << 10, kib << 10) for kib in (64, 60)]
+    cases = [
+        make(2, 2 * 7680, torch.bfloat16, ring="cp_async", tokens=(1, 1), limits=of)
+        for of in limits
+    ]
+    results = run_and_check(runner, cases, tmp_path)
+    assert [result.num_spans for result in results] == [1, 2]
+    for result, of in zip(results, limits, strict=True):
+        assert result.shared_bytes <= of.shared_per_cta
+
+
 @pytest.mark.parametrize("ring", ["cp_async", "bulk"])
 def test_mixed_dtypes(ring: str, runner: Path, tmp_path: Path) -> None:
     mixed = [torch.bfloat16, torch.float32, torch.float16]

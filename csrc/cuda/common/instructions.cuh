@@ -133,8 +133,8 @@ __device__ __forceinline__ void init_barrier(Barrier* barrier, uint32_t num_arri
                "r"(num_arrivals)
                : "memory");
 }
-// Shows initialised barriers to the copy engine; a sync_cta() must follow to show them to the other
-// threads.
+// Shows initialised barriers to the copy engine, and to the other CTAs of a cluster behind its
+// barrier; that, or a sync_cta(), must follow to show them to the other threads.
 __device__ __forceinline__ void publish_barriers() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }

@@ -184,14 +184,20 @@ auto launch_forward_chunks(const DepthAttentionForward& p, const DeviceLimits& l
   return launch_forward_alone_or_shared<Alone, Shared, kMaxSources>(p, limits, launch);
 }
 
-// 16 values a thread where that is enough for a row: more threads, fewer registers.
+// 16 values a thread where that is enough for a row: more threads, fewer registers. And where
+// shared memory has no room for spans of twice as many.
 template <typename Elements, template <typename, int, typename> class Ring, typename Team,
           typename Launch>
 auto launch_forward_through(const DepthAttentionForward& p, const DeviceLimits& limits,
                             Launch&& launch) {
   constexpr int kFew = 16 / Elements::kWidth;
   constexpr int kMany = Elements::kWidth == 8 ? 2 * kFew : kFew;
-  if (p.hidden <= 16 * kMaxComputeThreads) {
+  const auto have_room = [&] {
+    using Policy = DepthAttentionPolicy<Elements, Ring, kMany>;
+    return choose_depth_attention_tile(forward_shape<Policy>(p), limits).shared_bytes <=
+           limits.shared_bytes_per_cta;
+  };
+  if (p.hidden <= 16 * kMaxComputeThreads || !have_room()) {
     return launch_forward_chunks<Elements, Ring, Team, kFew>(p, limits, launch);
   }
   return launch_forward_chunks<Elements, Ring, Team, kMany>(p, limits, launch);

@@ -65,13 +65,19 @@ static_assert(most_threads_with(128) == kMaxThreads && most_threads_with(96) == 
 // Block summation holds two slots at a time.
 constexpr int kLeastSlots = 2;
 // Parts of a weight gradient that a multiprocessor makes at most: each CTA of the backward makes
-// one.
+// one, or each cluster.
 constexpr int kPartsPerMultiprocessor = 2;
 // What the driver takes from a CTA's shared memory.
 constexpr int kReservedSharedBytes = 1024;
 
+// Bytes that are more than an int holds are more than any device has, and stay so.
+constexpr int saturated(int64_t value) {
+  return static_cast<int>(std::min<int64_t>(value, INT32_MAX));
+}
+
 // Barriers, and two rounds of a pair of sums for every segment and source.
-constexpr int depth_attention_team_bytes(int cluster_size, int num_segments, int num_sources) {
+constexpr int64_t depth_attention_team_bytes(int cluster_size, int64_t num_segments,
+                                             int num_sources) {
   return 2 * 8 + (cluster_size > 1 ? 2 * 8 * num_segments * num_sources : 0);
 }
 
@@ -111,9 +117,9 @@ inline DepthAttentionTile choose_depth_attention_tile(const DepthAttentionShape&
   tile.slice_chunks = static_cast<int>(slice_chunks);
   const int64_t span_chunks = static_cast<int64_t>(tile.num_threads) * shape.chunks_per_thread;
   tile.num_spans = static_cast<int>((slice_chunks + span_chunks - 1) / span_chunks);
-  tile.team_bytes =
-      is_cluster ? depth_attention_team_bytes(cluster_size, tile.num_segments, shape.num_sources)
-                 : 0;
+  tile.team_bytes = is_cluster ? saturated(depth_attention_team_bytes(
+                                     cluster_size, tile.num_segments, shape.num_sources))
+                               : 0;
   const int cta_segments = tile.num_threads / 32 * shape.segments_per_warp;
   const int64_t values =
       static_cast<int64_t>(cta_segments) * (2 * shape.num_sources + shape.values_per_segment) +
@@ -127,7 +133,7 @@ inline DepthAttentionTile choose_depth_attention_tile(const DepthAttentionShape&
     tile.resident = true;
     tile.num_slots = 1;
     tile.ctas_per_multiprocessor = most_ctas;
-    tile.shared_bytes = static_cast<int>(kBarrierBytes + beside_slots);
+    tile.shared_bytes = saturated(kBarrierBytes + beside_slots);
     return tile;
   }
 
@@ -155,7 +161,7 @@ inline DepthAttentionTile choose_depth_attention_tile(const DepthAttentionShape&
   tile.num_slots = static_cast<int>(
       std::clamp<int64_t>(slots_that_fit(ctas), kLeastSlots, tile.resident ? 2 * steps : 64));
   tile.ctas_per_multiprocessor = ctas;
-  tile.shared_bytes = static_cast<int>(
+  tile.shared_bytes = saturated(
       tile.num_slots * (static_cast<int64_t>(tile.slot_bytes) + kBarrierBytes) + beside_slots);
   return tile;
 }

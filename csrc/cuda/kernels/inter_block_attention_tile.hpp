@@ -56,7 +56,7 @@ static_assert((kInterBlockBackwardThreads + kProducerThreads) * kInterBlockBackw
               kRegistersPerMultiprocessor);
 
 constexpr int round_up(int64_t value, int multiple) {
-  return static_cast<int>((value + multiple - 1) / multiple * multiple);
+  return saturated((value + multiple - 1) / multiple * multiple);
 }
 
 struct InterBlockTile {
@@ -110,8 +110,8 @@ constexpr int64_t inter_block_scratch_bytes(const InterBlockTile& tile,
 }
 
 // Barriers, and two rounds of sums.
-constexpr int inter_block_team_bytes(int cluster_size, int capacity) {
-  return 2 * 8 + (cluster_size > 1 ? 2 * capacity : 0);
+constexpr int64_t inter_block_team_bytes(int cluster_size, int capacity) {
+  return 2 * 8 + (cluster_size > 1 ? 2 * static_cast<int64_t>(capacity) : 0);
 }
 
 // The tile of a CTA, one of `cluster_size`. Where not even one token fits, `shared_bytes` is more
@@ -119,8 +119,8 @@ constexpr int inter_block_team_bytes(int cluster_size, int capacity) {
 inline InterBlockTile choose_inter_block_tile(const InterBlockShape& shape,
                                               const DeviceLimits& limits, int cluster_size = 1,
                                               bool shares_sums = false) {
-  constexpr int kBarrierBytes = 2 * 8;  // of a slot
-  constexpr int kMostSlots = 3;         // one in use, two on their way
+  constexpr int64_t kBarrierBytes = 2 * 8;  // of a slot
+  constexpr int kMostSlots = 3;             // one in use, two on their way
   const bool tensor = shape.vector_parts > 0;
   const bool backward = shape.num_matrices > 1;
   const int64_t budget = std::min(limits.shared_bytes_per_cta,
@@ -140,26 +140,26 @@ inline InterBlockTile choose_inter_block_tile(const InterBlockShape& shape,
   // 16 bytes more than a multiple of 128, so that neighbouring rows start in other banks.
   const int64_t row_values = std::min<int64_t>(shape.hidden, columns);
   tile.row_pitch = tensor ? columns * 2 + 16 : round_up(row_values * shape.row_value_bytes, 16);
+  const int64_t vector_parts = std::max(shape.vector_parts, 1);
   // Reads of 8 queries of every second source hit 32 banks.
   const int query_tiles = round_up(shape.num_queries, kProductQueries) / kProductQueries;
   tile.logit_pitch = query_tiles * kProductQueries + 4;
   tile.logit_sources = round_up(shape.num_sources, 8);
   tile.sum_pitch = columns;
-  const int64_t sum_values = shares_sums ? shape.num_queries * columns : 0;
-  tile.sum_values = static_cast<int>(std::min<int64_t>(sum_values, INT32_MAX));
+  tile.sum_values = shares_sums ? saturated(shape.num_queries * columns) : 0;
   // One column more than the logits, for the sums of squares.
   tile.partial_pitch = tensor ? std::min(query_tiles, kQueryTiles) * kProductQueries + 8 : 0;
 
   const auto set_pass_columns = [&](int pass_columns) {
     tile.pass_columns = pass_columns;
     tile.num_passes = (columns + pass_columns - 1) / pass_columns;
-    tile.vector_pitch = pass_columns * shape.vector_value_bytes + 16;
-    tile.vector_bytes =
-        static_cast<int>(std::max(shape.vector_parts, 1) * shape.num_queries * tile.vector_pitch);
+    tile.vector_pitch =
+        saturated(static_cast<int64_t>(pass_columns) * shape.vector_value_bytes + 16);
+    tile.vector_bytes = saturated(vector_parts * shape.num_queries * tile.vector_pitch);
   };
   const auto fixed_bytes = [&] {
-    return tile.vector_bytes + tile.team_bytes + inter_block_scratch_bytes(tile, shape) +
-           kBarrierBytes;
+    return kBarrierBytes + tile.vector_bytes + tile.team_bytes +
+           inter_block_scratch_bytes(tile, shape);
   };
   const auto slots_that_fit = [&] {
     if (!shape.uses_slots) return fixed_bytes() <= budget ? int64_t{kMostSlots} : int64_t{0};
@@ -167,7 +167,8 @@ inline InterBlockTile choose_inter_block_tile(const InterBlockShape& shape,
   };
   const auto set_tokens = [&](int tokens) {
     tile.tokens = tokens;
-    tile.slot_bytes = shape.uses_slots ? tokens * shape.rows_of_token * tile.row_pitch : 0;
+    const int64_t rows = static_cast<int64_t>(tokens) * shape.rows_of_token;
+    tile.slot_bytes = shape.uses_slots ? saturated(rows * tile.row_pitch) : 0;
     const int64_t numbers =
         static_cast<int64_t>(tokens) * shape.num_sources * (shape.num_queries + 1);
     tile.team_capacity = round_up(cluster_size * numbers * shape.compute_bytes, 8);
@@ -184,20 +185,19 @@ inline InterBlockTile choose_inter_block_tile(const InterBlockShape& shape,
     const int64_t slots = std::clamp<int64_t>(slots_that_fit(), 1, 2);
     const int64_t left =
         budget - fixed_bytes() + tile.vector_bytes - slots * (tile.slot_bytes + kBarrierBytes);
-    const int64_t a_panel = std::max(shape.vector_parts, 1) * shape.num_queries * kPanelColumns *
-                            shape.vector_value_bytes;
-    const int64_t row_ends = std::max(shape.vector_parts, 1) * shape.num_queries * 16;
+    const int64_t a_panel =
+        vector_parts * shape.num_queries * kPanelColumns * shape.vector_value_bytes;
+    const int64_t row_ends = vector_parts * shape.num_queries * 16;
     const int64_t most = std::max<int64_t>((left - row_ends) / a_panel, 1);
     const int passes = static_cast<int>((panels + most - 1) / most);
     set_pass_columns((panels + passes - 1) / passes * kPanelColumns);
   }
   tile.num_slots =
       shape.uses_slots ? static_cast<int>(std::clamp<int64_t>(slots_that_fit(), 1, kMostSlots)) : 1;
-  tile.shared_bytes = static_cast<int>(std::min<int64_t>(
-      fixed_bytes() + static_cast<int64_t>(tile.num_slots) * (tile.slot_bytes + kBarrierBytes),
-      INT32_MAX));
-  const int by_memory =
-      limits.shared_bytes_per_multiprocessor / (tile.shared_bytes + kReservedSharedBytes);
+  const int64_t shared_bytes = fixed_bytes() + tile.num_slots * (tile.slot_bytes + kBarrierBytes);
+  tile.shared_bytes = saturated(shared_bytes);
+  const int by_memory = static_cast<int>(limits.shared_bytes_per_multiprocessor /
+                                         (shared_bytes + kReservedSharedBytes));
   const int registers = backward ? kInterBlockBackwardRegisters : kInterBlockRegisters;
   const int by_registers =
       kRegistersPerMultiprocessor / (registers * (tile.num_threads + kProducerThreads));
@@ -242,16 +242,33 @@ inline InterBlockTile choose_inter_block_team(const InterBlockShape& shape,
   return choose_inter_block_tile(shape, limits);
 }
 
-// So many queries have room for their logits beside those of `num_sources` sources; `num_matrices`
-// is 1 forward and 3 backward.
+// Whether queries have room for their logits, the sources being read in place; `num_matrices` is 1
+// forward and 3 backward.
+inline bool inter_block_queries_fit(int64_t num_queries, int64_t hidden, int num_sources,
+                                    int compute_bytes, int num_matrices,
+                                    const DeviceLimits& limits) {
+  const InterBlockShape shape = {.hidden = hidden,
+                                 .num_sources = num_sources,
+                                 .num_queries = num_queries,
+                                 .row_value_bytes = compute_bytes,
+                                 .vector_value_bytes = compute_bytes,
+                                 .vector_parts = 0,
+                                 .compute_bytes = compute_bytes,
+                                 .uses_slots = false,
+                                 .rows_of_token = num_sources,
+                                 .num_matrices = num_matrices,
+                                 .makes_sums = false};
+  return fits(choose_inter_block_tile(shape, limits), limits);
+}
+
 inline int64_t most_inter_block_queries(int64_t hidden, int num_sources, int compute_bytes,
                                         int num_matrices, const DeviceLimits& limits) {
   int64_t most = 0;
   for (int64_t step = int64_t{1} << 16; step > 0; step /= 2) {
-    const InterBlockShape shape = {hidden, num_sources,   most + step, compute_bytes, compute_bytes,
-                                   0,      compute_bytes, false,       num_sources,   num_matrices,
-                                   false};
-    if (fits(choose_inter_block_tile(shape, limits), limits)) most += step;
+    if (inter_block_queries_fit(most + step, hidden, num_sources, compute_bytes, num_matrices,
+                                limits)) {
+      most += step;
+    }
   }
   return most;
 }
