@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import struct
 from dataclasses import dataclass, field
@@ -15,7 +16,6 @@ from attnres_ext import reference
 
 from .build import build_runner, compiler, cuda_include_dir
 from .cases import (
-    Launched,
     Limits,
     encode_absent,
     encode_head,
@@ -27,6 +27,8 @@ from .cases import (
 from .gradient_cases import NO_BASE, OTHER_BASE, OWN_BASE, SHARED_BASE, GradientCase
 from .inter_block_cases import InterBlock, definition, make
 from .test_depth_attention import FLAVOURS
+from .test_depth_attention_backward import add_bases, check_gradients
+from .test_depth_attention_backward import run_and_check as run_and_check_by
 from .test_inter_block_attention import MIXED, RINGS, Way, sharing
 
 pytestmark = [
@@ -116,11 +118,7 @@ def gradients(backward: Backward, dtype: torch.dtype, columns: Tensor) -> list[T
     present = [x for x in (*values, *vectors) if x is not None]
     found = iter(torch.autograd.grad(loss, present))
     grads = [None if x is None else next(found) for x in (*values, *vectors)]
-    for i, (kind, base) in enumerate(zip(backward.base_kinds, backward.bases, strict=True)):
-        if base is not None:
-            grads[i] = grads[i] + base.view.to(dtype).reshape(-1, case.hidden)
-        elif kind == SHARED_BASE:
-            grads[i - 1] = grads[i - 1] + grads[i]
+    add_bases(grads, backward, dtype)
     return grads
 
 
@@ -135,23 +133,7 @@ def check(backward: Backward, outputs: list[Tensor]) -> None:
     on_tensor_cores = all(source.view.dtype == torch.bfloat16 for source in case.sources)
     split = 2.0**-17 if on_tensor_cores else 0.0
     names = [*(f"sources[{i}]" for i in range(count)), "queries", "key_weights"]
-    for i, name in enumerate(names):
-        got, want = outputs[i], exact[i]
-        if got.numel() == 0:
-            continue
-        assert got.isfinite().all(), f"{name}: its gradient holds NaN or infinity"
-        error = (got.double() - want).abs().max()
-        eager = max((sample[i].double() - want).abs().max() for sample in samples)
-        # A second rounding where two sources leave their gradients in the same rows; float16's
-        # smallest values are coarse.
-        dtype = torch.finfo(got.dtype)
-        rounding = dtype.eps * max(want.abs().max(), dtype.tiny)
-        # A rounding of a logit is a relative error of its weight.
-        order = (32 + 4 * largest_logit) * torch.finfo(case.compute).eps * want.abs().max()
-        allowed = 2 * eager + rounding + order + split * want.abs().max()
-        if case.compute == torch.float64:
-            allowed = 64 * order + rounding
-        assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"
+    check_gradients(names, outputs, exact, samples, largest_logit, case.compute, split)
 
 
 #: Flavour and ring. Sanitizers cost much: the other ring is under them in the other file.
@@ -169,14 +151,7 @@ def runner(request: pytest.FixtureRequest) -> Path:
     return build_runner(request.param)
 
 
-def run_and_check(runner: Path, cases: list[Backward], folder: Path) -> list[Launched]:
-    results = run_cases(runner, cases, folder)
-    for number, (case, (_, outputs)) in enumerate(zip(cases, results, strict=True)):
-        try:
-            check(case, outputs)
-        except AssertionError as error:
-            raise AssertionError(f"case {number}: {error}") from None
-    return [launched for launched, _ in results]
+run_and_check = functools.partial(run_and_check_by, check=check)
 
 
 def test_rows_of_bfloat16(way: Way, tmp_path: Path) -> None:
