@@ -11,9 +11,9 @@ namespace py = pybind11;
 namespace attnres {
 namespace {
 
-DeviceKind parse_device(const std::string& device) {
+Device parse_device(const std::string& device, int capability, int64_t shared_bytes) {
   if (device == "cpu") return DeviceKind::kCpu;
-  if (device == "cuda") return DeviceKind::kCuda;
+  if (device == "cuda") return {DeviceKind::kCuda, capability, shared_bytes};
   throw std::invalid_argument("plan: device is '" + device + "', expected 'cpu' or 'cuda'");
 }
 
@@ -54,14 +54,18 @@ void bind_plan(py::module_& module) {
   module.def(
       "plan",
       [](int64_t num_sources, int64_t num_queries, int64_t num_tokens, int64_t hidden,
-         int64_t itemsize, const std::string& device, bool training) {
+         int64_t itemsize, const std::string& device, bool training, int capability,
+         int64_t shared_bytes) {
         return make_plan({num_sources, num_queries, num_tokens, hidden, itemsize},
-                         parse_device(device), training);
+                         parse_device(device, capability, shared_bytes), training);
       },
       py::arg("num_sources"), py::arg("num_queries"), py::arg("num_tokens"), py::arg("hidden"),
       py::arg("itemsize") = 2, py::arg("device") = "cuda", py::arg("training") = false,
+      py::arg("capability") = Device(DeviceKind::kCuda).capability,
+      py::arg("shared_bytes") = Device(DeviceKind::kCuda).shared_bytes,
       "Single pass or two phases for a block of num_queries sites over num_sources finished "
-      "blocks.");
+      "blocks. A CUDA device is an H100 unless capability (10 * major + minor) and shared_bytes "
+      "(that a CTA may use) say what it is.");
 
   module.def(
       "bytes_moved",

@@ -21,6 +21,8 @@ class Plan:
     @property
     def row_resident(self) -> bool: ...
     @property
+    def phase_one_resident(self) -> bool: ...
+    @property
     def reason(self) -> str: ...
 
 def plan(
@@ -31,6 +33,8 @@ def plan(
     itemsize: int = 2,
     device: str = "cuda",
     training: bool = False,
+    capability: int = 90,
+    shared_bytes: int = 232448,
 ) -> Plan: ...
 def bytes_moved(
     operator: str,

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from attnres_ext import _C
 from attnres_ext.cache import BlockCache
+from attnres_ext.devices import plan_device
 from attnres_ext.ops import SAVE_LEVELS
 from attnres_ext.recording import Record
 from attnres_ext.residual_cached import CachedState
@@ -18,10 +21,41 @@ from attnres_ext.residual_training import TrainingState
 
 __all__ = ["AttentionResiduals"]
 
+
 MODES = ("standard", "block", "full")
 # About eight blocks recover most of what full depth attention gives (paper, section 3.2 and Fig.
 # 6).
 DEFAULT_NUM_BLOCKS = 8
+
+
+@torch.compiler.assume_constant_result
+def _two_phase_from_tokens(*question: Any) -> int:
+    """From how many tokens on a block reads in two phases.
+
+    A forward under ``torch.compile`` asks when it is traced.
+    """
+    return _threshold(*question)
+
+
+@cache
+def _threshold(
+    num_sources: int,
+    num_queries: int,
+    hidden: int,
+    itemsize: int,
+    device: torch.device,
+    training: bool,
+) -> int:
+    plan = _C.plan(
+        num_sources=num_sources,
+        num_queries=num_queries,
+        num_tokens=1,
+        hidden=hidden,
+        itemsize=itemsize,
+        training=training,
+        **plan_device(device),
+    )
+    return plan.two_phase_from_tokens
 
 
 class AttentionResiduals(nn.Module):
@@ -141,7 +175,6 @@ class AttentionResiduals(nn.Module):
                 f"{self.num_blocks + 1} sources, "
                 f"at most {_C.max_sources} are supported; raise sublayers_per_block"
             )
-        self._two_phase_from_tokens = self._plan_thresholds()
         self._record: Record | None = None
 
     def reset_parameters(self) -> None:
@@ -276,40 +309,15 @@ class AttentionResiduals(nn.Module):
             return False
         if self.two_phase != "auto":
             return self.two_phase
-        device = "cpu" if state_like.device.type == "cpu" else "cuda"
-        threshold = self._two_phase_from_tokens[device, state_like.element_size(), training][
-            block - 1
-        ]
+        threshold = _two_phase_from_tokens(
+            block,  # the embedding and the blocks before
+            len(self.sites_of_block(block)),
+            self.hidden_size,
+            state_like.element_size(),
+            state_like.device,
+            training,
+        )
         return state_like.numel() // self.hidden_size >= threshold
-
-    def _plan_thresholds(self) -> dict[tuple[str, int, bool], list[int]]:
-        """From how many tokens on each block reads in two phases.
-
-        Asked once, so that a forward under ``torch.compile`` compares two numbers instead of
-        calling into ``_C``.
-        """
-
-        def threshold(block: int, device: str, itemsize: int, training: bool) -> int:
-            plan = _C.plan(
-                num_sources=block,  # the embedding and the blocks before
-                num_queries=len(self.sites_of_block(block)),
-                num_tokens=1,
-                hidden=self.hidden_size,
-                itemsize=itemsize,
-                device=device,
-                training=training,
-            )
-            return plan.two_phase_from_tokens
-
-        return {
-            (device, itemsize, training): [
-                threshold(block, device, itemsize, training)
-                for block in range(1, self.num_blocks + 1)
-            ]
-            for device in ("cpu", "cuda")
-            for itemsize in (2, 4, 8)
-            for training in (False, True)
-        }
 
     def extra_repr(self) -> str:
         """Sizes and mode, for ``print(module)``."""

@@ -1,4 +1,5 @@
-// How the CUDA kernels of phase 1 cut their work on an H100, and on an A100, which has no clusters.
+// How the CUDA kernels of phase 1 cut their work on an H100, and on devices that have no clusters
+// or less shared memory.
 #include "attnres/plan.hpp"
 #include "check.hpp"
 #include "kernels/inter_block_attention_tile.hpp"
@@ -9,6 +10,8 @@ namespace {
 
 constexpr DeviceLimits kH100 = {132, 228 << 10, 227 << 10};
 constexpr DeviceLimits kA100 = {108, 164 << 10, 163 << 10};
+constexpr DeviceLimits kRtx3090 = {82, 100 << 10, 99 << 10};
+constexpr DeviceLimits kRtx5090 = {170, 100 << 10, 99 << 10};
 
 // Over bf16 rows, on tensor cores.
 InterBlockShape forward_of(int num_sources, int64_t num_queries, int64_t hidden) {
@@ -76,25 +79,34 @@ void test_without_large_clusters_less_stays_on_chip() {
 }
 
 // The plan counts on it, without knowing how tiles are cut.
-void test_where_the_plan_sees_room_there_is() {
-  using attnres::DeviceKind;
-  int with_room = 0, without = 0;
+void test_where_the_plan_sees_room_there_is(const DeviceLimits& limits, int capability,
+                                            int most_ctas) {
+  const attnres::DeviceFacts facts =
+      attnres::device_facts({attnres::DeviceKind::kCuda, capability, limits.shared_bytes_per_cta});
+  CHECK(facts.most_tiles_shared == most_ctas);
+  // What the plan finds room for, and what the tiles have room for.
+  int seen[3] = {}, there[3] = {};
   for (int n : {1, 2, 4, 8, 9, 16, 32, 64}) {
     for (int64_t s : {2, 6, 8, 12, 16, 24, 32, 64}) {
       for (int64_t hidden : {64, 1024, 2304, 4096, 7168, 8192, 16384}) {
         for (bool training : {false, true}) {
-          const attnres::Plan plan =
-              attnres::make_plan({n, s, 8192, hidden, 2}, DeviceKind::kCuda, training);
-          const InterBlockTile tile =
-              on_h100(training ? backward_of(n, s, hidden) : forward_of(n, s, hidden));
-          if (plan.phase_one_resident) CHECK(is_complete(tile, kH100, training));
-          ++(plan.phase_one_resident ? with_room : without);
+          const InterBlockTile tile = choose_inter_block_team(
+              training ? backward_of(n, s, hidden) : forward_of(n, s, hidden), limits, most_ctas);
+          const int tokens = is_complete(tile, limits, training)          ? 2
+                             : fits(tile, limits) && tile.num_passes == 1 ? 1
+                                                                          : 0;
+          const int planned = attnres::phase_one_tokens({n, s, 8192, hidden, 2}, facts, training);
+          CHECK(planned <= tokens);
+          ++seen[planned];
+          ++there[tokens];
         }
       }
     }
   }
-  CHECK(with_room > 500);
-  CHECK(without > 50);
+  // The estimate misses little.
+  CHECK(seen[0] > 50 && seen[2] > 150);
+  CHECK(10 * seen[2] >= 9 * there[2]);
+  CHECK(10 * (seen[1] + seen[2]) >= 9 * (there[1] + there[2]));
 }
 
 void test_slices_cover_all_panels() {
@@ -179,7 +191,10 @@ int main() {
   test_one_cta_where_that_is_enough();
   test_clusters_hold_what_one_cta_cannot();
   test_without_large_clusters_less_stays_on_chip();
-  test_where_the_plan_sees_room_there_is();
+  test_where_the_plan_sees_room_there_is(kH100, 90, kMostCtasInLargeCluster);
+  test_where_the_plan_sees_room_there_is(kA100, 80, 1);
+  test_where_the_plan_sees_room_there_is(kRtx3090, 86, 1);
+  test_where_the_plan_sees_room_there_is(kRtx5090, 120, kMostCtasInCluster);
   test_slices_cover_all_panels();
   test_no_more_ctas_than_panels_and_multiprocessors();
   test_before_9_0_score_vectors_come_in_passes();

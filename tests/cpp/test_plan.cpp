@@ -62,11 +62,34 @@ void test_phase_one_has_room() {
   const Plan plan = make_plan({64, 64, 8192, 8192, 2}, DeviceKind::kCuda);
   CHECK(!plan.two_phase && !plan.phase_one_resident);
   CHECK(plan.bytes_two_phase < plan.bytes_single_pass);
-  CHECK(plan.reason.find("no room") != std::string::npos);
+  CHECK(plan.reason.find("no room for a token") != std::string::npos);
   // Gradients take room too.
-  const Shape between = {8, 40, 8192, 7168, 2};
+  const Shape between = {16, 40, 8192, 7168, 2};
   CHECK(make_plan(between, DeviceKind::kCuda, false).two_phase);
   CHECK(!make_plan(between, DeviceKind::kCuda, true).two_phase);
+}
+
+void test_devices_with_less_room() {
+  const Device a100 = {DeviceKind::kCuda, 80, 163 << 10};
+  const Device rtx3090 = {DeviceKind::kCuda, 86, 99 << 10};
+  const Device rtx5090 = {DeviceKind::kCuda, 120, 99 << 10};
+  const Shape kimi = {9, 6, 8192, 2304, 2}, k3 = {8, 24, 8192, 7168, 2};
+  for (bool training : {false, true}) {
+    // One token at a time on the A100, a cluster on the RTX 5090.
+    CHECK(make_plan(kimi, a100, training).two_phase);
+    CHECK(!make_plan(kimi, rtx3090, training).two_phase);
+    CHECK(make_plan(kimi, rtx5090, training).two_phase);
+    for (const Device& device : {a100, rtx3090, rtx5090}) {
+      const Plan plan = make_plan(k3, device, training);
+      CHECK(!plan.two_phase && !plan.phase_one_resident);
+      CHECK(make_plan({9, 6, 8192, 768, 2}, device, training).two_phase);
+    }
+  }
+  // Room for one token does not pay where little is to be saved.
+  const Plan little = make_plan({9, 2, 8192, 4096, 2}, a100);
+  CHECK(!little.two_phase && little.phase_one_resident);
+  CHECK(little.bytes_two_phase < little.bytes_single_pass);
+  CHECK(little.reason.find("second token") != std::string::npos);
 }
 
 void test_tiles() {
@@ -94,6 +117,7 @@ int main() {
   test_arithmetic_bound_devices_take_the_single_pass();
   test_threshold();
   test_phase_one_has_room();
+  test_devices_with_less_room();
   test_no_overflow_at_sizes_people_use();
   test_tiles();
   test_errors();

@@ -94,6 +94,25 @@ def test_arithmetic_decides_on_a_cpu():
     assert "arithmetic takes longer" in plan.reason
 
 
+def test_devices_differ():
+    kimi, k3 = (9, 6, 8192, 2304), (8, 24, 8192, 7168)
+    a100 = {"capability": 80, "shared_bytes": 163 << 10}
+    rtx3090 = {"capability": 86, "shared_bytes": 99 << 10}
+    for training in (False, True):
+        for shape, device, two_phase in [
+            (kimi, {}, True),
+            (k3, {}, True),
+            (kimi, a100, True),
+            (k3, a100, False),
+            (kimi, rtx3090, False),
+            (k3, rtx3090, False),
+        ]:
+            plan = _C.plan(*shape, training=training, **device)
+            assert plan.two_phase == two_phase
+            assert plan.phase_one_resident == two_phase
+    assert _C.plan(*kimi).two_phase_from_tokens < _C.plan(*kimi, **a100).two_phase_from_tokens
+
+
 def test_threshold_is_where_the_choice_changes():
     threshold = _C.plan(9, 6, 1, 2304).two_phase_from_tokens
     assert not _C.plan(9, 6, threshold - 1, 2304).two_phase
@@ -124,6 +143,8 @@ def test_reads_well():
         ((1, 1, 1, 0), "plan: hidden is 0, expected at least 1"),
         ((1, 1, 1, 1, 0), "plan: itemsize is 0, expected at least 1"),
         ((1, 1, 1, 1, 2, "tpu"), "plan: device is 'tpu', expected 'cpu' or 'cuda'"),
+        ((1, 1, 1, 1, 2, "cuda", False, 0), "plan: capability is 0, expected at least 1"),
+        ((1, 1, 1, 1, 2, "cuda", False, 80, 0), "plan: shared_bytes is 0, expected at least 1"),
     ],
 )
 def test_errors(arguments, message):

@@ -1,6 +1,7 @@
 """AttentionResiduals against the paper's listing."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -281,3 +282,22 @@ def test_plan_decides_when_asked():
     assert not full.reads_in_two_phases(6, many, training=True), "a block of one shares nothing"
     cpu = torch.empty(1, 64).expand(1 << 20, 64)
     assert not residual.reads_in_two_phases(3, cpu, training=False), "arithmetic is the limit"
+
+
+@pytest.mark.parametrize(
+    ("capability", "kib_per_multiprocessor", "two_phase"),
+    [((8, 0), 164, True), ((8, 6), 100, False), ((9, 0), 228, True), ((12, 0), 100, True)],
+)
+def test_plan_knows_the_device(monkeypatch, capability, kib_per_multiprocessor, two_phase):
+    major, minor = capability
+    properties = SimpleNamespace(
+        major=major, minor=minor, shared_memory_per_multiprocessor=kib_per_multiprocessor << 10
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    # Not one that is there: answers are kept.
+    device = torch.device("cuda", 10 * major + minor)
+    tensor = SimpleNamespace(device=device, element_size=lambda: 2, numel=lambda: 8192 * 2304)
+    residual = AttentionResiduals(2304, 54, sublayers_per_block=6, device="meta")
+    for training in (False, True):
+        assert residual.reads_in_two_phases(9, tensor, training) == two_phase

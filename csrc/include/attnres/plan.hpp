@@ -6,6 +6,7 @@
 // against X they are 1/D and 1/M.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 #include <stdexcept>
@@ -15,6 +16,18 @@
 namespace attnres {
 
 enum class DeviceKind { kCpu, kCuda };
+
+// A device, as far as the plan asks. One of CUDA is an H100 unless it says what it is.
+struct Device {
+  DeviceKind kind;
+  int capability;        // 10 * major + minor
+  int64_t shared_bytes;  // of shared memory that a CTA may use, with opt-in
+
+  constexpr Device(DeviceKind of_kind, int of_capability = 90,
+                   int64_t with_shared_bytes = 227 << 10)
+      : kind(of_kind), capability(of_capability), shared_bytes(with_shared_bytes) {}
+};
+
 enum class Direction { kForward, kBackward };
 
 // Shape of a question to the plan. `num_sources` counts the finished blocks (with the embedding),
@@ -117,8 +130,15 @@ struct DeviceFacts {
   int64_t most_tiles_shared;
 };
 
-constexpr DeviceFacts device_facts(DeviceKind device) {
-  switch (device) {
+// CTAs that may work on a token together: a cluster's, from 9.0 on. Large chips run 16 of them, all
+// others 8.
+constexpr int64_t most_ctas_in_team(int capability) {
+  if (capability < 90) return 1;
+  return capability < 110 ? 16 : 8;
+}
+
+constexpr DeviceFacts device_facts(const Device& device) {
+  switch (device.kind) {
     case DeviceKind::kCpu:
       // Sources of a row wait in L2 and are scored and mixed there, which takes longer than
       // fetching them: two phases took 0.9 to 1.2 times as long as the single pass forward and 1.1
@@ -127,9 +147,8 @@ constexpr DeviceFacts device_facts(DeviceKind device) {
       // GB/s; half of a 1 MiB private L2.
       return {false, 200 << 10, 512 << 10, 0};
     case DeviceKind::kCuda:
-      // ~2 us at ~3 TB/s; 227 KiB of shared memory is the most one sm90 CTA may use, and 16 CTAs
-      // are the most in a cluster.
-      return {true, 6 << 20, 227 << 10, 16};
+      // ~2 us at ~3 TB/s.
+      return {true, 6 << 20, device.shared_bytes, most_ctas_in_team(device.capability)};
   }
   return {};
 }
@@ -152,31 +171,53 @@ constexpr int64_t two_phase_bytes(const Shape& shape, bool training) {
   return (forward + (training ? backward : 0)) * tensor_bytes(shape);
 }
 
-// Whether phase 1 of a block can read each row of a token once: some number of CTAs has room for
-// the score vectors, in the backward also for the sums of their gradients, and for two tokens, one
-// in use and one on its way. An estimate from above of what csrc/cuda/kernels/ then chooses.
-constexpr bool phase_one_is_resident(const Shape& shape, const DeviceFacts& facts, bool training) {
-  if (facts.most_tiles_shared == 0) return true;
+// Of those, what phase 1 moves.
+constexpr int64_t phase_one_bytes(const Shape& shape, bool training) {
+  const int64_t forward = shape.num_sources + shape.num_queries;
+  const int64_t backward = 3 * shape.num_sources + shape.num_queries;
+  return (forward + (training ? backward : 0)) * tensor_bytes(shape);
+}
+
+// Tokens of which phase 1 of a block has all rows on chip at once, beside the score vectors, shared
+// by some number of CTAs. 2: one is worked on and the next one is on its way, and in the backward
+// the sums of the score vectors' gradients have room too. 1: a token has to be waited for, and such
+// sums are read and written in the second-level cache. 0: rows or score vectors come more than
+// once. An estimate from below of what csrc/cuda/kernels/ then chooses.
+constexpr int phase_one_tokens(const Shape& shape, const DeviceFacts& facts, bool training) {
+  if (facts.most_tiles_shared == 0) return 2;
+  constexpr auto round_up = [](int64_t value, int64_t multiple) {
+    return (value + multiple - 1) / multiple * multiple;
+  };
   const int64_t n = shape.num_sources, s = shape.num_queries;
   // A half-precision score vector is three values of that precision to a tensor core.
   const int64_t vector_bytes = shape.itemsize == 2 ? 3 * shape.itemsize : shape.itemsize;
-  const int64_t sum_bytes = training ? (shape.itemsize == 8 ? 8 : 4) : 0;
+  const int64_t number_bytes = shape.itemsize == 8 ? 8 : 4;
   const int64_t rows = n + (training ? s : 0);
-  const int64_t column_bytes = s * (vector_bytes + sum_bytes) + 2 * rows * shape.itemsize;
-  // Columns are shared out 64 at a time, to CTAs and then to their warps, 4 to 15. Products are
-  // numbers of each source and query: three of each, partial sums of each warp, and what CTAs tell
-  // one another, two rounds of it.
+  // Products are numbers of each source and query: one of each, three in the backward, and partial
+  // sums of each warp; and there are a few of each source and of each query.
+  const int64_t products = (training ? 3 : 1) * round_up(n, 8) * (round_up(s, 8) + 4);
+  const int64_t partials = 16 * (std::min<int64_t>(round_up(s, 8), 32) + 8);
+  const int64_t most_warps = training ? 11 : 15;
   const int64_t panels = (shape.hidden + 63) / 64;
-  for (int64_t ctas = 1; ctas <= facts.most_tiles_shared && ctas <= panels; ctas *= 2) {
-    const int64_t slice = (panels + ctas - 1) / ctas;
-    const int64_t columns = slice * 64;
-    const int64_t warps = slice < 4 ? 4 : slice < 15 ? slice : 15;
-    const int64_t numbers = 3 * (n + 8) * (s + 12) + warps * 16 * 40 + 2 * ctas * n * (s + 1);
+  const auto have_room = [&](int tokens) {
+    const int64_t sum_bytes = training && tokens > 1 ? number_bytes : 0;
+    const int64_t column_bytes = s * (vector_bytes + sum_bytes) + tokens * rows * shape.itemsize;
     // A row ends with 16 bytes of padding.
-    const int64_t padding = (2 * rows + 3 * s) * 16;
-    if (columns * column_bytes + padding + 4 * numbers <= facts.tile_bytes) return true;
-  }
-  return false;
+    const int64_t padding = (tokens * rows + 3 * s) * 16;
+    // Columns are shared out 64 at a time, to CTAs and then to their warps, at least 4. CTAs tell
+    // one another products, two rounds of them.
+    for (int64_t ctas = 1; ctas <= facts.most_tiles_shared && ctas <= panels; ctas *= 2) {
+      const int64_t slice = (panels + ctas - 1) / ctas;
+      const int64_t warps = std::clamp<int64_t>(slice, 4, most_warps);
+      const int64_t told = ctas > 1 ? 2 * ctas * n * (s + 1) : 0;
+      const int64_t numbers = products + warps * partials + told + 2 * n + s + 16;
+      if (slice * 64 * column_bytes + padding + numbers * number_bytes <= facts.tile_bytes) {
+        return true;
+      }
+    }
+    return false;
+  };
+  return have_room(2) ? 2 : have_room(1) ? 1 : 0;
 }
 
 struct Plan {
@@ -189,7 +230,7 @@ struct Plan {
   int64_t tile_tokens = 1;
   // Whether one token's sources fit on chip, so that each is read from memory once.
   bool row_resident = true;
-  // The same for the rows that phase 1 takes at once.
+  // The same for the rows that phase 1 takes at once, of a token at least.
   bool phase_one_resident = true;
   std::string reason;
 };
@@ -209,13 +250,14 @@ inline void require_positive(const char* name, int64_t value) {
 // S(N+4) > N + 6S, that is N(1 - 1/S) > 2; with a backward where N(1 - 1/S) > 1.25. They
 // take one launch more, which decides for small M. Where arithmetic and not bandwidth is the limit,
 // the single pass, which does no more of it, is taken; and where phase 1 would have to read rows
-// more than once.
+// more than once. Where it has room for one token and not for the next, it is expected to take
+// twice as long as its bytes: an estimate, not a measurement.
 //
 // One answer serves forward and backward, for a mixture never moves fewer bytes than the better of
 // the two. A backward in two phases after a single-pass forward first has to run phase 1:
 // S(N+4) + N+S, no less than the N + 6S of a forward in two phases. And where the backward is
 // better off with the single pass, N(1 - 1/S) < 1, the forward is too.
-inline Plan make_plan(const Shape& shape, DeviceKind device, bool training = false) {
+inline Plan make_plan(const Shape& shape, const Device& device, bool training = false) {
   detail::require_positive("num_sources", shape.num_sources);
   detail::require_positive("num_queries", shape.num_queries);
   detail::require_positive("hidden", shape.hidden);
@@ -224,6 +266,10 @@ inline Plan make_plan(const Shape& shape, DeviceKind device, bool training = fal
     throw std::invalid_argument("plan: num_tokens is " + std::to_string(shape.num_tokens) +
                                 ", expected at least 0");
   }
+  if (device.kind == DeviceKind::kCuda) {
+    detail::require_positive("capability", device.capability);
+    detail::require_positive("shared_bytes", device.shared_bytes);
+  }
   const DeviceFacts facts = device_facts(device);
   Plan plan;
   plan.bytes_single_pass = single_pass_bytes(shape, training);
@@ -231,10 +277,12 @@ inline Plan make_plan(const Shape& shape, DeviceKind device, bool training = fal
 
   Shape one_token = shape;
   one_token.num_tokens = 1;
-  const int64_t saved_per_token =
-      single_pass_bytes(one_token, training) - two_phase_bytes(one_token, training);
+  const int tokens_on_chip = phase_one_tokens(shape, facts, training);
+  plan.phase_one_resident = tokens_on_chip > 0;
+  const int64_t saved_per_token = single_pass_bytes(one_token, training) -
+                                  two_phase_bytes(one_token, training) -
+                                  (tokens_on_chip == 1 ? phase_one_bytes(one_token, training) : 0);
   const int64_t extra_launches = training ? 2 : 1;
-  plan.phase_one_resident = phase_one_is_resident(shape, facts, training);
   if (saved_per_token > 0 && facts.bandwidth_bound && plan.phase_one_resident) {
     plan.two_phase_from_tokens =
         (extra_launches * facts.launch_bytes + saved_per_token - 1) / saved_per_token;
@@ -247,14 +295,17 @@ inline Plan make_plan(const Shape& shape, DeviceKind device, bool training = fal
 
   if (plan.two_phase) {
     plan.reason = "two phases move fewer bytes, by more than their extra launch costs";
-  } else if (saved_per_token > 0 && !facts.bandwidth_bound) {
-    plan.reason = "two phases would move fewer bytes, but arithmetic takes longer here, and stays";
-  } else if (saved_per_token > 0 && !plan.phase_one_resident) {
-    plan.reason = "two phases would move fewer bytes, but phase 1 has no room for a token on chip";
-  } else if (saved_per_token > 0) {
-    plan.reason = "two phases would move fewer bytes, but by less than their extra launch costs";
-  } else {
+  } else if (single_pass_bytes(one_token, training) <= two_phase_bytes(one_token, training)) {
     plan.reason = "the single pass moves no more bytes than two phases";
+  } else if (!facts.bandwidth_bound) {
+    plan.reason = "two phases would move fewer bytes, but arithmetic takes longer here, and stays";
+  } else if (!plan.phase_one_resident) {
+    plan.reason = "two phases would move fewer bytes, but phase 1 has no room for a token on chip";
+  } else if (saved_per_token <= 0) {
+    plan.reason =
+        "two phases would move fewer bytes, but phase 1 has no room for a second token on chip";
+  } else {
+    plan.reason = "two phases would move fewer bytes, but by less than their extra launch costs";
   }
   return plan;
 }

@@ -11,6 +11,7 @@ import torch
 
 from attnres_ext import _C
 from attnres_ext._native import LIBRARY
+from attnres_ext.devices import plan_device
 from attnres_ext.models.kimi_linear import (
     KimiLinearConfig,
     KimiLinearForCausalLM,
@@ -81,11 +82,20 @@ def _cuda_devices() -> list[str]:
     ]
 
 
+def _planned_devices() -> dict[str, dict[str, Any]]:
+    """What ``_C.plan`` is told of a CPU and of each kind of CUDA device here, or of an H100."""
+    found = [plan_device(torch.device("cuda", index)) for index in range(torch.cuda.device_count())]
+    devices = {"cpu": plan_device(torch.device("cpu"))}
+    for device in found or [{"device": "cuda", "capability": 90}]:
+        devices[f"cuda {device['capability'] / 10}"] = device
+    return devices
+
+
 def collect_plan(shape: tuple[int, ...], dtype: str, itemsize: int) -> dict[str, Any]:
     """The plan for a block's sites, per kind of device, for inference and for training."""
     sources, queries, tokens, hidden = shape
     plans = []
-    for device in ("cpu", "cuda"):
+    for name, device in _planned_devices().items():
         for training in (False, True):
             plan = _C.plan(
                 num_sources=sources,
@@ -93,12 +103,12 @@ def collect_plan(shape: tuple[int, ...], dtype: str, itemsize: int) -> dict[str,
                 num_tokens=tokens,
                 hidden=hidden,
                 itemsize=itemsize,
-                device=device,
                 training=training,
+                **device,
             )
             plans.append(
                 {
-                    "device": device,
+                    "device": name,
                     "for": "training" if training else "inference",
                     "plan": "two phases" if plan.two_phase else "single pass",
                     "bytes, single pass": plan.bytes_single_pass,
