@@ -1,4 +1,4 @@
-// What the CUDA kernels' plan says of an H100.
+// What the CUDA kernels' plan says of an H100, and of a device with little shared memory.
 #include "check.hpp"
 #include "kernels/depth_attention_tile.hpp"
 
@@ -7,6 +7,7 @@ using namespace attnres::cuda;
 namespace {
 
 constexpr DeviceLimits kH100 = {132, 228 << 10, 227 << 10};
+constexpr DeviceLimits kRtx3090 = {82, 100 << 10, 99 << 10};
 
 // The forward over bf16 rows.
 DepthAttentionShape forward_of(int num_sources, int64_t hidden) {
@@ -89,11 +90,28 @@ void test_tiles_fit_the_device() {
   }
 }
 
+// As many sources as there may be, of float32, forward and backward: what all else falls back on.
+void test_sixteen_values_a_thread_fit_every_device() {
+  for (const int64_t hidden : {8, 2304, 7680, 16384, 1 << 20}) {
+    DepthAttentionShape shape = shared_of(256, hidden);
+    shape.chunk_bytes = 32;
+    for (const bool backward : {false, true}) {
+      shape.values_per_segment = backward ? 2 : 1;
+      shape.values_per_source = backward ? 3 : 1;
+      shape.num_steps = backward ? 256 : 257;
+      const DepthAttentionTile tile = choose_depth_attention_tile(shape, kRtx3090);
+      CHECK(tile.shared_bytes <= kRtx3090.shared_bytes_per_cta);
+      CHECK(tile.num_slots >= kLeastSlots);
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
   test_few_tokens_get_all_multiprocessors();
   test_rows_that_do_not_fit_are_shared();
   test_tiles_fit_the_device();
+  test_sixteen_values_a_thread_fit_every_device();
   return attnres::testing::finish();
 }
