@@ -58,6 +58,8 @@ def main() -> None:
     parser.add_argument("--lora", action="store_true", help="train adapters, not the model")
     parser.add_argument("--out", default="runs/finetune", help="where checkpoints go")
     options = parser.parse_args()
+    if options.text is not None and not Path(options.text).is_file():
+        parser.error(f"--text {options.text} is no file")
 
     torch.manual_seed(0)
     if options.model is None:

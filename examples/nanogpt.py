@@ -118,7 +118,7 @@ def loss_of(model: GPT, text: Tensor, starts: Tensor) -> Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--text", help="a file to train on")
     parser.add_argument("--modes", default="standard,block", help="of standard, block and full")
     parser.add_argument("--steps", type=int, default=300)
@@ -127,6 +127,8 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    if options.text is not None and not Path(options.text).is_file():
+        parser.error(f"--text {options.text} is no file")
 
     text = read_text(options.text)
     train, valid = text[: -len(text) // 20], text[-len(text) // 20 :]

@@ -247,6 +247,9 @@ class BlockCache:
         self._check_owner()
         if self._state.sealed == 0:
             raise RuntimeError("block cache: inter has nothing to read, no slot is closed")
+        if not isinstance(queries, Tensor):
+            kind = type(queries).__name__
+            raise TypeError(f"block cache: queries is a {kind}, expected a tensor")
         if queries.dim() != 2 or queries.shape[1] != self.hidden_size:
             raise ValueError(
                 f"block cache: queries has shape {tuple(queries.shape)}, "
@@ -320,7 +323,11 @@ class BlockCache:
             ValueError: Unless it has the cache's shape and device, and a dtype that the cache's
                 holds without rounding.
             RuntimeError: If it asks for a gradient.
+            TypeError: If it is no tensor.
         """
+        if not isinstance(tensor, Tensor):
+            kind = type(tensor).__name__
+            raise TypeError(f"block cache: {name} is a {kind}, expected a tensor")
         if tuple(tensor.shape) != self.shape:
             raise ValueError(
                 f"block cache: {name} has shape {tuple(tensor.shape)}, expected {self.shape}"

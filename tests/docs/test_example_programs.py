@@ -37,6 +37,12 @@ def test_nanogpt(text, monkeypatch, capsys):
     assert shown.count("It writes:\ndef ") == 3
 
 
+def test_a_text_that_is_not_there(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run("nanogpt.py", "--text", "/nowhere", monkeypatch=monkeypatch)
+    assert "nanogpt.py: error: --text /nowhere is no file" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("options", [[], ["--lora"]], ids=str)
 def test_finetune_transformers(options, text, tmp_path, monkeypatch, capsys):
     for name in ("transformers", "accelerate", "peft"):

@@ -302,6 +302,17 @@ def test_queries_that_do_not_fit(shape):
         cache.inter(torch.zeros(shape))
 
 
+def test_what_is_no_tensor():
+    cache, query = BlockCache(2, 4, D), torch.zeros(D)
+    with pytest.raises(TypeError, match="block cache: delta is a tuple, expected a tensor"):
+        cache.write((torch.zeros(4, D), None))
+    cache.write(torch.zeros(4, D))
+    cache.close()
+    with pytest.raises(TypeError, match="block cache: queries is a list, expected a tensor"):
+        cache.inter([query, query])
+    assert not cache.open_holds_partial
+
+
 def test_memory_is_used_by_one_cache_at_a_time():
     large, delta, query = BlockCache(2, 4, D), torch.randn(4, D), torch.zeros(D)
     large.write(delta)
