@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "attnres/no_kernel.hpp"
 #include "tensors.hpp"
 
 namespace attnres::ops {
@@ -53,13 +54,7 @@ void check_no_overlap(const Argument& argument, const Tensor& output, const Tens
 template <typename Function>
 Function kernel_of(const char* op, const Tensor& like, Function Backend::* member) {
   const Function function = backend_of(like).*member;
-  constexpr bool kBuiltWithCuda = sizeof(ATTNRES_CUDA_ARCHITECTURES) > 1;
-  ATTNRES_CHECK(function != nullptr, op, ": this build of attnres_ext",
-                kBuiltWithCuda ? ", though it holds CUDA kernels of other operators,"
-                               : ", made without a CUDA compiler,",
-                " has no CUDA kernel for it; move the tensors to the CPU",
-                kBuiltWithCuda ? "" : ", or install a build with CUDA kernels",
-                " (`attnres info` lists what is inside)");
+  ATTNRES_CHECK(function != nullptr, no_cuda_kernel_for(op, ATTNRES_CUDA_ARCHITECTURES));
   return function;
 }
 
