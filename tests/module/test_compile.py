@@ -23,9 +23,6 @@ def counter():
     torch._dynamo.reset()
 
 
-two_phases = pytest.mark.parametrize("options", [{"sublayers_per_block": 3, "two_phase": True}])
-
-
 class Layer(nn.Module):
     """Two sublayers of a model, as a module of their own."""
 
@@ -78,7 +75,7 @@ def test_compiles_for_any_number_of_tokens(counter):
 
 
 @pytest.mark.slow
-@two_phases
+@every_mode
 def test_one_graph_a_layer(options, counter):
     model = toy(SITES, **options)
     layers = [
@@ -96,7 +93,7 @@ def test_one_graph_a_layer(options, counter):
 
 
 @pytest.mark.slow
-@two_phases
+@every_mode
 def test_compiled_sublayers_under_checkpoints(options, counter):
     """Reads stay outside of the graphs: any checkpoint may go around them."""
     model = toy(SITES, **options)
@@ -113,7 +110,7 @@ def test_compiled_sublayers_under_checkpoints(options, counter):
 
 
 @pytest.mark.slow
-@two_phases
+@every_mode
 @pytest.mark.skipif(
     not hasattr(torch._dynamo.config, REPLAY_NO_SIDE_EFFECTS), reason="this torch cannot"
 )
