@@ -10,7 +10,7 @@ function(attnres_add_cpu_kernels target)
     # Sums are reordered by hand, in the source, and nowhere else: no -ffast-math. GCC 12 warns of uninitialised values
     # inside its own AVX-512 headers.
     target_compile_options(${library} PRIVATE -O3 -ffp-contract=fast -fno-math-errno ${ARGN}
-                                              $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized>)
+                                              "$<$<CXX_COMPILER_ID:GNU>:-Wno-uninitialized;-Wno-maybe-uninitialized>")
     target_compile_definitions(${library} PRIVATE ATTNRES_KERNELS=k${initial}${rest}Kernels
                                                   ATTNRES_KERNELS_NAME="${name}")
     target_link_libraries(${library} PRIVATE attnres_warnings)

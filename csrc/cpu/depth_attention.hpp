@@ -77,12 +77,16 @@ ATTNRES_INLINE void add_and_score(Row partial, Row delta, MutableRow result, con
   sum_over_tiles<Access, kUnroll>(
       hidden,
       [&](auto tile) __attribute__((always_inline)) {
+        Vec<A> added[kUnroll];
 #pragma GCC unroll 4
         for (int k = 0; k < tile.kCount; ++k) {
-          Vec<A> x = tile.load(delta, k);
-          if (partial.data != nullptr) x += tile.load(partial, k);
-          tile.store(result, k, x);
-          x = tile.load(rounded, k);
+          added[k] = tile.load(delta, k);
+          if (partial.data != nullptr) added[k] += tile.load(partial, k);
+        }
+        tile.store_all(result, added);
+#pragma GCC unroll 4
+        for (int k = 0; k < tile.kCount; ++k) {
+          const Vec<A> x = tile.load(rounded, k);
           if (u != nullptr) dots.parts[k] += x * tile.load(u, k);
           sums.parts[k] += x * x;
         }
@@ -102,8 +106,8 @@ ATTNRES_INLINE const Row* next_rows(const ConstRows* sources, int count, int64_t
   return rows;
 }
 
-// f(tile, k, sum_i weights[i] * rows[i]) for every vector of the mix. The rows come from cache, so
-// that memory is free to bring `next`, the rows of the next token, if there are any.
+// f(tile, the tile's vectors of sum_i weights[i] * rows[i]) for all of the mix. The rows come from
+// cache, so that memory is free to bring `next`, the rows of the next token, if there are any.
 template <typename Access, typename A = typename Access::A, typename F>
 ATTNRES_INLINE void mix(const Row* rows, const Row* next, const A* weights, int count,
                         int64_t hidden, F&& f) {
@@ -115,8 +119,7 @@ ATTNRES_INLINE void mix(const Row* rows, const Row* next, const A* weights, int 
       for (int k = 0; k < tile.kCount; ++k) sums[k] += weight * tile.load(rows[i], k);
       if (next != nullptr) tile.prefetch(next[i]);
     }
-#pragma GCC unroll 4
-    for (int k = 0; k < tile.kCount; ++k) f(tile, k, sums[k]);
+    f(tile, sums);
   });
 }
 
@@ -153,6 +156,7 @@ void depth_attention_forward(const DepthAttentionForward& p, const SharedVectors
   const A* out_weight = static_cast<const A*>(shared.out_weight);
   const int n = p.num_sources;
   const int64_t m_total = p.num_tokens, hidden = p.hidden;
+  const bool streamed = streams(p.out, m_total * hidden * size_of(p.out.dtype));
   Arena arena(range.scratch);
   const ForwardScratch<A> s(arena, p);
 
@@ -185,22 +189,31 @@ void depth_attention_forward(const DepthAttentionForward& p, const SharedVectors
     const A lse = softmax<A>(s.logits, s.weights, n);
 
     const Row* next = next_rows(p.sources, n, m, range, s.next);
-    const MutableRow out = row(p.out, m);
+    MutableRow out = row(p.out, m);
+    out.streamed = streamed;
     if (out_weight == nullptr) {
       mix<Access>(s.rows, next, s.weights, n, hidden,
-                  [&](auto tile, int k, Vec<A> v)
-                      __attribute__((always_inline)) { tile.store(out, k, v); });
+                  [&](auto tile, const Vec<A>* v)
+                      __attribute__((always_inline)) { tile.store_all(out, v); });
     } else {
       A* mixed = p.mix.data == nullptr ? s.mixed : static_cast<A*>(row(p.mix, m).data);
       Sum<A, kUnroll> squares;
       mix<Access>(s.rows, next, s.weights, n, hidden,
-                  [&](auto tile, int k, Vec<A> v) __attribute__((always_inline)) {
-                    tile.store(mixed, k, v);
-                    squares.parts[k] += v * v;
+                  [&](auto tile, const Vec<A>* v) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+                    for (int k = 0; k < tile.kCount; ++k) {
+                      tile.store(mixed, k, v[k]);
+                      squares.parts[k] += v[k] * v[k];
+                    }
                   });
       const A rstd = inverse_rms<A>(squares.total(), hidden, p.out_eps);
-      for_tiles<Access, 1>(hidden, [&](auto tile) __attribute__((always_inline)) {
-        tile.store(out, 0, tile.load(mixed, 0) * rstd * tile.load(out_weight, 0));
+      for_tiles<Access, kUnroll>(hidden, [&](auto tile) __attribute__((always_inline)) {
+        Vec<A> normed[kUnroll];
+#pragma GCC unroll 4
+        for (int k = 0; k < tile.kCount; ++k) {
+          normed[k] = tile.load(mixed, k) * rstd * tile.load(out_weight, k);
+        }
+        tile.store_all(out, normed);
       });
     }
 
@@ -215,6 +228,7 @@ void depth_attention_forward(const DepthAttentionForward& p, const SharedVectors
     }
     if (p.last_rstd != nullptr) p.last_rstd[m] = static_cast<float>(s.rstd[n - 1]);
   }
+  finish_streaming();
 }
 
 template <typename A>
@@ -276,6 +290,17 @@ ATTNRES_INLINE void output_norm_backward(Row grad_out, const A* mixed, const A* 
   });
 }
 
+// Bytes of the gradients that a backward writes.
+template <typename Backward>
+ATTNRES_INLINE int64_t bytes_of_gradients(const Backward& p) {
+  int64_t bytes = 0;
+  for (int i = 0; i < p.num_sources; ++i) {
+    const Rows& grad = p.grad_sources[i];
+    if (grad.data != nullptr) bytes += p.num_tokens * p.hidden * size_of(grad.dtype);
+  }
+  return bytes;
+}
+
 template <typename Access>
 void depth_attention_backward(const DepthAttentionBackward& p, const SharedVectors& shared,
                               TokenRange range, void* part) {
@@ -291,15 +316,17 @@ void depth_attention_backward(const DepthAttentionBackward& p, const SharedVecto
   Arena arena(range.scratch);
   const BackwardScratch<A> s(arena, p);
 
-  bool any_source_gradient = false;
-  for (int i = 0; i < n; ++i) any_source_gradient |= p.grad_sources[i].data != nullptr;
-  const bool needs_columns = any_source_gradient || grad_score != nullptr;
+  const int64_t gradient_bytes = bytes_of_gradients(p);
+  const bool needs_columns = gradient_bytes > 0 || grad_score != nullptr;
 
   for (int64_t m = range.begin; m < range.end; ++m) {
     for (int i = 0; i < n; ++i) {
       s.rows[i] = row(p.sources[i], m);
       s.grads[i] = p.grad_sources[i].data == nullptr ? MutableRow{} : row(p.grad_sources[i], m);
       s.bases[i] = p.grad_base[i].data == nullptr ? Row{} : row(p.grad_base[i], m);
+      // What is added to is in a cache already.
+      s.grads[i].streamed =
+          s.bases[i].data == nullptr && streams(p.grad_sources[i], gradient_bytes);
     }
     const int first_scored = p.first_logit != nullptr ? 1 : 0;
     if (first_scored == 1) {
@@ -341,8 +368,9 @@ void depth_attention_backward(const DepthAttentionBackward& p, const SharedVecto
         mixed = static_cast<const A*>(row(p.mix, m).data);
       } else {
         mix<Access>(s.rows, nullptr, s.weights, n, hidden,
-                    [&](auto tile, int k, Vec<A> v)
-                        __attribute__((always_inline)) { tile.store(s.mixed, k, v); });
+                    [&](auto tile, const Vec<A>* v) __attribute__((always_inline)) {
+                      for (int k = 0; k < tile.kCount; ++k) tile.store(s.mixed, k, v[k]);
+                    });
       }
       output_norm_backward<Access>(grad_out, mixed, out_weight, hidden, p.out_eps, s.g,
                                    grad_out_weight);
@@ -385,15 +413,15 @@ void depth_attention_backward(const DepthAttentionBackward& p, const SharedVecto
         const Vec<A> a = broadcast<A>(s.score_factor[i]);
         const Vec<A> b = broadcast<A>(s.value_factor[i]);
         if (next != nullptr) tile.prefetch(next[i]);
+        Vec<A> dv[2];
 #pragma GCC unroll 2
         for (int k = 0; k < tile.kCount; ++k) {
           const Vec<A> v = tile.load(s.rows[i], k);
           du[k] += a * v;
-          if (s.grads[i].data == nullptr) continue;
-          Vec<A> dv = weight * g[k] + a * score_vector[k] - b * v;
-          if (s.bases[i].data != nullptr) dv += tile.load(s.bases[i], k);
-          tile.store(s.grads[i], k, dv);
+          dv[k] = weight * g[k] + a * score_vector[k] - b * v;
+          if (s.bases[i].data != nullptr) dv[k] += tile.load(s.bases[i], k);
         }
+        if (s.grads[i].data != nullptr) tile.store_all(s.grads[i], dv);
       }
       if (grad_score != nullptr) {
 #pragma GCC unroll 2
@@ -402,6 +430,7 @@ void depth_attention_backward(const DepthAttentionBackward& p, const SharedVecto
       }
     });
   }
+  finish_streaming();
 }
 
 }  // namespace

@@ -12,7 +12,7 @@ namespace {
 // Columns of a panel: those of 9 float32 rows are 9 KiB.
 constexpr int64_t kPanel = 256;
 // So many queries are multiplied with so many rows at a time, as registers hold sums.
-constexpr int kQueries = 4;
+constexpr int kQueries = kVectorBytes == 64 ? 6 : 4;
 constexpr int kRows = kVectorBytes == 64 ? 4 : 2;
 // Vectors of an output that are mixed at a time.
 constexpr int kMixed = kVectorBytes == 64 ? 4 : 2;
@@ -24,19 +24,21 @@ struct Group {
 };
 
 template <int kMost, typename F>
-ATTNRES_INLINE void rest_of_groups(int64_t first, int64_t rest, F&& f) {
-  if constexpr (kMost > 0) {
-    if (rest == kMost) return f(Group<kMost>{first});
-    rest_of_groups<kMost - 1>(first, rest, f);
-  }
+ATTNRES_INLINE void with_group(int64_t first, int64_t count, F&& f) {
+  if (count == kMost) return f(Group<kMost>{first});
+  if constexpr (kMost > 1) with_group<kMost - 1>(first, count, f);
 }
 
-// f(group) for groups of kMost items, and one of those that are left.
+// f(group) for as few groups of at most kMost items as there can be, of nearly the same size: one
+// row or query on its own has too few sums to keep the multipliers busy.
 template <int kMost, typename F>
 ATTNRES_INLINE void for_groups(int64_t count, F&& f) {
   int64_t first = 0;
-  for (; first + kMost <= count; first += kMost) f(Group<kMost>{first});
-  rest_of_groups<kMost - 1>(first, count - first, f);
+  for (int64_t left = (count + kMost - 1) / kMost; left > 0; --left) {
+    const int64_t size = (count - first + left - 1) / left;
+    with_group<kMost>(first, size, f);
+    first += size;
+  }
 }
 
 // f(first column, number of columns) for every panel of a row.
@@ -51,49 +53,57 @@ ATTNRES_INLINE Row columns_from(Row row, int64_t begin) {
   return {row_at(row.data, row.dtype, begin), row.dtype};
 }
 ATTNRES_INLINE MutableRow columns_from(MutableRow row, int64_t begin) {
-  return {const_cast<void*>(row_at(row.data, row.dtype, begin)), row.dtype};
+  return {const_cast<void*>(row_at(row.data, row.dtype, begin)), row.dtype, row.streamed};
 }
 
-// A panel of the N rows of one token in the compute type: where they lie if they have it, else a
-// copy.
+// A panel of rows in the compute type: where they lie if they have it, else a copy.
 template <typename A>
 struct Panel {
-  const A** rows;  // [N]
-  A* copies;       // [N, kPanel]
+  const A** rows;
+  A* copies;  // [rows, kPanel]
 
-  Panel(Arena& arena, int num_sources)
-      : rows(arena.take<const A*>(num_sources)), copies(arena.take<A>(num_sources * kPanel)) {}
+  Panel(Arena& arena, int num_rows)
+      : rows(arena.take<const A*>(num_rows)), copies(arena.take<A>(num_rows * kPanel)) {}
 };
 
+// Also adds the squares of each row's values to `squares` if wanted, still one sum for each lane.
 template <typename Access, typename A = typename Access::A>
-ATTNRES_INLINE void read_panel(const Row* rows, const Row* next, int n, int64_t begin,
-                               int64_t count, const Panel<A>& panel) {
-  for (int i = 0; i < n; ++i) {
+ATTNRES_INLINE void read_panel(const Row* rows, int num_rows, int64_t begin, int64_t count,
+                               const Panel<A>& panel, Vec<A>* squares = nullptr) {
+  for (int i = 0; i < num_rows; ++i) {
     const Row row = columns_from(rows[i], begin);
-    if constexpr (kIsCompute<Access>) {
-      panel.rows[i] = static_cast<const A*>(row.data);
-    } else {
-      A* copy = panel.copies + i * kPanel;
-      for_tiles<Access, kUnroll>(count, [&](auto tile) __attribute__((always_inline)) {
+    A* copy = panel.copies + i * kPanel;
+    panel.rows[i] = kIsCompute<Access> ? static_cast<const A*>(row.data) : copy;
+    if (kIsCompute<Access> && squares == nullptr) continue;
+    Vec<A> sums[kUnroll] = {};
+    for_tiles<Access, kUnroll>(count, [&](auto tile) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-        for (int k = 0; k < tile.kCount; ++k) tile.store(copy, k, tile.load(row, k));
-      });
-      panel.rows[i] = copy;
-    }
-    if (next == nullptr) continue;
-    const Row later = columns_from(next[i], begin);
-    for_tiles<Access, kUnroll>(
-        count, [&](auto tile) __attribute__((always_inline)) { tile.prefetch(later); });
+      for (int k = 0; k < tile.kCount; ++k) {
+        const Vec<A> x = tile.load(row, k);
+        if constexpr (!kIsCompute<Access>) tile.store(copy, k, x);
+        sums[k] += x * x;
+      }
+    });
+    if (squares != nullptr) squares[i] += (sums[0] + sums[1]) + (sums[2] + sums[3]);
   }
 }
 
-// sums[s * n + i] += <rows[i], vectors[s]> for n rows of `count` columns and S vectors `stride`
-// values apart. Every product is made in the same order, whatever group it falls into.
+template <typename Access>
+ATTNRES_INLINE void prefetch_panel(const Row* rows, int num_rows, int64_t begin, int64_t count) {
+  for (int i = 0; i < num_rows; ++i) {
+    const Row row = columns_from(rows[i], begin);
+    for_tiles<Access, kUnroll>(
+        count, [&](auto tile) __attribute__((always_inline)) { tile.prefetch(row); });
+  }
+}
+
+// sums[s * num_rows + i] += <rows[i], vectors[s]> over `count` columns. Every product is made in
+// the same order, whatever group it falls into.
 template <typename A>
-void add_products(const A* const* rows, int n, const A* vectors, int64_t stride,
-                  int64_t num_queries, int64_t count, Vec<A>* sums) {
-  for_groups<kQueries>(num_queries, [&](auto queries) __attribute__((always_inline)) {
-    for_groups<kRows>(n, [&](auto sources) __attribute__((always_inline)) {
+void add_products(const A* const* rows, int num_rows, const A* const* vectors, int64_t num_vectors,
+                  int64_t count, Vec<A>* sums) {
+  for_groups<kQueries>(num_vectors, [&](auto queries) __attribute__((always_inline)) {
+    for_groups<kRows>(num_rows, [&](auto sources) __attribute__((always_inline)) {
       Vec<A> products[queries.kCount][sources.kCount] = {};
       for_tiles<Uniform<A, A>, 1>(count, [&](auto tile) __attribute__((always_inline)) {
         Vec<A> values[sources.kCount];
@@ -101,40 +111,30 @@ void add_products(const A* const* rows, int n, const A* vectors, int64_t stride,
           values[i] = tile.load(rows[sources.first + i], 0);
         }
         for (int q = 0; q < queries.kCount; ++q) {
-          const Vec<A> vector = tile.load(vectors + (queries.first + q) * stride, 0);
+          const Vec<A> vector = in_register(tile.load(vectors[queries.first + q], 0));
           for (int i = 0; i < sources.kCount; ++i) products[q][i] += vector * values[i];
         }
       });
       for (int q = 0; q < queries.kCount; ++q) {
         for (int i = 0; i < sources.kCount; ++i) {
-          sums[(queries.first + q) * n + sources.first + i] += products[q][i];
+          sums[(queries.first + q) * num_rows + sources.first + i] += products[q][i];
         }
       }
     });
   });
 }
 
-template <typename A>
-ATTNRES_INLINE Vec<A> sum_of_squares(const A* values, int64_t count) {
-  Vec<A> parts[kUnroll] = {};
-  for_tiles<Uniform<A, A>, kUnroll>(count, [&](auto tile) __attribute__((always_inline)) {
-#pragma GCC unroll 4
-    for (int k = 0; k < tile.kCount; ++k) {
-      const Vec<A> x = tile.load(values, k);
-      parts[k] += x * x;
-    }
-  });
-  return (parts[0] + parts[1]) + (parts[2] + parts[3]);
-}
-
 // Sums over the panels of a row, still one for each lane.
 template <typename A>
 struct ScoreSums {
-  Vec<A>* products;  // [S, N]
-  Vec<A>* squares;   // [N]
+  const A** vectors;  // [S], a panel of the score vectors
+  Vec<A>* products;   // [S, rows]
+  Vec<A>* squares;    // [rows]
 
-  ScoreSums(Arena& arena, int n, int64_t num_queries)
-      : products(arena.take<Vec<A>>(num_queries * n)), squares(arena.take<Vec<A>>(n)) {}
+  ScoreSums(Arena& arena, int num_rows, int64_t num_queries)
+      : vectors(arena.take<const A*>(num_queries)),
+        products(arena.take<Vec<A>>(num_queries * num_rows)),
+        squares(arena.take<Vec<A>>(num_rows)) {}
 };
 
 // logits [S, N] and rstd [N] of one token.
@@ -146,11 +146,10 @@ ATTNRES_INLINE void score_all(const Row* rows, int n, const A* u, int64_t num_qu
   for (int64_t j = 0; j < num_queries * n; ++j) sums.products[j] = Vec<A>{};
   for (int i = 0; i < n; ++i) sums.squares[i] = Vec<A>{};
   for_panels(hidden, [&](int64_t begin, int64_t count) __attribute__((always_inline)) {
-    read_panel<Access>(rows, nullptr, n, begin, count, panel);
-    if (known_rstd == nullptr) {
-      for (int i = 0; i < n; ++i) sums.squares[i] += sum_of_squares<A>(panel.rows[i], count);
-    }
-    add_products<A>(panel.rows, n, u + begin, hidden, num_queries, count, sums.products);
+    read_panel<Access>(rows, n, begin, count, panel,
+                       known_rstd == nullptr ? sums.squares : nullptr);
+    for (int64_t s = 0; s < num_queries; ++s) sums.vectors[s] = u + s * hidden + begin;
+    add_products<A>(panel.rows, n, sums.vectors, num_queries, count, sums.products);
   });
   for (int i = 0; i < n; ++i) {
     rstd[i] = known_rstd != nullptr ? static_cast<A>(known_rstd[i * known_stride])
@@ -185,6 +184,34 @@ struct InterForwardScratch {
         weights(arena.take<A>(p.num_sources * p.num_queries)) {}
 };
 
+// outs[s] = sum_i weights[s * n + i] rows[i] for all queries of one token. Memory is free meanwhile
+// to bring `next`, the rows of the next token, if there are any.
+template <typename Access, typename A = typename Access::A>
+ATTNRES_INLINE void mix_queries(const Row* rows, const Row* next, int n, const A* weights,
+                                const MutableRow* outs, int64_t num_queries, int64_t hidden,
+                                const Panel<A>& panel) {
+  for_panels(hidden, [&](int64_t begin, int64_t count) __attribute__((always_inline)) {
+    read_panel<Access>(rows, n, begin, count, panel);
+    if (next != nullptr) prefetch_panel<Access>(next, n, begin, count);
+    for_groups<kQueries>(num_queries, [&](auto queries) __attribute__((always_inline)) {
+      for_tiles<Access, kMixed>(count, [&](auto tile) __attribute__((always_inline)) {
+        Vec<A> sums[queries.kCount][kMixed] = {};
+        for (int i = 0; i < n; ++i) {
+          Vec<A> v[kMixed];
+          for (int k = 0; k < tile.kCount; ++k) v[k] = tile.load(panel.rows[i], k);
+          for (int q = 0; q < queries.kCount; ++q) {
+            const Vec<A> weight = broadcast<A>(weights[(queries.first + q) * n + i]);
+            for (int k = 0; k < tile.kCount; ++k) sums[q][k] += weight * v[k];
+          }
+        }
+        for (int q = 0; q < queries.kCount; ++q) {
+          tile.store_all(columns_from(outs[queries.first + q], begin), sums[q]);
+        }
+      });
+    });
+  });
+}
+
 template <typename Access>
 void inter_block_forward(const InterBlockForward& p, const SharedVectors& shared,
                          TokenRange range) {
@@ -194,6 +221,7 @@ void inter_block_forward(const InterBlockForward& p, const SharedVectors& shared
   const int64_t m_total = p.num_tokens, hidden = p.hidden, num_queries = p.num_queries;
   Arena arena(range.scratch);
   const InterForwardScratch<A> t(arena, p);
+  const bool streamed = streams(p.out, num_queries * m_total * hidden * size_of(p.out.dtype));
 
   for (int64_t m = range.begin; m < range.end; ++m) {
     for (int i = 0; i < n; ++i) t.rows[i] = row(p.sources[i], m);
@@ -203,30 +231,11 @@ void inter_block_forward(const InterBlockForward& p, const SharedVectors& shared
     for (int64_t s = 0; s < num_queries; ++s) {
       const A lse = softmax<A>(t.logits + s * n, t.weights + s * n, n);
       static_cast<A*>(p.lse)[s * m_total + m] = lse;
+      t.outs[s] = row(p.out, s * m_total + m);
+      t.outs[s].streamed = streamed;
     }
-
-    for (int64_t s = 0; s < num_queries; ++s) t.outs[s] = row(p.out, s * m_total + m);
     const Row* next = next_rows(p.sources, n, m, range, t.next);
-    for_panels(hidden, [&](int64_t begin, int64_t count) __attribute__((always_inline)) {
-      read_panel<Access>(t.rows, next, n, begin, count, t.panel);
-      for_groups<kQueries>(num_queries, [&](auto queries) __attribute__((always_inline)) {
-        for_tiles<Access, kMixed>(count, [&](auto tile) __attribute__((always_inline)) {
-          Vec<A> sums[queries.kCount][kMixed] = {};
-          for (int i = 0; i < n; ++i) {
-            Vec<A> v[kMixed];
-            for (int k = 0; k < tile.kCount; ++k) v[k] = tile.load(t.panel.rows[i], k);
-            for (int q = 0; q < queries.kCount; ++q) {
-              const Vec<A> weight = broadcast<A>(t.weights[(queries.first + q) * n + i]);
-              for (int k = 0; k < tile.kCount; ++k) sums[q][k] += weight * v[k];
-            }
-          }
-          for (int q = 0; q < queries.kCount; ++q) {
-            const MutableRow out = columns_from(t.outs[queries.first + q], begin);
-            for (int k = 0; k < tile.kCount; ++k) tile.store(out, k, sums[q][k]);
-          }
-        });
-      });
-    });
+    mix_queries<Access>(t.rows, next, n, t.weights, t.outs, num_queries, hidden, t.panel);
 
     if (p.stats != nullptr) {
       A* stats = static_cast<A*>(p.stats) + m;
@@ -234,14 +243,20 @@ void inter_block_forward(const InterBlockForward& p, const SharedVectors& shared
       for (int64_t j = 0; j < num_queries * n; ++j) stats[(n + j) * m_total] = t.logits[j];
     }
   }
+  finish_streaming();
 }
+
+// Vectors of a gradient that are made at a time.
+constexpr int kGradientVectors = kVectorBytes == 64 ? 4 : 2;
 
 template <typename A>
 struct InterBackwardScratch {
   Row* rows;
   Row* bases;
   MutableRow* grads;
-  Panel<A> panel;
+  Row* grad_outs;      // [S]
+  Panel<A> panel;      // of the rows
+  Panel<A> out_panel;  // of the output gradients
   ScoreSums<A> sums;
   A* rstd;
   A* logits;        // [S, N]
@@ -249,22 +264,146 @@ struct InterBackwardScratch {
   A* products;      // [S, N], <g_s, v_i>
   A* score_factor;  // [S, N], of u_s in dv_i and of v_i in du_s
   A* value_factor;  // [N], of v_i in dv_i
-  A* g;             // [S, D], the output gradients in the compute type
 
   InterBackwardScratch(Arena& arena, const InterBlockBackward& p)
       : rows(arena.take<Row>(p.num_sources)),
         bases(arena.take<Row>(p.num_sources)),
         grads(arena.take<MutableRow>(p.num_sources)),
+        grad_outs(arena.take<Row>(p.num_queries)),
         panel(arena, p.num_sources),
+        out_panel(arena, static_cast<int>(p.num_queries)),
         sums(arena, p.num_sources, p.num_queries),
         rstd(arena.take<A>(p.num_sources)),
         logits(arena.take<A>(p.num_sources * p.num_queries)),
         weights(arena.take<A>(p.num_sources * p.num_queries)),
         products(arena.take<A>(p.num_sources * p.num_queries)),
         score_factor(arena.take<A>(p.num_sources * p.num_queries)),
-        value_factor(arena.take<A>(p.num_sources)),
-        g(arena.take<A>(p.num_queries * p.hidden)) {}
+        value_factor(arena.take<A>(p.num_sources)) {}
 };
+
+// A panel of the output gradients of one token; without any they are zero.
+template <typename Access, typename A = typename Access::A>
+ATTNRES_INLINE void read_output_gradients(const Row* grad_outs, int num_queries, int64_t begin,
+                                          int64_t count, const Panel<A>& panel) {
+  if (grad_outs[0].data != nullptr) {
+    return read_panel<Access>(grad_outs, num_queries, begin, count, panel);
+  }
+  for (int64_t c = 0; c < count; ++c) panel.copies[c] = 0;
+  for (int s = 0; s < num_queries; ++s) panel.rows[s] = panel.copies;
+}
+
+// dv_i = sum_s (p_si g_s + a_si u_s) - b_i v_i over a panel.
+template <typename Access, typename A = typename Access::A>
+ATTNRES_INLINE void source_gradients(const InterBackwardScratch<A>& t, int n, int64_t num_queries,
+                                     int64_t begin, int64_t count) {
+  for_groups<kRows>(n, [&](auto sources) __attribute__((always_inline)) {
+    for_tiles<Access, kGradientVectors>(count, [&](auto tile) __attribute__((always_inline)) {
+      Vec<A> dv[sources.kCount][kGradientVectors];
+      for (int j = 0; j < sources.kCount; ++j) {
+        const int64_t i = sources.first + j;
+        for (int k = 0; k < tile.kCount; ++k) {
+          dv[j][k] = broadcast<A>(-t.value_factor[i]) * tile.load(t.panel.rows[i], k);
+        }
+      }
+      for (int64_t s = 0; s < num_queries; ++s) {
+        Vec<A> g[kGradientVectors], u[kGradientVectors];
+        for (int k = 0; k < tile.kCount; ++k) {
+          g[k] = tile.load(t.out_panel.rows[s], k);
+          u[k] = tile.load(t.sums.vectors[s], k);
+        }
+        for (int j = 0; j < sources.kCount; ++j) {
+          const Vec<A> weight = broadcast<A>(t.weights[s * n + sources.first + j]);
+          const Vec<A> a = broadcast<A>(t.score_factor[s * n + sources.first + j]);
+          // Two fused operations; the sum of both products would take a third.
+          for (int k = 0; k < tile.kCount; ++k) {
+            dv[j][k] += weight * g[k];
+            dv[j][k] += a * u[k];
+          }
+        }
+      }
+      // A buffer may be the gradient of two sources: one is added to after the other is stored.
+      for (int j = 0; j < sources.kCount; ++j) {
+        const int64_t i = sources.first + j;
+        if (t.grads[i].data == nullptr) continue;
+        if (t.bases[i].data != nullptr) {
+          const Row base = columns_from(t.bases[i], begin);
+          for (int k = 0; k < tile.kCount; ++k) dv[j][k] += tile.load(base, k);
+        }
+        tile.store_all(columns_from(t.grads[i], begin), dv[j]);
+      }
+    });
+  });
+}
+
+// du_s += sum_i a_si v_i over a panel; sums[s * stride] is where du_s begins.
+template <typename A>
+ATTNRES_INLINE void add_score_gradients(const InterBackwardScratch<A>& t, int n,
+                                        int64_t num_queries, int64_t count, A* sums,
+                                        int64_t stride) {
+  for_groups<kQueries>(num_queries, [&](auto queries) __attribute__((always_inline)) {
+    for_tiles<Uniform<A, A>, kMixed>(count, [&](auto tile) __attribute__((always_inline)) {
+      Vec<A> du[queries.kCount][kMixed];
+      A* first = sums + queries.first * stride;
+      for (int q = 0; q < queries.kCount; ++q) {
+        for (int k = 0; k < tile.kCount; ++k) du[q][k] = tile.load(first + q * stride, k);
+      }
+      for (int i = 0; i < n; ++i) {
+        Vec<A> v[kMixed];
+        for (int k = 0; k < tile.kCount; ++k) v[k] = tile.load(t.panel.rows[i], k);
+        for (int q = 0; q < queries.kCount; ++q) {
+          const Vec<A> a = broadcast<A>(t.score_factor[(queries.first + q) * n + i]);
+          for (int k = 0; k < tile.kCount; ++k) du[q][k] += a * v[k];
+        }
+      }
+      for (int q = 0; q < queries.kCount; ++q) {
+        for (int k = 0; k < tile.kCount; ++k) tile.store(first + q * stride, k, du[q][k]);
+      }
+    });
+  });
+}
+
+// What the gradients of token m are made with: its scores, <g_s, v_i>, and from them its weights
+// and factors.
+template <typename Access, typename A = typename Access::A>
+ATTNRES_INLINE void find_factors(const InterBlockBackward& p, const A* u, int64_t m,
+                                 const InterBackwardScratch<A>& t) {
+  const int n = p.num_sources;
+  const int64_t m_total = p.num_tokens, hidden = p.hidden, num_queries = p.num_queries;
+  if (p.stats != nullptr) {
+    const A* stats = static_cast<const A*>(p.stats) + m;
+    for (int i = 0; i < n; ++i) t.rstd[i] = stats[i * m_total];
+    for (int64_t j = 0; j < num_queries * n; ++j) t.logits[j] = stats[(n + j) * m_total];
+  } else {
+    score_all<Access>(t.rows, n, u, num_queries, hidden, p.eps, nullptr, 0, t.panel, t.sums,
+                      t.logits, t.rstd);
+  }
+
+  for (int64_t j = 0; j < num_queries * n; ++j) t.sums.products[j] = Vec<A>{};
+  for_panels(hidden, [&](int64_t begin, int64_t count) __attribute__((always_inline)) {
+    read_panel<Access>(t.rows, n, begin, count, t.panel);
+    read_output_gradients<Access>(t.grad_outs, static_cast<int>(num_queries), begin, count,
+                                  t.out_panel);
+    add_products<A>(t.panel.rows, n, t.out_panel.rows, num_queries, count, t.sums.products);
+  });
+  for (int64_t j = 0; j < num_queries * n; ++j) t.products[j] = sum_lanes<A>(t.sums.products[j]);
+
+  for (int i = 0; i < n; ++i) t.value_factor[i] = 0;
+  for (int64_t s = 0; s < num_queries; ++s) {
+    softmax<A>(t.logits + s * n, t.weights + s * n, n);
+    A mean = 0;
+    for (int i = 0; i < n; ++i) mean += t.weights[s * n + i] * t.products[s * n + i];
+    const A grad_lse =
+        p.grad_lse == nullptr ? A(0) : static_cast<const A*>(p.grad_lse)[s * m_total + m];
+    for (int i = 0; i < n; ++i) {
+      const int64_t j = s * n + i;
+      const A centred = n == 1 ? A(0) * mean : t.products[j] - mean;
+      const A grad_logit = t.weights[j] * (centred + grad_lse);
+      t.score_factor[j] = grad_logit * t.rstd[i];
+      t.value_factor[i] +=
+          grad_logit * t.logits[j] * t.rstd[i] * t.rstd[i] / static_cast<A>(hidden);
+    }
+  }
+}
 
 template <typename Access>
 void inter_block_backward(const InterBlockBackward& p, const SharedVectors& shared,
@@ -273,11 +412,11 @@ void inter_block_backward(const InterBlockBackward& p, const SharedVectors& shar
   const A* u = static_cast<const A*>(shared.score);
   const int n = p.num_sources;
   const int64_t m_total = p.num_tokens, hidden = p.hidden, num_queries = p.num_queries;
-  const bool any_query_gradient =
-      p.grad_queries.data != nullptr || p.grad_key_weights.data != nullptr;
-  A* grad_score = any_query_gradient ? static_cast<A*>(part) : nullptr;
-  bool any_source_gradient = false;
-  for (int i = 0; i < n; ++i) any_source_gradient |= p.grad_sources[i].data != nullptr;
+  A* grad_score = p.grad_queries.data != nullptr || p.grad_key_weights.data != nullptr
+                      ? static_cast<A*>(part)
+                      : nullptr;
+  const int64_t gradient_bytes = bytes_of_gradients(p);
+  const bool any_source_gradient = gradient_bytes > 0;
   Arena arena(range.scratch);
   const InterBackwardScratch<A> t(arena, p);
 
@@ -286,119 +425,29 @@ void inter_block_backward(const InterBlockBackward& p, const SharedVectors& shar
       t.rows[i] = row(p.sources[i], m);
       t.grads[i] = p.grad_sources[i].data == nullptr ? MutableRow{} : row(p.grad_sources[i], m);
       t.bases[i] = p.grad_base[i].data == nullptr ? Row{} : row(p.grad_base[i], m);
+      // What is added to is in a cache already.
+      t.grads[i].streamed =
+          t.bases[i].data == nullptr && streams(p.grad_sources[i], gradient_bytes);
     }
-    if (p.stats != nullptr) {
-      const A* stats = static_cast<const A*>(p.stats) + m;
-      for (int i = 0; i < n; ++i) t.rstd[i] = stats[i * m_total];
-      for (int64_t j = 0; j < num_queries * n; ++j) t.logits[j] = stats[(n + j) * m_total];
-    } else {
-      score_all<Access>(t.rows, n, u, num_queries, hidden, p.eps, nullptr, 0, t.panel, t.sums,
-                        t.logits, t.rstd);
-    }
-
     for (int64_t s = 0; s < num_queries; ++s) {
-      A* g = t.g + s * hidden;
-      if (p.grad_out.data == nullptr) {
-        for (int64_t c = 0; c < hidden; ++c) g[c] = 0;
-        continue;
-      }
-      const Row grad_out = row(p.grad_out, s * m_total + m);
-      for_tiles<Access, 1>(hidden, [&](auto tile) __attribute__((always_inline)) {
-        tile.store(g, 0, tile.load(grad_out, 0));
-      });
+      t.grad_outs[s] = p.grad_out.data == nullptr ? Row{} : row(p.grad_out, s * m_total + m);
     }
-    for (int64_t j = 0; j < num_queries * n; ++j) t.sums.products[j] = Vec<A>{};
-    for_panels(hidden, [&](int64_t begin, int64_t count) __attribute__((always_inline)) {
-      read_panel<Access>(t.rows, nullptr, n, begin, count, t.panel);
-      add_products<A>(t.panel.rows, n, t.g + begin, hidden, num_queries, count, t.sums.products);
-    });
-    for (int64_t j = 0; j < num_queries * n; ++j) {
-      t.products[j] = sum_lanes<A>(t.sums.products[j]);
-    }
+    find_factors<Access>(p, u, m, t);
 
-    for (int i = 0; i < n; ++i) t.value_factor[i] = 0;
-    for (int64_t s = 0; s < num_queries; ++s) {
-      softmax<A>(t.logits + s * n, t.weights + s * n, n);
-      A mean = 0;
-      for (int i = 0; i < n; ++i) mean += t.weights[s * n + i] * t.products[s * n + i];
-      const A grad_lse =
-          p.grad_lse == nullptr ? A(0) : static_cast<const A*>(p.grad_lse)[s * m_total + m];
-      for (int i = 0; i < n; ++i) {
-        const int64_t j = s * n + i;
-        const A centred = n == 1 ? A(0) * mean : t.products[j] - mean;
-        const A grad_logit = t.weights[j] * (centred + grad_lse);
-        t.score_factor[j] = grad_logit * t.rstd[i];
-        t.value_factor[i] +=
-            grad_logit * t.logits[j] * t.rstd[i] * t.rstd[i] / static_cast<A>(hidden);
-      }
-    }
-
-    // dv_i = sum_s (p_si g_s + a_si u_s) - b_i v_i and du_s += sum_i a_si v_i.
     for_panels(hidden, [&](int64_t begin, int64_t count) __attribute__((always_inline)) {
-      read_panel<Access>(t.rows, nullptr, n, begin, count, t.panel);
+      read_panel<Access>(t.rows, n, begin, count, t.panel);
       if (any_source_gradient) {
-        for_groups<kRows>(n, [&](auto sources) __attribute__((always_inline)) {
-          for_tiles<Access, 2>(count, [&](auto tile) __attribute__((always_inline)) {
-            Vec<A> dv[sources.kCount][2];
-            for (int j = 0; j < sources.kCount; ++j) {
-              const int64_t i = sources.first + j;
-              for (int k = 0; k < tile.kCount; ++k) {
-                dv[j][k] = broadcast<A>(-t.value_factor[i]) * tile.load(t.panel.rows[i], k);
-              }
-            }
-            for (int64_t s = 0; s < num_queries; ++s) {
-              Vec<A> g[2], score_vector[2];
-              for (int k = 0; k < tile.kCount; ++k) {
-                g[k] = tile.load(t.g + s * hidden + begin, k);
-                score_vector[k] = tile.load(u + s * hidden + begin, k);
-              }
-              for (int j = 0; j < sources.kCount; ++j) {
-                const Vec<A> weight = broadcast<A>(t.weights[s * n + sources.first + j]);
-                const Vec<A> a = broadcast<A>(t.score_factor[s * n + sources.first + j]);
-                for (int k = 0; k < tile.kCount; ++k) {
-                  dv[j][k] += weight * g[k] + a * score_vector[k];
-                }
-              }
-            }
-            // A buffer may be the gradient of two sources: one is added to after the other is
-            // stored.
-            for (int j = 0; j < sources.kCount; ++j) {
-              const int64_t i = sources.first + j;
-              if (t.grads[i].data == nullptr) continue;
-              const bool adds = t.bases[i].data != nullptr;
-              const Row base = adds ? columns_from(t.bases[i], begin) : Row{};
-              for (int k = 0; k < tile.kCount; ++k) {
-                if (adds) dv[j][k] += tile.load(base, k);
-                tile.store(columns_from(t.grads[i], begin), k, dv[j][k]);
-              }
-            }
-          });
-        });
+        read_output_gradients<Access>(t.grad_outs, static_cast<int>(num_queries), begin, count,
+                                      t.out_panel);
+        for (int64_t s = 0; s < num_queries; ++s) t.sums.vectors[s] = u + s * hidden + begin;
+        source_gradients<Access>(t, n, num_queries, begin, count);
       }
       if (grad_score != nullptr) {
-        for_groups<kQueries>(num_queries, [&](auto queries) __attribute__((always_inline)) {
-          for_tiles<Access, 2>(count, [&](auto tile) __attribute__((always_inline)) {
-            A* sums = grad_score + queries.first * hidden + begin;
-            Vec<A> du[queries.kCount][2];
-            for (int q = 0; q < queries.kCount; ++q) {
-              for (int k = 0; k < tile.kCount; ++k) du[q][k] = tile.load(sums + q * hidden, k);
-            }
-            for (int i = 0; i < n; ++i) {
-              Vec<A> v[2];
-              for (int k = 0; k < tile.kCount; ++k) v[k] = tile.load(t.panel.rows[i], k);
-              for (int q = 0; q < queries.kCount; ++q) {
-                const Vec<A> a = broadcast<A>(t.score_factor[(queries.first + q) * n + i]);
-                for (int k = 0; k < tile.kCount; ++k) du[q][k] += a * v[k];
-              }
-            }
-            for (int q = 0; q < queries.kCount; ++q) {
-              for (int k = 0; k < tile.kCount; ++k) tile.store(sums + q * hidden, k, du[q][k]);
-            }
-          });
-        });
+        add_score_gradients<A>(t, n, num_queries, count, grad_score + begin, hidden);
       }
     });
   }
+  finish_streaming();
 }
 
 }  // namespace

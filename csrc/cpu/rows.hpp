@@ -15,6 +15,7 @@ struct Row {
 struct MutableRow {
   void* data;
   DType dtype;
+  bool streamed = false;  // written past the caches, see `streams`
 };
 
 ATTNRES_INLINE const void* row_at(const void* data, DType dtype, int64_t offset) {
@@ -25,6 +26,18 @@ ATTNRES_INLINE Row row(const ConstRows& rows, int64_t m) {
 }
 ATTNRES_INLINE MutableRow row(const Rows& rows, int64_t m) {
   return {const_cast<void*>(row_at(rows.data, rows.dtype, rows.offset(m))), rows.dtype};
+}
+
+// Results of so many bytes are gone from a core's caches before anybody reads them.
+constexpr int64_t kStreamedBytes = 16 << 20;
+
+// Whether to write rows past the caches, given the bytes of all results of a call.
+ATTNRES_INLINE bool streams(const Rows& rows, int64_t result_bytes) {
+  const auto at_line = [](int64_t bytes) __attribute__((always_inline)) { return bytes % 64 == 0; };
+  const int64_t item = size_of(rows.dtype);
+  return kCanStream && result_bytes >= kStreamedBytes &&
+         at_line(reinterpret_cast<intptr_t>(rows.data)) && at_line(rows.inner_stride * item) &&
+         at_line(rows.outer_stride * item);
 }
 
 // How a kernel reads and writes rows. `Uniform`: every row has storage type T, known when compiled.
@@ -44,6 +57,11 @@ struct Uniform {
   }
   ATTNRES_INLINE void store_tail(MutableRow row, int64_t c, Vec<A> v, int64_t count) {
     cpu::store_tail<A>(static_cast<T*>(row.data) + c, v, count);
+  }
+  ATTNRES_INLINE void store_pair(MutableRow row, int64_t c, Vec<A> v, Vec<A> w) {
+    T* p = static_cast<T*>(row.data) + c;
+    if (row.streamed) return cpu::stream_pair<A>(p, v, w);
+    cpu::store_pair<A>(p, v, w);
   }
 };
 
@@ -89,6 +107,10 @@ struct Mixed {
       Uniform<A, T>::store_tail(row, c, v, count);
     });
   }
+  ATTNRES_INLINE void store_pair(MutableRow row, int64_t c, Vec<A> v, Vec<A> w) {
+    store(row, c, v);
+    store(row, c + kLanes<A>, w);
+  }
 };
 
 // Whether every row that an Access reads holds values of the compute type.
@@ -108,6 +130,13 @@ struct WholeTile {
   ATTNRES_INLINE int64_t step(int k) { return k * kLanes<A>; }
   Vec<A> load(Row row, int k) const { return Access::load(row, c + step(k)); }
   void store(MutableRow row, int k, Vec<A> v) const { Access::store(row, c + step(k), v); }
+  // All of the tile's vectors. A tile of several begins where a cache line does if its row does.
+  // Inlined always: else they would have to lie in memory.
+  __attribute__((always_inline)) void store_all(MutableRow row, const Vec<A>* v) const {
+#pragma GCC unroll 4
+    for (int k = 0; k + 1 < kVectors; k += 2) Access::store_pair(row, c + step(k), v[k], v[k + 1]);
+    if constexpr (kVectors % 2 == 1) store(row, kVectors - 1, v[kVectors - 1]);
+  }
   // Asks for the tile's cache lines of a row that will be read later.
   void prefetch(Row row) const {
     const char* first = static_cast<const char*>(row_at(row.data, row.dtype, c));
@@ -128,6 +157,7 @@ struct TailTile {
 
   Vec<A> load(Row row, int) const { return Access::load_tail(row, c, count); }
   void store(MutableRow row, int, Vec<A> v) const { Access::store_tail(row, c, v, count); }
+  void store_all(MutableRow row, const Vec<A>* v) const { store(row, 0, v[0]); }
   void prefetch(Row row) const { __builtin_prefetch(row_at(row.data, row.dtype, c), 0, 2); }
   Vec<A> load(const A* p, int) const { return cpu::load_tail<A>(p + c, count); }
   void store(A* p, int, Vec<A> v) const { cpu::store_tail<A>(p + c, v, count); }

@@ -104,9 +104,18 @@ struct Convert<float, BFloat16> {
   typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
   typedef int32_t Signed __attribute__((vector_size(kVectorBytes)));
 
+  // By name where vectors are wide: GCC 12 converts them in halves, with three shuffles for one.
   ATTNRES_INLINE Vec<float> load(const BFloat16* p) {
+#if defined(__AVX512F__)
+    const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(packed), 16));
+#elif defined(__AVX2__)
+    const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(packed), 16));
+#else
     const Bits bits = __builtin_convertvector(*reinterpret_cast<const Packed*>(p), Bits) << 16;
     return reinterpret_cast<Vec<float>>(bits);
+#endif
   }
   ATTNRES_INLINE void store(BFloat16* p, Vec<float> v) {
 #if defined(__AVX512BF16__)
@@ -224,15 +233,77 @@ ATTNRES_INLINE void store(T* p, Vec<A> v) {
   Convert<A, T>::store(p, v);
 }
 
-// The first `count` < kLanes values of a row's end; the others read as zero and are not written.
+// Two vectors, one after the other. AVX-512 rounds two to bfloat16 for the price of one, and makes
+// one store of either 16-bit type.
 template <typename A, typename T>
-ATTNRES_INLINE Vec<A> load_tail(const T* p, int64_t count) {
+struct Pair {
+  ATTNRES_INLINE void store(T* p, Vec<A> v, Vec<A> w) {
+    Convert<A, T>::store(p, v);
+    Convert<A, T>::store(p + kLanes<A>, w);
+  }
+};
+#if defined(__AVX512BF16__)
+template <>
+struct Pair<float, BFloat16> {
+  ATTNRES_INLINE void store(BFloat16* p, Vec<float> v, Vec<float> w) {
+    const __m512bh packed = _mm512_cvtne2ps_pbh(w, v);
+    __builtin_memcpy(p, &packed, sizeof(packed));
+  }
+};
+#endif
+#if defined(__AVX512F__)
+template <>
+struct Pair<float, Float16> {
+  ATTNRES_INLINE __m256i round(Vec<float> v) {
+    return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+  ATTNRES_INLINE void store(Float16* p, Vec<float> v, Vec<float> w) {
+    const __m512i lower = _mm512_castsi256_si512(round(v));
+    _mm512_storeu_si512(p, _mm512_inserti64x4(lower, round(w), 1));
+  }
+};
+#endif
+
+template <typename A, typename T>
+ATTNRES_INLINE void store_pair(T* p, Vec<A> v, Vec<A> w) {
+  Pair<A, T>::store(p, v, w);
+}
+
+// The same past the caches, where whole cache lines can be written that way: a line that is stored
+// is first read, one that is streamed is not. p lies at the beginning of a line.
+constexpr bool kCanStream = kVectorBytes == 64;
+template <typename A, typename T>
+ATTNRES_INLINE void stream_pair(T* p, Vec<A> v, Vec<A> w) {
+#if defined(__AVX512F__)
+  T packed[2 * kLanes<A>];
+  store_pair<A>(packed, v, w);
+  for (unsigned byte = 0; byte < sizeof(packed); byte += kVectorBytes) {
+    __m512i line;
+    __builtin_memcpy(&line, reinterpret_cast<const char*>(packed) + byte, sizeof(line));
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(reinterpret_cast<char*>(p) + byte), line);
+  }
+#else
+  store_pair<A>(p, v, w);
+#endif
+}
+
+// After streaming, before other threads are told that results are there.
+ATTNRES_INLINE void finish_streaming() {
+#if defined(__AVX512F__)
+  _mm_sfence();
+#endif
+}
+
+// The first `count` < kLanes values of a row's end; the others read as zero and are not written.
+// Not inlined: the array would be cleared on the way to where it is not needed.
+template <typename A, typename T>
+static __attribute__((noinline)) Vec<A> load_tail(const T* p, int64_t count) {
   T padded[kLanes<A>] = {};
   __builtin_memcpy(padded, p, count * sizeof(T));
   return Convert<A, T>::load(padded);
 }
 template <typename A, typename T>
-ATTNRES_INLINE void store_tail(T* p, Vec<A> v, int64_t count) {
+static __attribute__((noinline)) void store_tail(T* p, Vec<A> v, int64_t count) {
   T padded[kLanes<A>];
   Convert<A, T>::store(padded, v);
   __builtin_memcpy(p, padded, count * sizeof(T));
@@ -240,7 +311,16 @@ ATTNRES_INLINE void store_tail(T* p, Vec<A> v, int64_t count) {
 
 template <typename A>
 ATTNRES_INLINE Vec<A> broadcast(A value) {
-  return Vec<A>{} + value;
+  return value - Vec<A>{};  // not +, which would have to make 0 of -0
+}
+
+// For a vector that several products share: GCC would load it anew for each.
+template <typename V>
+ATTNRES_INLINE V in_register(V v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#endif
+  return v;
 }
 
 // While one lives, numbers below the smallest normal one count as zero. Softmax weights of sources
