@@ -50,7 +50,7 @@ void run_backward(File& cases, File& results) {
   p.grad_base = bases.data();
 
   Report report;
-  const Launch launch = {run.order, run.seed, report, {&inputs, &outputs}};
+  const Launch launch = {run, report, {&inputs, &outputs}};
   if (run.bulk_ring) {
     cuda::launch_depth_attention_backward<cuda::BulkRing, cuda::CtaCluster>(p, run.limits, launch);
   } else {

@@ -1,24 +1,54 @@
-"""Finds the CUDA headers and compiles the runner with the host compiler."""
+"""Builds the runner with the host compiler, and the PTX of the kernels with nvcc."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import os
 import shutil
 import subprocess
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-INCLUDES = [HERE / "include", HERE, ROOT / "csrc" / "include", ROOT / "csrc" / "cuda"]
+CSRC = [ROOT / "csrc" / "include", ROOT / "csrc" / "cuda"]
+INCLUDES = [HERE / "include", HERE, *CSRC]
 HEADERS = ("cuda_runtime.h", "cuda_bf16.h", "cuda_fp16.h")
+BUILD = ROOT / "build" / "simt"
 
-#: Flags of the two builds. Optimised, the sanitized one takes a minute to compile.
-FLAVOURS = {
-    "plain": ["-O1"],
+#: How kernels are run: their source, compiled for the CPU; that, under sanitizers; and the PTX that
+#: nvcc makes of them.
+FLAVOURS = ["plain", "sanitized", "ptx"]
+#: Flags of the two builds. Optimised, the sanitized one takes a minute to compile. One operation is
+#: one rounding, as PTX says: none are contracted.
+FLAGS = {
+    "plain": ["-O1", "-ffp-contract=off"],
     "sanitized": ["-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
 }
+#: Kernel sets, as numbers of architectures.
+SETS = ("80", "90")
+
+
+@dataclass(frozen=True)
+class Runner:
+    """An executable that runs cases, and the PTX that it runs, if any."""
+
+    executable: Path
+    ptx: tuple[Path, ...] = ()
+
+    def __call__(self, cases: Path, results: Path) -> str:
+        """Runs a file of cases; returns what was printed, or fails with it."""
+        command = [str(path) for path in (self.executable, cases, results, *self.ptx)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
 
 def cuda_include_dir() -> Path | None:
@@ -44,35 +74,94 @@ def compiler() -> str | None:
     return os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
 
 
-def build_runner(flavour: str) -> Path:
-    """Compiles the runner unless its sources are as they were; returns the executable."""
-    include = cuda_include_dir()
-    cxx = compiler()
-    assert include is not None
-    assert cxx is not None
-    command = [cxx, "-std=c++20", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    command += FLAVOURS[flavour]
-    command += [f"-I{path}" for path in INCLUDES] + ["-isystem", str(include)]
-    sources = sorted(
-        path
-        for folder in INCLUDES
-        for path in folder.rglob("*")
-        if path.suffix in {".cpp", ".hpp", ".cuh"}
-    )
+def nvcc() -> str | None:
+    """The CUDA compiler."""
+    candidates = [os.environ.get("CUDACXX"), shutil.which("nvcc")]
+    candidates += [
+        f"{root}/bin/nvcc"
+        for root in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")
+        if root
+    ]
+    return next((path for path in candidates if path and Path(path).exists()), None)
+
+
+def missing(flavour: str) -> str | None:
+    """What this machine lacks to build a flavour."""
+    if cuda_include_dir() is None:
+        return "no CUDA headers on this machine"
+    if compiler() is None:
+        return "no C++ compiler on this machine"
+    if flavour == "ptx" and nvcc() is None:
+        return "no nvcc on this machine"
+    return None
+
+
+def build_runner(flavour: str) -> Runner:
+    """Builds what a flavour needs and what is not there already."""
+    if flavour != "ptx":
+        return Runner(build_executable(flavour))
+    sources = [path for name in SETS for path in sorted((CSRC[1] / f"sm{name}").glob("*.cu"))]
+    # The largest first. Two at a time: each takes one processor for up to a minute.
+    with ThreadPoolExecutor(2) as pool:
+        ptx = tuple(pool.map(build_ptx, reversed(sources)))
+    return Runner(build_executable("plain"), ptx)
+
+
+def runner_or_skip(flavour: str) -> Runner:
+    """A flavour's runner, where this machine can build it."""
+    reason = missing(flavour)
+    if reason is not None:
+        pytest.skip(reason)
+    return build_runner(flavour)
+
+
+def build_executable(flavour: str) -> Path:
+    """The runner, of the flavour "plain" or "sanitized"."""
+    command = [str(compiler()), "-std=c++20", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    # Kernels are found by their names.
+    command += [*FLAGS[flavour], "-rdynamic"]
+    command += [f"-I{path}" for path in INCLUDES] + ["-isystem", str(cuda_include_dir())]
+    command += [str(path) for path in sorted(HERE.rglob("*.cpp"))]
+    return build(f"runner-{flavour}", command, sources_in(INCLUDES))
+
+
+def build_ptx(source: Path) -> Path:
+    """The PTX of an architecture's kernels of one operator."""
+    name = source.parent.name.removeprefix("sm")
+    command = [str(nvcc()), "-std=c++20", "-ptx", f"-arch=compute_{name}"]
+    command += [f"-I{path}" for path in CSRC] + [str(source)]
+    return build(f"{source.stem}-{name}", command, sources_in(CSRC))
+
+
+def sources_in(folders: Iterable[Path]) -> list[Path]:
+    """Every file that a compiler may read there."""
+    suffixes = {".cpp", ".hpp", ".cu", ".cuh"}
+    return sorted({p for folder in folders for p in folder.rglob("*") if p.suffix in suffixes})
+
+
+def build(name: str, command: Sequence[str], sources: Iterable[Path]) -> Path:
+    """What the command writes to ``-o``, unless sources and command are as they were."""
     digest = hashlib.sha256(repr(command).encode())
     for source in sources:
         digest.update(source.read_bytes())
-    folder = ROOT / "build" / "simt"
-    folder.mkdir(parents=True, exist_ok=True)
-    runner = folder / f"runner-{flavour}-{digest.hexdigest()[:16]}"
-    if not runner.exists():
-        for old in folder.glob(f"runner-{flavour}-*"):
-            old.unlink(missing_ok=True)
-        unfinished = folder / f".{runner.name}.{os.getpid()}"
-        inputs = [str(path) for path in sorted(HERE.glob("*.cpp"))]
-        done = subprocess.run(
-            [*command, *inputs, "-o", str(unfinished)], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        os.replace(unfinished, runner)
-    return runner
+    output = BUILD / f"{name}-{digest.hexdigest()[:16]}"
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with locked(BUILD / f".{name}.lock"):
+        if not output.exists():
+            for old in BUILD.glob(f"{name}-*"):
+                old.unlink()
+            unfinished = BUILD / f".{output.name}.unfinished"
+            done = subprocess.run(
+                [*command, "-o", str(unfinished)], capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0, done.stderr
+            os.replace(unfinished, output)
+    return output
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keeps other processes that build the same thing waiting."""
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -12,6 +12,8 @@
 #include "executor.hpp"
 #include "kernels/depth_attention_tile.hpp"
 #include "kernels/launch_shape.hpp"
+#include "launch.cuh"
+#include "ptx/runtime.hpp"
 
 namespace simt {
 
@@ -120,43 +122,6 @@ class Withheld {
   std::vector<Held> held_;
 };
 
-struct Launch {
-  Order order;
-  uint64_t seed;
-  Report& report;
-  std::vector<const std::vector<Buffer>*> tensors;
-  cuda::DeviceLimits limits = {};
-
-  // As if the device had room for all that fill its multiprocessors; with an odd number of them it
-  // is one that runs no large clusters.
-  template <auto kKernel>
-  int64_t num_clusters(const cuda::LaunchShape& shape, int64_t) const {
-    const bool is_large = shape.cluster_size > cuda::kMostCtasInCluster;
-    if (is_large && limits.num_multiprocessors % 2 != 0) return 0;
-    return std::max(1, shape.num_ctas / shape.cluster_size);
-  }
-
-  template <auto kKernel, typename Args>
-  int operator()(const Args& args, const cuda::LaunchShape& shape) const {
-    // Of a kernel that has no tile of rows there is nothing to tell.
-    if constexpr (requires { args.tile.num_passes; }) {
-      report = {args.tile.slot_bytes > 0, args.tile.num_passes == 1, args.tile.num_passes,
-                args.tile.num_slots,      shape.num_threads,         shape.num_ctas,
-                shape.shared_bytes,       args.tile.cluster_size};
-    } else if constexpr (requires { args.tile; }) {
-      report = {args.tile.slot_bytes > 0, args.tile.resident, args.tile.num_spans,
-                args.tile.num_slots,      shape.num_threads,  shape.num_ctas,
-                shape.shared_bytes,       shape.cluster_size};
-    }
-    const Withheld withheld(tensors);
-    const int cluster_size = std::max(1, shape.cluster_size);
-    run({shape.num_ctas, shape.num_threads, shape.shared_bytes, order, seed, cluster_size,
-         [&] { withheld.release(); }},
-        [&] { kKernel(args); });
-    return 0;
-  }
-};
-
 // How to run a case.
 struct Run {
   bool bulk_ring;
@@ -173,6 +138,78 @@ struct Run {
     run.limits.shared_bytes_per_multiprocessor = static_cast<int>(cases.take<int64_t>());
     run.limits.shared_bytes_per_cta = static_cast<int>(cases.take<int64_t>());
     return run;
+  }
+};
+
+// The `launch` of the launch_<operator> templates: runs a kernel's body, or what nvcc made of it.
+struct Launch {
+  const Run& run_as;
+  Report& report;
+  std::vector<const std::vector<Buffer>*> tensors;
+
+  // As if the device had room for all that fill its multiprocessors; with an odd number of them it
+  // is one that runs no large clusters.
+  template <auto kKernel>
+  int64_t num_clusters(const cuda::LaunchShape& shape, int64_t wanted) const {
+    if (ptx::is_loaded()) {
+      return with_launcher(nullptr, [&](const cuda::Launcher& launcher) {
+        return launcher.num_clusters<kKernel>(shape, wanted);
+      });
+    }
+    if (shape.cluster_size > cuda::kMostCtasInCluster && !runs_large_clusters()) return 0;
+    return std::max(1, shape.num_ctas / shape.cluster_size);
+  }
+
+  template <auto kKernel, typename Args>
+  int operator()(const Args& args, const cuda::LaunchShape& shape) const {
+    // Of a kernel that has no tile of rows there is nothing to tell.
+    if constexpr (requires { args.tile.num_passes; }) {
+      report = {args.tile.slot_bytes > 0, args.tile.num_passes == 1, args.tile.num_passes,
+                args.tile.num_slots,      shape.num_threads,         shape.num_ctas,
+                shape.shared_bytes,       args.tile.cluster_size};
+    } else if constexpr (requires { args.tile; }) {
+      report = {args.tile.slot_bytes > 0, args.tile.resident, args.tile.num_spans,
+                args.tile.num_slots,      shape.num_threads,  shape.num_ctas,
+                shape.shared_bytes,       shape.cluster_size};
+    }
+    const Withheld withheld(tensors);
+    const auto end_previous_kernel = [&] { withheld.release(); };
+    if (!ptx::is_loaded()) {
+      run({shape.num_ctas, shape.num_threads, shape.shared_bytes, run_as.order, run_as.seed,
+           std::max(1, shape.cluster_size), end_previous_kernel},
+          [&] { kKernel(args); });
+      return 0;
+    }
+    const cudaError_t status = with_launcher(
+        end_previous_kernel,
+        [&](const cuda::Launcher& launcher) { return launcher.operator()<kKernel>(args, shape); });
+    if (status == cudaSuccess) return 0;
+    std::fprintf(stderr, "runner: a launch failed with error %d\n", status);
+    std::exit(1);
+  }
+
+  bool runs_large_clusters() const { return run_as.limits.num_multiprocessors % 2 == 0; }
+
+  // f(launcher) for that of csrc/cuda.
+  template <typename F>
+  auto with_launcher(std::function<void()> end_previous_kernel, F&& f) const {
+    ptx::Device& device = ptx::device();
+    device = {run_as.order,
+              run_as.seed,
+              run_as.bulk_ring ? 90 : 80,
+              runs_large_clusters(),
+              run_as.limits.shared_bytes_per_cta,
+              {},
+              std::move(end_previous_kernel)};
+    for (const auto* buffers : tensors) {
+      for (const Buffer& buffer : *buffers) {
+        if (buffer.bytes <= 0) continue;
+        const auto* begin = static_cast<const std::byte*>(buffer.data());
+        device.allocations.push_back({begin, begin + buffer.bytes});
+      }
+    }
+    const cuda::LaunchContext context = {nullptr, device.number(), run_as.limits};
+    return f(cuda::Launcher{context, run_as.bulk_ring});
   }
 };
 

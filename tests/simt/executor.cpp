@@ -327,6 +327,7 @@ int thread_rank() { return executor.thread; }
 int cta_rank() { return executor.cta->rank; }
 int num_ctas() { return executor.grid->num_ctas; }
 std::byte* shared_memory() { return executor.cta->shared; }
+int shared_bytes() { return executor.grid->shared_bytes; }
 int cluster_size() { return executor.grid->cluster_size; }
 int rank_in_cluster() { return executor.cta->rank % executor.grid->cluster_size; }
 

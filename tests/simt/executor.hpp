@@ -45,6 +45,7 @@ int thread_rank();
 int cta_rank();
 int num_ctas();
 std::byte* shared_memory();
+int shared_bytes();
 
 int cluster_size();
 int rank_in_cluster();

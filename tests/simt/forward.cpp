@@ -41,7 +41,7 @@ void run_forward(File& cases, File& results) {
   }
 
   Report report;
-  const Launch launch = {run.order, run.seed, report, {&inputs, &outputs}};
+  const Launch launch = {run, report, {&inputs, &outputs}};
   if (run.bulk_ring) {
     cuda::launch_depth_attention_forward<cuda::BulkRing, cuda::CtaCluster>(p, run.limits, launch);
   } else {

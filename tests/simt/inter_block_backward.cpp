@@ -43,7 +43,7 @@ void run_inter_block_backward(File& cases, File& results) {
   p.grad_base = bases.data();
 
   Report report;
-  const Launch launch = {run.order, run.seed, report, {&inputs, &outputs}, run.limits};
+  const Launch launch = {run, report, {&inputs, &outputs}};
   if (run.bulk_ring) {
     cuda::launch_inter_block_attention_backward<cuda::BulkTiles, cuda::CtaCluster>(p, run.limits,
                                                                                    launch);

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from attnres_ext import reference
 
+from .build import Runner
 from .cases import (
     Launched,
     Limits,
@@ -161,7 +162,7 @@ def check(case: InterBlock, result: InterBlockResult) -> None:
         assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"
 
 
-def run(runner: Path, cases: list[InterBlock], folder: Path) -> list[InterBlockResult]:
+def run(runner: Runner, cases: list[InterBlock], folder: Path) -> list[InterBlockResult]:
     """Runs forwards."""
     return [
         InterBlockResult(
@@ -171,7 +172,7 @@ def run(runner: Path, cases: list[InterBlock], folder: Path) -> list[InterBlockR
     ]
 
 
-def run_and_check(runner: Path, cases: list[InterBlock], folder: Path) -> list[InterBlockResult]:
+def run_and_check(runner: Runner, cases: list[InterBlock], folder: Path) -> list[InterBlockResult]:
     """Runs forwards and compares them with the definition."""
     results = run(runner, cases, folder)
     for number, (case, result) in enumerate(zip(cases, results, strict=True)):

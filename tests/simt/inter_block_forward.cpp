@@ -25,7 +25,7 @@ void run_inter_block_forward(File& cases, File& results) {
   p.stats = stats.data;
 
   Report report;
-  const Launch launch = {run.order, run.seed, report, {&inputs, &outputs}, run.limits};
+  const Launch launch = {run, report, {&inputs, &outputs}};
   if (run.bulk_ring) {
     cuda::launch_inter_block_attention_forward<cuda::BulkTiles, cuda::CtaCluster>(p, run.limits,
                                                                                   launch);

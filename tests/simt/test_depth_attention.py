@@ -14,17 +14,11 @@ from torch import Tensor
 
 from attnres_ext import reference
 
-from .build import build_runner, compiler, cuda_include_dir
+from .build import Runner
 from .cases import Case, Limits, Result, Rows, rows, run
-
-pytestmark = [
-    pytest.mark.skipif(cuda_include_dir() is None, reason="no CUDA headers on this machine"),
-    pytest.mark.skipif(compiler() is None, reason="no C++ compiler on this machine"),
-]
 
 #: A device so small that rows do not fit: they stream through the ring instead.
 TINY = Limits(multiprocessors=2, shared_per_multiprocessor=12 * 1024, shared_per_cta=8 * 1024)
-FLAVOURS = ["plain", "sanitized"]
 HALF = [torch.bfloat16, torch.float16]
 
 
@@ -123,12 +117,7 @@ def check(case: Case, result: Result) -> None:
         assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"
 
 
-@pytest.fixture(scope="module", params=FLAVOURS)
-def runner(request: pytest.FixtureRequest) -> Path:
-    return build_runner(request.param)
-
-
-def run_and_check(runner: Path, cases: list[Case], folder: Path) -> list[Result]:
+def run_and_check(runner: Runner, cases: list[Case], folder: Path) -> list[Result]:
     results = run(runner, cases, folder)
     for number, (case, result) in enumerate(zip(cases, results, strict=True)):
         try:
@@ -139,7 +128,7 @@ def run_and_check(runner: Path, cases: list[Case], folder: Path) -> list[Result]
 
 
 @pytest.mark.parametrize("ring", ["cp_async", "bulk"])
-def test_aligned_rows_stay_on_chip(ring: str, runner: Path, tmp_path: Path) -> None:
+def test_aligned_rows_stay_on_chip(ring: str, runner: Runner, tmp_path: Path) -> None:
     cases = [
         make(count, hidden, dtype, ring=ring, order=order, norm=norm, gains=gains)
         for (count, hidden, dtype), order, (norm, gains) in zip(
@@ -157,7 +146,7 @@ def test_aligned_rows_stay_on_chip(ring: str, runner: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("ring", ["cp_async", "bulk"])
 def test_rows_too_large_for_the_ring_are_swept_again(
-    ring: str, runner: Path, tmp_path: Path
+    ring: str, runner: Runner, tmp_path: Path
 ) -> None:
     # A single segment, which a cluster cannot share.
     cases = [
@@ -176,7 +165,7 @@ def test_rows_too_large_for_the_ring_are_swept_again(
 
 @pytest.mark.parametrize("ring", ["cp_async", "bulk"])
 def test_rows_too_large_for_registers_come_in_spans(
-    ring: str, runner: Path, tmp_path: Path
+    ring: str, runner: Runner, tmp_path: Path
 ) -> None:
     # 480 threads hold 4 chunks of 4 values each: 7680 values are one span, and 8 times as many are
     # one of a cluster.
@@ -209,7 +198,7 @@ def test_spans_are_as_wide_as_shared_memory_has_room_for(runner: Path, tmp_path:
 
 
 @pytest.mark.parametrize("ring", ["cp_async", "bulk"])
-def test_mixed_dtypes(ring: str, runner: Path, tmp_path: Path) -> None:
+def test_mixed_dtypes(ring: str, runner: Runner, tmp_path: Path) -> None:
     mixed = [torch.bfloat16, torch.float32, torch.float16]
     cases = [
         make(4, 264, mixed, ring=ring, order="random", gain_dtype=torch.bfloat16),
@@ -218,7 +207,7 @@ def test_mixed_dtypes(ring: str, runner: Path, tmp_path: Path) -> None:
     assert all(result.uses_slots for result in run_and_check(runner, cases, tmp_path))
 
 
-def test_odd_widths_and_misaligned_rows_are_read_in_place(runner: Path, tmp_path: Path) -> None:
+def test_odd_widths_and_misaligned_rows_are_read_in_place(runner: Runner, tmp_path: Path) -> None:
     cases = [
         make(count, hidden, dtype, layouts=layout, norm=norm)
         for (count, hidden, dtype, layout), norm in zip(
@@ -238,7 +227,7 @@ def test_odd_widths_and_misaligned_rows_are_read_in_place(runner: Path, tmp_path
     assert not any(result.uses_slots for result in run_and_check(runner, cases, tmp_path))
 
 
-def test_float64(runner: Path, tmp_path: Path) -> None:
+def test_float64(runner: Runner, tmp_path: Path) -> None:
     cases = [
         make(3, 64, torch.float64, gain_dtype=torch.float64),
         make(2, 37, [torch.float64, torch.bfloat16], layouts="odd"),
@@ -248,7 +237,7 @@ def test_float64(runner: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ring", ["cp_async", "bulk"])
-def test_strided_rows(ring: str, runner: Path, tmp_path: Path) -> None:
+def test_strided_rows(ring: str, runner: Runner, tmp_path: Path) -> None:
     cases = [
         make(
             3,
@@ -265,7 +254,7 @@ def test_strided_rows(ring: str, runner: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ring", ["cp_async", "bulk"])
-def test_many_sources(ring: str, runner: Path, tmp_path: Path) -> None:
+def test_many_sources(ring: str, runner: Runner, tmp_path: Path) -> None:
     cases = [
         make(256, 64, torch.bfloat16, ring=ring, tokens=(1, 2)),
         make(17, 64, torch.float32, ring=ring, tokens=(1, 3), limits=TINY),
@@ -275,7 +264,7 @@ def test_many_sources(ring: str, runner: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ring", ["cp_async", "bulk"])
-def test_more_rows_than_ctas(ring: str, runner: Path, tmp_path: Path) -> None:
+def test_more_rows_than_ctas(ring: str, runner: Runner, tmp_path: Path) -> None:
     few = Limits(1, 6 * 1024, 5 * 1024)
     cases = [
         make(3, 128, torch.bfloat16, ring=ring, tokens=(5, 5), order="random", limits=few),
@@ -286,14 +275,14 @@ def test_more_rows_than_ctas(ring: str, runner: Path, tmp_path: Path) -> None:
     assert second.num_ctas == 1
 
 
-def test_one_source_is_returned_exactly(runner: Path, tmp_path: Path) -> None:
+def test_one_source_is_returned_exactly(runner: Runner, tmp_path: Path) -> None:
     cases = [make(1, 136, torch.bfloat16, norm=False, ring=ring) for ring in ("cp_async", "bulk")]
     for case, result in zip(cases, run(runner, cases, tmp_path), strict=True):
         assert torch.equal(result.out, case.values[0].reshape(-1, case.hidden))
         assert torch.equal(result.weights, torch.ones_like(result.weights))
 
 
-def test_large_logits_and_ties(runner: Path, tmp_path: Path) -> None:
+def test_large_logits_and_ties(runner: Runner, tmp_path: Path) -> None:
     spike = make(4, 64, torch.float32, norm=False)
     spike.scale = 1e4
     tie = make(2, 64, torch.float32, norm=False)
@@ -307,7 +296,7 @@ def test_large_logits_and_ties(runner: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", ["contiguous", "misaligned"])
 def test_a_row_of_nan_or_infinity_stays_in_its_row(
-    layout: str, runner: Path, tmp_path: Path
+    layout: str, runner: Runner, tmp_path: Path
 ) -> None:
     def spoil(case: Case) -> Case:
         source = case.sources[1]
@@ -324,7 +313,7 @@ def test_a_row_of_nan_or_infinity_stays_in_its_row(
         assert finite.tolist() == [True, False, True, True, False, True]
 
 
-def test_result_of_a_row_depends_on_that_row_alone(runner: Path, tmp_path: Path) -> None:
+def test_result_of_a_row_depends_on_that_row_alone(runner: Runner, tmp_path: Path) -> None:
     whole = make(5, 264, torch.bfloat16, tokens=(1, 7), limits=Limits(1))
     alone = make(5, 264, torch.bfloat16, tokens=(1, 1), limits=Limits(7))
     alone.query, alone.key_weight, alone.out_weight = (
@@ -360,7 +349,7 @@ SUM_WAYS = [{}, {"in_place": True}, {"absent_partial": True}]
 
 
 @pytest.mark.parametrize("ring", ["cp_async", "bulk"])
-def test_block_summation(ring: str, runner: Path, tmp_path: Path) -> None:
+def test_block_summation(ring: str, runner: Runner, tmp_path: Path) -> None:
     cases = [
         summed(count, hidden, dtype, ring=ring, order=order, norm=norm, **way)
         for (count, hidden, dtype), way, order, norm in zip(
@@ -382,7 +371,7 @@ def test_block_summation(ring: str, runner: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ring", ["cp_async", "bulk"])
-def test_block_summation_of_rows_that_stream(ring: str, runner: Path, tmp_path: Path) -> None:
+def test_block_summation_of_rows_that_stream(ring: str, runner: Runner, tmp_path: Path) -> None:
     # A cluster cannot share single segments, and 61456 columns are more than it can hold.
     share = {"cp_async": 1, "bulk": 8}[ring]
     cases = [
@@ -414,7 +403,7 @@ def test_block_summation_of_rows_that_stream(ring: str, runner: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("ring", ["cp_async", "bulk"])
-def test_block_summation_in_awkward_rows(ring: str, runner: Path, tmp_path: Path) -> None:
+def test_block_summation_in_awkward_rows(ring: str, runner: Runner, tmp_path: Path) -> None:
     mixed = [torch.bfloat16, torch.float32, torch.float16]
     cases = [
         summed(3, 264, mixed, ring=ring, delta_dtype=torch.float32, in_place=True),
@@ -447,7 +436,7 @@ def shared(
     return build(count, hidden, dtypes, tokens=(1, tokens), limits=limits, **options)  # type: ignore[operator]
 
 
-def test_few_tokens_share_the_multiprocessors(runner: Path, tmp_path: Path) -> None:
+def test_few_tokens_share_the_multiprocessors(runner: Runner, tmp_path: Path) -> None:
     cases = [
         (1, shared(5, 4096, multiprocessors=1)),
         (2, shared(5, 4096, multiprocessors=3, order="random")),
@@ -472,7 +461,7 @@ def test_few_tokens_share_the_multiprocessors(runner: Path, tmp_path: Path) -> N
     assert all(result.num_spans == 1 for result in results)
 
 
-def test_few_tokens_merge_a_state_and_know_rstd(runner: Path, tmp_path: Path) -> None:
+def test_few_tokens_merge_a_state_and_know_rstd(runner: Runner, tmp_path: Path) -> None:
     cases = [
         shared(5, 4096, delta=True, in_place=True),
         shared(5, 4096, multiprocessors=4),
@@ -484,7 +473,7 @@ def test_few_tokens_merge_a_state_and_know_rstd(runner: Path, tmp_path: Path) ->
     assert all(result.cluster_size > 1 for result in run_and_check(runner, cases, tmp_path))
 
 
-def test_rows_too_large_for_a_cta_are_shared(runner: Path, tmp_path: Path) -> None:
+def test_rows_too_large_for_a_cta_are_shared(runner: Runner, tmp_path: Path) -> None:
     def narrow(shared_bytes: int) -> Limits:
         return Limits(8, shared_bytes, shared_bytes)
 
@@ -507,7 +496,7 @@ def test_rows_too_large_for_a_cta_are_shared(runner: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("ring", ["cp_async", "bulk"])
-def test_sources_are_taken_several_at_a_time(ring: str, runner: Path, tmp_path: Path) -> None:
+def test_sources_are_taken_several_at_a_time(ring: str, runner: Runner, tmp_path: Path) -> None:
     # Four of them in a cluster, two in a CTA, and what is left over.
     few = [shared(count, 40968 // count // 8 * 8 + 8, ring=ring) for count in range(2, 9)]
     # A row streams through few slots, and no group may be as large as the ring.
@@ -520,7 +509,7 @@ def test_sources_are_taken_several_at_a_time(ring: str, runner: Path, tmp_path: 
     assert len({result.shared_bytes for result in results[len(few) :]}) >= 4
 
 
-def test_result_does_not_depend_on_how_many_share_a_row(runner: Path, tmp_path: Path) -> None:
+def test_result_does_not_depend_on_how_many_share_a_row(runner: Runner, tmp_path: Path) -> None:
     for dtype, hidden in [(torch.bfloat16, 8200), (torch.float16, 4104), (torch.float32, 2056)]:
         torch.manual_seed(5)
         alone = shared(5, hidden, dtype, tokens=9, multiprocessors=2)
@@ -547,7 +536,7 @@ def test_result_does_not_depend_on_how_many_share_a_row(runner: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("ring", ["cp_async", "bulk"])
-def test_summation_alone(ring: str, runner: Path, tmp_path: Path) -> None:
+def test_summation_alone(ring: str, runner: Runner, tmp_path: Path) -> None:
     cases = [
         summed(1, hidden, dtype, ring=ring, tokens=(3, 5), limits=limits, attend=False, **way)
         for (hidden, dtype, limits), way in itertools.product(
@@ -573,7 +562,7 @@ def test_summation_alone(ring: str, runner: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ring", ["cp_async", "bulk"])
-def test_merging_a_state(ring: str, runner: Path, tmp_path: Path) -> None:
+def test_merging_a_state(ring: str, runner: Runner, tmp_path: Path) -> None:
     cases = [
         make(2, 264, torch.bfloat16, ring=ring),
         make(2, 64, [torch.float32, torch.bfloat16], ring=ring, norm=False, order="random"),
@@ -596,7 +585,7 @@ def test_merging_a_state(ring: str, runner: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ring", ["cp_async", "bulk"])
-def test_known_rstd(ring: str, runner: Path, tmp_path: Path) -> None:
+def test_known_rstd(ring: str, runner: Runner, tmp_path: Path) -> None:
     cases = [
         make(4, 264, torch.bfloat16, ring=ring),
         summed(4, 264, torch.bfloat16, ring=ring, in_place=True),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from attnres_ext import reference
 
-from .build import build_runner, compiler, cuda_include_dir
+from .build import Runner
 from .cases import (
     Case,
     Launched,
@@ -27,12 +27,7 @@ from .cases import (
     run_cases,
 )
 from .gradient_cases import NO_BASE, OTHER_BASE, OWN_BASE, SHARED_BASE, GradientCase
-from .test_depth_attention import FLAVOURS, HALF, TINY, make
-
-pytestmark = [
-    pytest.mark.skipif(cuda_include_dir() is None, reason="no CUDA headers on this machine"),
-    pytest.mark.skipif(compiler() is None, reason="no C++ compiler on this machine"),
-]
+from .test_depth_attention import HALF, TINY, make
 
 SAVES = ("nothing", "stats", "output")
 
@@ -215,13 +210,8 @@ def check_gradients(
         assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"
 
 
-@pytest.fixture(scope="module", params=FLAVOURS)
-def runner(request: pytest.FixtureRequest) -> Path:
-    return build_runner(request.param)
-
-
 def run_and_check(
-    runner: Path,
+    runner: Runner,
     cases: Sequence[GradientCase],
     folder: Path,
     check: Callable[[Any, list[Tensor]], None] = check,
@@ -236,7 +226,7 @@ def run_and_check(
 
 
 @pytest.mark.parametrize("ring", ["cp_async", "bulk"])
-def test_aligned_rows_stay_on_chip(ring: str, runner: Path, tmp_path: Path) -> None:
+def test_aligned_rows_stay_on_chip(ring: str, runner: Runner, tmp_path: Path) -> None:
     cases = [
         Backward(
             make(count, hidden, dtype, ring=ring, order=order, norm=norm, gains=gains),
@@ -259,7 +249,9 @@ def test_aligned_rows_stay_on_chip(ring: str, runner: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("save", SAVES)
-def test_every_save_level_in_every_way(save: str, norm: bool, runner: Path, tmp_path: Path) -> None:
+def test_every_save_level_in_every_way(
+    save: str, norm: bool, runner: Runner, tmp_path: Path
+) -> None:
     cases = [
         Backward(make(count, hidden, dtype, norm=norm, **options), save=save, weights_too=True)
         for count, hidden, dtype, options in [
@@ -285,7 +277,7 @@ def test_every_save_level_in_every_way(save: str, norm: bool, runner: Path, tmp_
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("save", SAVES)
 def test_rows_too_large_for_a_cta_are_shared(
-    save: str, norm: bool, runner: Path, tmp_path: Path
+    save: str, norm: bool, runner: Runner, tmp_path: Path
 ) -> None:
     def narrow(kilobytes: int) -> Limits:
         return Limits(8, kilobytes << 10, kilobytes << 10)
@@ -314,7 +306,7 @@ def test_rows_too_large_for_a_cta_are_shared(
 
 
 @pytest.mark.parametrize("ring", ["cp_async", "bulk"])
-def test_gradients_are_added_to_what_is_there(ring: str, runner: Path, tmp_path: Path) -> None:
+def test_gradients_are_added_to_what_is_there(ring: str, runner: Runner, tmp_path: Path) -> None:
     kinds = [NO_BASE, OTHER_BASE, OWN_BASE, SHARED_BASE]
     mixed = [torch.bfloat16, torch.float32, torch.float16, torch.float16]
     cases = [
@@ -337,7 +329,7 @@ def test_gradients_are_added_to_what_is_there(ring: str, runner: Path, tmp_path:
 
 
 @pytest.mark.parametrize("ring", ["cp_async", "bulk"])
-def test_only_what_is_wanted(ring: str, runner: Path, tmp_path: Path) -> None:
+def test_only_what_is_wanted(ring: str, runner: Runner, tmp_path: Path) -> None:
     wanted = [True, False, True]
     cases = [
         Backward(make(3, 72, torch.bfloat16, ring=ring), wanted=wanted, gains=gains, save=save)
@@ -349,7 +341,7 @@ def test_only_what_is_wanted(ring: str, runner: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ring", ["cp_async", "bulk"])
-def test_awkward_rows(ring: str, runner: Path, tmp_path: Path) -> None:
+def test_awkward_rows(ring: str, runner: Runner, tmp_path: Path) -> None:
     mixed = [torch.bfloat16, torch.float32, torch.float16]
     cases = [
         Backward(make(4, 264, mixed, ring=ring, order="random", gain_dtype=torch.bfloat16)),
@@ -366,7 +358,7 @@ def test_awkward_rows(ring: str, runner: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ring", ["cp_async", "bulk"])
-def test_many_sources(ring: str, runner: Path, tmp_path: Path) -> None:
+def test_many_sources(ring: str, runner: Runner, tmp_path: Path) -> None:
     cases = [
         Backward(make(256, 64, torch.bfloat16, ring=ring, tokens=(1, 2)), save="nothing"),
         Backward(make(17, 64, torch.float32, ring=ring, tokens=(1, 3), limits=TINY)),
@@ -376,7 +368,7 @@ def test_many_sources(ring: str, runner: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ring", ["cp_async", "bulk"])
-def test_more_rows_than_ctas(ring: str, runner: Path, tmp_path: Path) -> None:
+def test_more_rows_than_ctas(ring: str, runner: Runner, tmp_path: Path) -> None:
     few = Limits(1, 12 * 1024, 11 * 1024)
     cases = [
         Backward(make(3, hidden, dtype, ring=ring, tokens=(5, 5), order="random", limits=few))
@@ -387,7 +379,7 @@ def test_more_rows_than_ctas(ring: str, runner: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ring", ["cp_async", "bulk"])
-def test_merging_a_state(ring: str, runner: Path, tmp_path: Path) -> None:
+def test_merging_a_state(ring: str, runner: Runner, tmp_path: Path) -> None:
     cases = [
         Backward(make(2, 264, torch.bfloat16, ring=ring), save="nothing"),
         Backward(make(2, 64, [torch.float32, torch.bfloat16], ring=ring, norm=False)),
@@ -405,7 +397,7 @@ def test_merging_a_state(ring: str, runner: Path, tmp_path: Path) -> None:
     run_and_check(runner, cases, tmp_path)
 
 
-def test_one_source_has_no_query_gradient(runner: Path, tmp_path: Path) -> None:
+def test_one_source_has_no_query_gradient(runner: Runner, tmp_path: Path) -> None:
     cases = [
         Backward(make(1, hidden, dtype, ring=ring, norm=norm), save=save)
         for (hidden, dtype), ring, norm, save in [
@@ -420,7 +412,7 @@ def test_one_source_has_no_query_gradient(runner: Path, tmp_path: Path) -> None:
         assert torch.equal(key_weight, torch.zeros_like(key_weight))
 
 
-def test_results_do_not_depend_on_the_order_of_threads(runner: Path, tmp_path: Path) -> None:
+def test_results_do_not_depend_on_the_order_of_threads(runner: Runner, tmp_path: Path) -> None:
     cases = [
         Backward(make(4, 136, torch.bfloat16, tokens=(3, 3), limits=Limits(1)), save="nothing")
         for _ in range(3)
@@ -434,7 +426,7 @@ def test_results_do_not_depend_on_the_order_of_threads(runner: Path, tmp_path: P
             assert torch.equal(a, b)
 
 
-def test_a_row_of_nan_stays_in_its_row(runner: Path, tmp_path: Path) -> None:
+def test_a_row_of_nan_stays_in_its_row(runner: Runner, tmp_path: Path) -> None:
     cases = []
     for ring in ("cp_async", "bulk"):
         case = make(3, 64, torch.float32, ring=ring, limits=Limits(1))

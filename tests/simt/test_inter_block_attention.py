@@ -8,38 +8,31 @@ from pathlib import Path
 import pytest
 import torch
 
-from .build import build_runner, compiler, cuda_include_dir
+from .build import Runner, runner_or_skip
 from .cases import Limits, Rows
 from .inter_block_cases import make, run, run_and_check
-from .test_depth_attention import FLAVOURS, HALF
-
-pytestmark = [
-    pytest.mark.skipif(cuda_include_dir() is None, reason="no CUDA headers on this machine"),
-    pytest.mark.skipif(compiler() is None, reason="no C++ compiler on this machine"),
-]
+from .test_depth_attention import HALF
 
 #: Rows of a few kilobytes fit, score vectors only a panel of columns at a time. One multiprocessor
 #: runs no clusters.
 SMALL = Limits(multiprocessors=1, shared_per_multiprocessor=25 * 1024, shared_per_cta=24 * 1024)
 RINGS = ["cp_async", "bulk"]
 #: A runner and a ring.
-Way = tuple[Path, str]
+Way = tuple[Runner, str]
 MIXED = [torch.bfloat16, torch.float32, torch.float16]
 
 
 #: Flavour and ring. Sanitizers cost much: the other ring is under them in the other file.
-WAYS = [("plain", "cp_async"), ("plain", "bulk"), ("sanitized", "bulk")]
+WAYS = [
+    *itertools.product(("plain", "ptx"), ("cp_async", "bulk")),
+    ("sanitized", "bulk"),
+]
 
 
 @pytest.fixture(scope="module", params=WAYS, ids="-".join)
 def way(request: pytest.FixtureRequest) -> Way:
     flavour, ring = request.param
-    return build_runner(flavour), ring
-
-
-@pytest.fixture(scope="module", params=FLAVOURS)
-def runner(request: pytest.FixtureRequest) -> Path:
-    return build_runner(request.param)
+    return runner_or_skip(flavour), ring
 
 
 def test_rows_of_one_half_precision_dtype(way: Way, tmp_path: Path) -> None:
@@ -90,7 +83,7 @@ def sharing(multiprocessors: int, kilobytes: int) -> Limits:
     return Limits(multiprocessors, (kilobytes + 1) * 1024, kilobytes * 1024)
 
 
-def test_ctas_of_a_cluster_share_the_columns_of_a_token(runner: Path, tmp_path: Path) -> None:
+def test_ctas_of_a_cluster_share_the_columns_of_a_token(runner: Runner, tmp_path: Path) -> None:
     """As few as keep the score vectors; panels of columns need not be the same for all."""
     cases = [
         make(3, 12, 456, torch.bfloat16, limits=sharing(2, 40)),
@@ -106,7 +99,7 @@ def test_ctas_of_a_cluster_share_the_columns_of_a_token(runner: Path, tmp_path: 
     assert all(result.uses_slots and result.num_spans == 1 for result in results)
 
 
-def test_large_clusters_only_where_the_device_runs_them(runner: Path, tmp_path: Path) -> None:
+def test_large_clusters_only_where_the_device_runs_them(runner: Runner, tmp_path: Path) -> None:
     """Others share a token among eight, in passes if need be."""
     shape = (2, 12, 1096, torch.bfloat16)
     cases = [
@@ -129,7 +122,7 @@ def test_other_aligned_rows_stay_on_chip(way: Way, tmp_path: Path) -> None:
     assert all(result.uses_slots for result in run_and_check(runner, cases, tmp_path))
 
 
-def test_odd_widths_and_misaligned_rows_are_read_in_place(runner: Path, tmp_path: Path) -> None:
+def test_odd_widths_and_misaligned_rows_are_read_in_place(runner: Runner, tmp_path: Path) -> None:
     cases = [
         make(1, 1, 1, torch.bfloat16),
         make(3, 2, 5, torch.float16, query_layout="odd"),
@@ -189,7 +182,7 @@ def test_sealed_blocks_bring_their_rms(way: Way, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [*HALF, torch.float32])
-def test_one_source_is_returned_exactly(dtype: torch.dtype, runner: Path, tmp_path: Path) -> None:
+def test_one_source_is_returned_exactly(dtype: torch.dtype, runner: Runner, tmp_path: Path) -> None:
     case = make(1, 3, 72, dtype)
     (result,) = run(runner, [case], tmp_path)
     values = case.sources[0].view.reshape(1, -1, 72).expand(3, -1, -1)
@@ -197,7 +190,7 @@ def test_one_source_is_returned_exactly(dtype: torch.dtype, runner: Path, tmp_pa
 
 
 @pytest.mark.parametrize("dtype", [*HALF, torch.float32])
-def test_large_and_tiny_score_vectors(dtype: torch.dtype, runner: Path, tmp_path: Path) -> None:
+def test_large_and_tiny_score_vectors(dtype: torch.dtype, runner: Runner, tmp_path: Path) -> None:
     """Parts of a score vector keep its low bits, whatever its size."""
     cases = [make(3, 2, 64, dtype, scale=scale) for scale in (1e5, 1e-6, 1e-30)]
     cases[0].eps = 1e6  # small 1/rms: logits of ordinary size
@@ -205,7 +198,7 @@ def test_large_and_tiny_score_vectors(dtype: torch.dtype, runner: Path, tmp_path
     run_and_check(runner, cases, tmp_path)
 
 
-def test_large_logits_and_ties(runner: Path, tmp_path: Path) -> None:
+def test_large_logits_and_ties(runner: Runner, tmp_path: Path) -> None:
     spiked, tied = make(4, 3, 64, scale=1e4), make(2, 3, 64)
     tied.sources[1] = Rows(tied.sources[0].storage, tied.sources[0].view)
     spike, tie = run(runner, [spiked, tied], tmp_path)
@@ -217,7 +210,7 @@ def test_large_logits_and_ties(runner: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "misaligned"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_row_of_nan_or_infinity_stays_in_its_row(
-    dtype: torch.dtype, layout: str, runner: Path, tmp_path: Path
+    dtype: torch.dtype, layout: str, runner: Runner, tmp_path: Path
 ) -> None:
     def spoil(ring: str) -> object:
         case = make(3, 2, 64, dtype, layouts=layout, ring=ring, limits=Limits(1))
@@ -233,7 +226,7 @@ def test_a_row_of_nan_or_infinity_stays_in_its_row(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_result_of_a_row_depends_on_that_row_alone(
-    dtype: torch.dtype, runner: Path, tmp_path: Path
+    dtype: torch.dtype, runner: Runner, tmp_path: Path
 ) -> None:
     whole = make(5, 3, 72, dtype, tokens=(1, 7), limits=Limits(1))
     alone = make(5, 3, 72, dtype, tokens=(1, 1), limits=Limits(7))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attnres_ext import reference
 
-from .build import build_runner, compiler, cuda_include_dir
+from .build import Runner, runner_or_skip
 from .cases import (
     Limits,
     encode_absent,
@@ -26,15 +26,9 @@ from .cases import (
 )
 from .gradient_cases import NO_BASE, OTHER_BASE, OWN_BASE, SHARED_BASE, GradientCase
 from .inter_block_cases import InterBlock, definition, make
-from .test_depth_attention import FLAVOURS
 from .test_depth_attention_backward import add_bases, check_gradients
 from .test_depth_attention_backward import run_and_check as run_and_check_by
 from .test_inter_block_attention import MIXED, RINGS, Way, sharing
-
-pytestmark = [
-    pytest.mark.skipif(cuda_include_dir() is None, reason="no CUDA headers on this machine"),
-    pytest.mark.skipif(compiler() is None, reason="no C++ compiler on this machine"),
-]
 
 #: Score vectors fit a panel of columns at a time. One multiprocessor runs no clusters.
 SMALL = Limits(multiprocessors=1, shared_per_multiprocessor=33 * 1024, shared_per_cta=32 * 1024)
@@ -137,18 +131,16 @@ def check(backward: Backward, outputs: list[Tensor]) -> None:
 
 
 #: Flavour and ring. Sanitizers cost much: the other ring is under them in the other file.
-WAYS = [("plain", "cp_async"), ("plain", "bulk"), ("sanitized", "cp_async")]
+WAYS = [
+    *itertools.product(("plain", "ptx"), ("cp_async", "bulk")),
+    ("sanitized", "cp_async"),
+]
 
 
 @pytest.fixture(scope="module", params=WAYS, ids="-".join)
 def way(request: pytest.FixtureRequest) -> Way:
     flavour, ring = request.param
-    return build_runner(flavour), ring
-
-
-@pytest.fixture(scope="module", params=FLAVOURS)
-def runner(request: pytest.FixtureRequest) -> Path:
-    return build_runner(request.param)
+    return runner_or_skip(flavour), ring
 
 
 run_and_check = functools.partial(run_and_check_by, check=check)
@@ -183,7 +175,7 @@ def test_score_vectors_that_do_not_fit_come_in_passes(
     assert all(one.uses_slots and one.num_spans > 1 for one in launched)
 
 
-def test_ctas_of_a_cluster_share_the_columns_of_a_token(runner: Path, tmp_path: Path) -> None:
+def test_ctas_of_a_cluster_share_the_columns_of_a_token(runner: Runner, tmp_path: Path) -> None:
     """As few as keep the score vectors, and the sums of their gradients if any do."""
     kinds = [NO_BASE, OTHER_BASE, OWN_BASE]
     cases = [
@@ -199,7 +191,7 @@ def test_ctas_of_a_cluster_share_the_columns_of_a_token(runner: Path, tmp_path: 
     assert all(one.uses_slots and one.num_spans == 1 for one in launched)
 
 
-def test_large_clusters_only_where_the_device_runs_them(runner: Path, tmp_path: Path) -> None:
+def test_large_clusters_only_where_the_device_runs_them(runner: Runner, tmp_path: Path) -> None:
     cases = [
         Backward(make(2, 4, 1096, limits=sharing(count, 16), tokens=(1, 2), order="random"))
         for count in (16, 17)
@@ -244,7 +236,7 @@ def test_gradients_are_added_to_what_is_there(way: Way, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_only_what_is_wanted(dtype: torch.dtype, runner: Path, tmp_path: Path) -> None:
+def test_only_what_is_wanted(dtype: torch.dtype, runner: Runner, tmp_path: Path) -> None:
     cases = [
         Backward(make(3, 2, 72, dtype), wanted=[True, False, True], gains=False),
         Backward(make(3, 2, 72, dtype), wanted=[False, False, False]),
@@ -268,7 +260,7 @@ def test_more_tiles_than_ctas(way: Way, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_one_source_gives_its_query_no_gradient(
-    dtype: torch.dtype, runner: Path, tmp_path: Path
+    dtype: torch.dtype, runner: Runner, tmp_path: Path
 ) -> None:
     case = Backward(make(1, 2, 72, dtype), lse_too=False)
     ((_, outputs),) = run_cases(runner, [case], tmp_path)
@@ -279,7 +271,7 @@ def test_one_source_gives_its_query_no_gradient(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_every_run_gives_the_same_bits(dtype: torch.dtype, runner: Path, tmp_path: Path) -> None:
+def test_every_run_gives_the_same_bits(dtype: torch.dtype, runner: Runner, tmp_path: Path) -> None:
     """Whatever the order in which threads run."""
     case = make(3, 3, 72, dtype, tokens=(2, 3))
     backward = Backward(case)
@@ -292,7 +284,7 @@ def test_every_run_gives_the_same_bits(dtype: torch.dtype, runner: Path, tmp_pat
         assert all(torch.equal(a, b) for a, b in zip(outputs, found[0], strict=True))
 
 
-def test_source_gradients_of_a_row_depend_on_that_row_alone(runner: Path, tmp_path: Path) -> None:
+def test_source_gradients_of_a_row_depend_on_that_row_alone(runner: Runner, tmp_path: Path) -> None:
     case = make(3, 2, 64, torch.bfloat16, limits=Limits(1))
     case.sources[1].storage[case.hidden + 3] = float("nan")
     ((_, outputs),) = run_cases(runner, [Backward(case, saved=False)], tmp_path)

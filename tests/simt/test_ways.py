@@ -10,22 +10,17 @@ import pytest
 from tests.ops.ways import DEPTH, PHASE_ONE, Way
 
 from . import inter_block_cases
-from .build import build_runner, compiler, cuda_include_dir
+from .build import runner_or_skip
 from .cases import Limits, run_cases
 from .test_depth_attention import make
 from .test_depth_attention_backward import Backward
 from .test_inter_block_attention_backward import Backward as InterBlockBackward
 
-pytestmark = [
-    pytest.mark.skipif(cuda_include_dir() is None, reason="no CUDA headers on this machine"),
-    pytest.mark.skipif(compiler() is None, reason="no C++ compiler on this machine"),
-]
-
 H100 = Limits(132, 228 * 1024, 227 * 1024)
 
 
 def check(way: Way, cases: list[Any], folder: Path, without_cluster: int) -> None:
-    results = [launched for launched, _ in run_cases(build_runner("plain"), cases, folder)]
+    results = [launched for launched, _ in run_cases(runner_or_skip("plain"), cases, folder)]
     for launched, cluster in zip(results, (way.cluster, way.cluster_backward), strict=True):
         assert launched.uses_slots is not way.in_place
         assert launched.resident is way.resident
