@@ -184,7 +184,9 @@ struct Launch {
         end_previous_kernel,
         [&](const cuda::Launcher& launcher) { return launcher.operator()<kKernel>(args, shape); });
     if (status == cudaSuccess) return 0;
-    std::fprintf(stderr, "runner: a launch failed with error %d\n", status);
+    const bool is_left_over = cudaGetLastError() != cudaSuccess;
+    std::fprintf(stderr, "runner: a launch failed with error %d%s\n", status,
+                 is_left_over ? ", which the next caller will find" : "");
     std::exit(1);
   }
 

@@ -136,6 +136,10 @@ MISTAKES = {
         (r"(mapa\.shared::cluster\.u32 \S+ \S+) \S+;", r"\1 0;"),
         "a store reaches a CTA that has ended",
     ),
+    "a kernel made for fewer threads than it gets: the error is handed back, and not left": (
+        (r"\.maxntid \d+", ".maxntid 32"),
+        r"a launch failed with error \d+\n",
+    ),
 }
 
 
