@@ -1,67 +1,16 @@
-// What each instruction of PTX does. Between threads the executor does it.
+// Instructions that compute with a thread's own registers.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #include <cfenv>
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <type_traits>
 
-#include "common/mma.cuh"
-#include "executor.hpp"
-#include "ptx/program.hpp"
+#include "ptx/thread.hpp"
 
 namespace simt::ptx {
-
-struct Thread {
-  std::vector<uint64_t> registers;
-  uint32_t next = 0;
-  bool done = false;
-  const std::byte* parameters;
-  size_t parameter_bytes;
-  const std::vector<Extent>& allocations;
-};
-
 namespace {
-
-// Addresses of shared memory are small numbers, as on a device; above them the rank of another CTA.
-constexpr uint32_t kSharedBase = 1024;
-constexpr int kRankShift = 24;
-
-template <typename T>
-T get(const Thread& thread, const Instruction& instruction, size_t i) {
-  static_assert(sizeof(T) <= 8);
-  const uint64_t bits = thread.registers[instruction.operands[i].slot];
-  T value;
-  std::memcpy(&value, &bits, sizeof(T));
-  return value;
-}
-// Into a register of any width: what is narrower is extended.
-template <typename T>
-void set(Thread& thread, const Instruction& instruction, size_t i, T value) {
-  uint64_t bits = 0;
-  if constexpr (std::is_integral_v<T> && std::is_signed_v<T>) {
-    bits = static_cast<uint64_t>(static_cast<int64_t>(value));
-  } else {
-    std::memcpy(&bits, &value, sizeof(T));
-  }
-  thread.registers[instruction.operands[i].slot] = bits;
-}
-
-// Calls f(T{}) for the type with this name.
-template <typename F>
-Operation with_type(std::string_view type, F f) {
-  if (type == "pred") return f(bool{});
-  if (type == "u8" || type == "b8") return f(uint8_t{});
-  if (type == "s8") return f(int8_t{});
-  if (type == "u16" || type == "b16") return f(uint16_t{});
-  if (type == "s16") return f(int16_t{});
-  if (type == "u32" || type == "b32") return f(uint32_t{});
-  if (type == "s32") return f(int32_t{});
-  if (type == "u64" || type == "b64") return f(uint64_t{});
-  if (type == "s64") return f(int64_t{});
-  if (type == "f32") return f(float{});
-  if (type == "f64") return f(double{});
-  fail("PTX: an unknown type:", type);
-}
 
 template <typename T>
 using Unsigned = std::make_unsigned_t<T>;
@@ -373,141 +322,7 @@ void insert_bits(Thread& t, const Instruction& i) {
   set(t, i, 0, static_cast<uint32_t>((to & ~mask) | (from << position & mask)));
 }
 
-// Memory.
-enum class Space { kGlobal, kShared, kGeneric, kParameters };
-
-std::byte* shared_place(uint64_t address, size_t bytes, const Instruction& i) {
-  const auto small = static_cast<uint32_t>(address);
-  if (small < kSharedBase || small - kSharedBase + bytes > static_cast<size_t>(shared_bytes())) {
-    fail("shared memory is missed by", i.text);
-  }
-  return shared_memory() + (small - kSharedBase);
-}
-uint64_t address_in(const Thread& t, const Instruction& i, size_t operand) {
-  return get<uint64_t>(t, i, operand) + static_cast<uint64_t>(i.operands[operand].offset);
-}
-
-std::byte* shared_place(const Thread& t, const Instruction& i, size_t operand, size_t bytes) {
-  return shared_place(address_in(t, i, operand), bytes, i);
-}
-
-std::byte* global_place(const Thread& t, const Instruction& i, uint64_t address, size_t bytes) {
-  require_waited();
-  auto* const at = reinterpret_cast<std::byte*>(address);
-  for (const Extent& extent : t.allocations) {
-    if (at >= extent.begin && at + bytes <= extent.end) return at;
-  }
-  fail("every allocation is missed by", i.text);
-}
-
-template <Space kSpace>
-std::byte* place(const Thread& t, const Instruction& i, size_t operand, size_t bytes) {
-  if constexpr (kSpace == Space::kShared) return shared_place(t, i, operand, bytes);
-  const uint64_t address = address_in(t, i, operand);
-  auto* const at = reinterpret_cast<std::byte*>(address);
-  const auto is_within = [&](const std::byte* begin, size_t size) {
-    return at >= begin && at + bytes <= begin + size;
-  };
-  if constexpr (kSpace == Space::kParameters) {
-    if (!is_within(t.parameters, t.parameter_bytes)) fail("parameters are missed by", i.text);
-    return at;
-  }
-  if (kSpace == Space::kGeneric &&
-      is_within(shared_memory(), static_cast<size_t>(shared_bytes()))) {
-    return at;
-  }
-  return global_place(t, i, address, bytes);
-}
-
-// The element that the operation counts with, and how many of them.
-template <Space kSpace, typename T>
-struct Access {
-  static std::byte* at(const Thread& t, const Instruction& i, size_t operand) {
-    const size_t bytes = sizeof(T) * i.count;
-    std::byte* const where = place<kSpace>(t, i, operand, bytes);
-    if constexpr (kSpace == Space::kParameters) return where;
-    if (reinterpret_cast<uintptr_t>(where) % bytes != 0) fail("memory is not aligned for", i.text);
-    return where;
-  }
-  static void load(Thread& t, const Instruction& i) {
-    const std::byte* const from = at(t, i, i.count);
-    for (uint32_t j = 0; j < i.count; ++j) {
-      T value;
-      std::memcpy(&value, from + j * sizeof(T), sizeof(T));
-      set(t, i, j, value);
-    }
-  }
-  static void store(Thread& t, const Instruction& i) {
-    std::byte* const to = at(t, i, 0);
-    for (uint32_t j = 0; j < i.count; ++j) {
-      const T value = get<T>(t, i, 1 + j);
-      std::memcpy(to + j * sizeof(T), &value, sizeof(T));
-    }
-  }
-};
-
-// Between threads.
-void meet_cta(Thread& t, const Instruction& i) {
-  sync_threads(static_cast<int>(get<uint32_t>(t, i, 0)),
-               i.operands.size() > 1 ? static_cast<int>(get<uint32_t>(t, i, 1)) : 0);
-}
-void meet_warp(Thread& t, const Instruction& i) {
-  if (get<uint32_t>(t, i, 0) != ~0u) fail("only whole warps meet:", i.text);
-  sync_warp();
-}
-void shuffle_xor(Thread& t, const Instruction& i) {
-  const size_t first = i.operands.size() - 4;  // after the value, perhaps a predicate too
-  if (get<uint32_t>(t, i, first + 2) != 31 || get<uint32_t>(t, i, first + 3) != ~0u) {
-    fail("only whole warps shuffle:", i.text);
-  }
-  const uint64_t mine = get<uint32_t>(t, i, first);
-  const int mask = static_cast<int>(get<uint32_t>(t, i, first + 1));
-  set(t, i, 0, static_cast<uint32_t>(exchange(mine, mask)));
-  if (first == 2) set(t, i, 1, true);
-}
-template <typename T>
-void multiply_matrices(Thread& t, const Instruction& i) {
-  float sums[4];
-  uint32_t a[4], b[2];
-  for (size_t j = 0; j < 4; ++j) sums[j] = get<float>(t, i, 10 + j);
-  for (size_t j = 0; j < 4; ++j) a[j] = get<uint32_t>(t, i, 4 + j);
-  for (size_t j = 0; j < 2; ++j) b[j] = get<uint32_t>(t, i, 8 + j);
-  attnres::cuda::multiply_add_16x8x16(T{}, sums, a, b);
-  for (size_t j = 0; j < 4; ++j) set(t, i, j, sums[j]);
-}
-
-void* barrier_at(const Thread& t, const Instruction& i, size_t operand) {
-  return shared_place(t, i, operand, sizeof(uint64_t));
-}
-const void* global_at(const Thread& t, const Instruction& i, size_t operand, size_t bytes) {
-  return global_place(t, i, address_in(t, i, operand), bytes);
-}
-
-// Where an address of another CTA's memory would be in this one's.
-std::byte* remote_place(const Thread& t, const Instruction& i, size_t operand, size_t bytes,
-                        int rank) {
-  const auto address = static_cast<uint32_t>(address_in(t, i, operand));
-  if (static_cast<int>(address >> kRankShift) != rank) fail("two CTAs are meant by", i.text);
-  return shared_place(address & ((1u << kRankShift) - 1), bytes, i);
-}
-template <typename T>
-void store_to_cta(Thread& t, const Instruction& i) {
-  const int rank = static_cast<int>(get<uint32_t>(t, i, 0) >> kRankShift);
-  if (rank == 0) fail("an address of no other CTA is given to", i.text);
-  const T value = get<T>(t, i, 1);
-  store_remote(remote_place(t, i, 0, sizeof(T), rank), &value, sizeof(T), rank - 1,
-               remote_place(t, i, 2, sizeof(uint64_t), rank));
-}
-
-struct Named {
-  const char* name;
-  Operation operation;
-};
-
 const Named kNamed[] = {
-    {"ret", [](Thread& t, const Instruction&) { t.done = true; }},
-    {"bra", [](Thread& t, const Instruction& i) { t.next = i.target; }},
-    {"bra.uni", [](Thread& t, const Instruction& i) { t.next = i.target; }},
     {"fma.rm.f32", fused_multiply_add_down},
     {"ex2.approx.ftz.f32", unary<float, power_of_two>},
     {"rsqrt.approx.f32", unary<float, inverse_square_root<float>>},
@@ -526,93 +341,11 @@ const Named kNamed[] = {
     {"prmt.b32", permute_bytes},
     {"bfi.b32", insert_bits},
     {"cvta.to.global.u64", move<uint64_t>},
-    {"cvta.shared.u64",
-     [](Thread& t, const Instruction& i) {
-       set(t, i, 0, reinterpret_cast<uint64_t>(shared_place(t, i, 1, 0)));
-     }},
-    {"bar.sync", meet_cta},
-    {"bar.warp.sync", meet_warp},
-    {"shfl.sync.bfly.b32", shuffle_xor},
-    {"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", multiply_matrices<__nv_bfloat16>},
-    {"mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32", multiply_matrices<__half>},
-    {"cp.async.cg.shared.global",
-     [](Thread& t, const Instruction& i) {
-       if (get<uint32_t>(t, i, 2) != 16) fail("other than 16 bytes are copied by", i.text);
-       copy_async(shared_place(t, i, 0, 16), global_at(t, i, 1, 16));
-     }},
-    {"cp.async.commit_group", [](Thread&, const Instruction&) { commit_copies(); }},
-    {"cp.async.wait_group",
-     [](Thread& t, const Instruction& i) {
-       wait_for_copies(static_cast<int>(get<uint32_t>(t, i, 0)));
-     }},
-    {"griddepcontrol.wait", [](Thread&, const Instruction&) { wait_for_previous_kernel(); }},
-    {"griddepcontrol.launch_dependents", [](Thread&, const Instruction&) { require_waited(); }},
-    {"barrier.cluster.arrive.relaxed", [](Thread&, const Instruction&) { arrive_at_cluster(); }},
-    {"barrier.cluster.wait.acquire", [](Thread&, const Instruction&) { wait_for_cluster(); }},
-    {"mapa.shared::cluster.u32",
-     [](Thread& t, const Instruction& i) {
-       const auto rank = get<uint32_t>(t, i, 2);
-       if (rank >= static_cast<uint32_t>(cluster_size())) fail("no CTA has the rank in", i.text);
-       set(t, i, 0, get<uint32_t>(t, i, 1) | (rank + 1) << kRankShift);
-     }},
-    {"st.async.shared::cluster.mbarrier::complete_tx::bytes.b32", store_to_cta<uint32_t>},
-    {"st.async.shared::cluster.mbarrier::complete_tx::bytes.b64", store_to_cta<uint64_t>},
-    {"fence.mbarrier_init.release.cluster", [](Thread&, const Instruction&) {}},
-    {"mbarrier.init.shared::cta.b64",
-     [](Thread& t, const Instruction& i) {
-       init_barrier(barrier_at(t, i, 0), get<uint32_t>(t, i, 1));
-     }},
-    {"mbarrier.arrive.shared::cta.b64",
-     [](Thread& t, const Instruction& i) { arrive(barrier_at(t, i, 1), 0); }},
-    {"mbarrier.arrive.expect_tx.shared::cta.b64",
-     [](Thread& t, const Instruction& i) { arrive(barrier_at(t, i, 1), get<uint32_t>(t, i, 2)); }},
-    // They may return false before the phase is complete; these never do.
-    {"mbarrier.try_wait.parity.shared::cta.b64",
-     [](Thread& t, const Instruction& i) {
-       wait(barrier_at(t, i, 1), get<uint32_t>(t, i, 2));
-       set(t, i, 0, true);
-     }},
-    {"mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64",
-     [](Thread& t, const Instruction& i) {
-       wait(barrier_at(t, i, 1), get<uint32_t>(t, i, 2));
-       set(t, i, 0, true);
-     }},
-    {"cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes",
-     [](Thread& t, const Instruction& i) {
-       const auto size = get<uint32_t>(t, i, 2);
-       copy_bulk(shared_place(t, i, 0, size), global_at(t, i, 1, size), size, barrier_at(t, i, 3));
-     }},
 };
-
-Operation memory_operation(std::string_view name) {
-  const bool loads = name.substr(0, 3) == "ld.";
-  std::string_view rest = name.substr(3);
-  Space space = Space::kGeneric;
-  const auto take = [&](std::string_view prefix) {
-    const bool has = rest.substr(0, prefix.size()) == prefix;
-    if (has) rest.remove_prefix(prefix.size());
-    return has;
-  };
-  if (take("global.")) space = Space::kGlobal;
-  if (take("shared.")) space = Space::kShared;
-  if (take("param.")) space = Space::kParameters;
-  // How many stand in the braces says the same.
-  if (!take("v2.")) take("v4.");
-  return with_type(rest, [&](auto x) -> Operation {
-    using T = decltype(x);
-    const auto of = [&]<Space kSpace>() -> Operation {
-      return loads ? Access<kSpace, T>::load : Access<kSpace, T>::store;
-    };
-    if (space == Space::kGlobal) return of.template operator()<Space::kGlobal>();
-    if (space == Space::kShared) return of.template operator()<Space::kShared>();
-    if (space == Space::kParameters) return of.template operator()<Space::kParameters>();
-    return of.template operator()<Space::kGeneric>();
-  });
-}
 
 Operation typed_operation(std::string_view name) {
   const size_t first = name.find('.'), last = name.rfind('.');
-  if (first == name.npos) fail("PTX: an unknown instruction:", name);
+  if (first == name.npos) return nullptr;
   const std::string_view word = name.substr(0, first), type = name.substr(last + 1);
   const std::string_view between = first == last ? "" : name.substr(first + 1, last - first - 1);
   const bool is_plain = between.empty() || between == "rn" || between == "lo";
@@ -623,7 +356,7 @@ Operation typed_operation(std::string_view name) {
   }
   if (name == "mul.wide.s32") return multiply_wide<int32_t, int64_t>;
   if (name == "mul.wide.u32") return multiply_wide<uint32_t, uint64_t>;
-  if (!is_plain) fail("PTX: an unknown instruction:", name);
+  if (!is_plain) return nullptr;
   if (word == "add") return binary_of<Add>(type, numbers);
   if (word == "sub") return binary_of<Subtract>(type, numbers);
   if (word == "mul") return binary_of<Multiply>(type, numbers);
@@ -651,45 +384,15 @@ Operation typed_operation(std::string_view name) {
     } else if constexpr (numbers(T{})) {
       if (word == "fma") return fused_multiply_add<T>;
     }
-    fail("PTX: an unknown instruction:", name);
+    return nullptr;
   });
 }
 
 }  // namespace
 
-Operation operation_of(std::string_view name) {
-  for (const Named& named : kNamed) {
-    if (name == named.name) return named.operation;
-  }
-  if (name.substr(0, 3) == "ld." || name.substr(0, 3) == "st.") return memory_operation(name);
-  return typed_operation(name);
-}
-
-void run_thread(const Program& program, const void* parameters,
-                const std::vector<Extent>& allocations) {
-  Thread thread = {
-      program.registers,       0,          false, static_cast<const std::byte*>(parameters),
-      program.parameter_bytes, allocations};
-  const auto fill = [&](Special special, auto value) {
-    thread.registers[static_cast<size_t>(special)] = static_cast<uint64_t>(value);
-  };
-  fill(Special::kThread, thread_rank());
-  fill(Special::kCta, cta_rank());
-  fill(Special::kNumCtas, num_ctas());
-  fill(Special::kRankInCluster, rank_in_cluster());
-  fill(Special::kClusterSize, cluster_size());
-  fill(Special::kCluster, cta_rank() / cluster_size());
-  fill(Special::kNumClusters, num_ctas() / cluster_size());
-  fill(Special::kParameters, reinterpret_cast<uintptr_t>(parameters));
-  fill(Special::kShared, kSharedBase);
-  while (!thread.done) {
-    const Instruction& instruction = program.instructions[thread.next++];
-    if (instruction.guard >= 0) {
-      const bool holds = (thread.registers[static_cast<size_t>(instruction.guard)] & 1) != 0;
-      if (holds == instruction.guard_is_negated) continue;
-    }
-    instruction.operation(thread, instruction);
-  }
+Operation arithmetic_of(std::string_view name) {
+  const Operation named = find(kNamed, name);
+  return named != nullptr ? named : typed_operation(name);
 }
 
 }  // namespace simt::ptx
