@@ -1,12 +1,14 @@
 """Builds csrc/ with CMake; everything that is not compilation lives in pyproject.toml."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 
@@ -19,6 +21,14 @@ def tool(name: str) -> str:
     except (ImportError, AttributeError):
         return name
     return str(program) if program.exists() else name
+
+
+class FreshBuild(build_py):
+    """Packs what is there now: setuptools keeps modules of earlier builds that are gone since."""
+
+    def run(self) -> None:
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
 
 
 class CMakeBuild(build_ext):
@@ -66,5 +76,5 @@ setup(
         *(f"attnres_ext.{name}" for name in find_packages(include=["benchmarks*"])),
     ],
     ext_modules=[Extension("attnres_ext._ops", []), Extension("attnres_ext._C", [])],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_ext": CMakeBuild, "build_py": FreshBuild},
 )
