@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shutil
 import struct
@@ -13,6 +12,7 @@ import pytest
 
 from attnres_ext._native import LIBRARY
 from attnres_ext.benchmarks import builds
+from tests.tool import load_tool
 
 ROOT = Path(__file__).resolve().parents[2]
 OBJECT = "CMakeFiles/attnres_ops_cpu_avx2.dir/csrc/cpu/kernels.cpp.o"
@@ -96,12 +96,7 @@ def test_the_built_library_is_accounted_for_to_the_byte() -> None:
 
 
 def test_a_build_tree_becomes_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = importlib.util.spec_from_file_location("time_build", ROOT / "tools" / "time_build.py")
-    assert spec is not None
-    assert spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-
+    tool = load_tool("time_build")
     (tmp_path / ".ninja_log").write_text(LOG)
     for line in LOG.splitlines()[2:]:
         output = tmp_path / line.split("\t")[3]
