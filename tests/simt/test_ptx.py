@@ -143,9 +143,25 @@ MISTAKES = {
 }
 
 
+@pytest.fixture(scope="module")
+def right_cases(ptx: Runner, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """Cases that pass: few tokens and many, in a ring, in a cluster and in place."""
+    torch.manual_seed(0)
+    cases = [
+        test_depth_attention.make(9, 2304, tokens=(1, tokens), ring=ring, limits=limits)
+        for tokens, (ring, limits) in zip((2, 2, 12), DEVICES, strict=True)
+    ]
+    cases.append(
+        test_depth_attention.make(9, 264, layouts="odd", ring="bulk", tokens=(1, 3), limits=H100)
+    )
+    test_depth_attention.run_and_check(ptx, cases, tmp_path_factory.mktemp("right"))
+    return cases
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_seen(ptx: Runner, mistake: str, tmp_path: Path) -> None:
-    """The same cases pass without it."""
+def test_a_mistake_is_seen(
+    ptx: Runner, right_cases: list[Any], mistake: str, tmp_path: Path
+) -> None:
     (pattern, replacement), said = MISTAKES[mistake]
     wrong = []
     for path in ptx.ptx:
@@ -154,15 +170,7 @@ def test_a_mistake_is_seen(ptx: Runner, mistake: str, tmp_path: Path) -> None:
             wrong.append(tmp_path / path.name)
             wrong[-1].write_text(text)
     assert wrong, "no kernel has the instruction"
-    cases = [
-        test_depth_attention.make(9, 2304, tokens=(1, tokens), ring=ring, limits=limits)
-        for tokens, (ring, limits) in zip((2, 2, 12), DEVICES, strict=True)
-    ]
-    cases.append(
-        test_depth_attention.make(9, 264, layouts="odd", ring="bulk", tokens=(1, 3), limits=H100)
-    )
-    test_depth_attention.run_and_check(ptx, cases, tmp_path)
     names = {path.name for path in wrong}
     mistaken = Runner(ptx.executable, (*wrong, *(p for p in ptx.ptx if p.name not in names)))
     with pytest.raises(AssertionError, match=said):
-        test_depth_attention.run_and_check(mistaken, cases, tmp_path)
+        test_depth_attention.run_and_check(mistaken, right_cases, tmp_path)
