@@ -27,7 +27,7 @@ class FreshBuild(build_py):
     """Packs what is there now: setuptools keeps modules of earlier builds that are gone since."""
 
     def run(self) -> None:
-        shutil.rmtree(self.build_lib, ignore_errors=True)
+        shutil.rmtree(Path(self.build_lib) / "attnres_ext", ignore_errors=True)
         super().run()
 
 
