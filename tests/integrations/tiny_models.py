@@ -95,3 +95,17 @@ def randomise(residual) -> None:
     with torch.no_grad():
         for parameter in residual.parameters():
             parameter.normal_()
+
+
+def assert_same(actual, expected) -> None:
+    """Tensors, or tensors by name, of one function that is evaluated in two ways.
+
+    Their matrix products belong to a library that promises no bits: its sums may depend on where
+    operands lie, say. What a mistake of ours changes is changed by far more than a rounding.
+    """
+    if isinstance(expected, torch.Tensor):
+        actual, expected = {"values": actual}, {"values": expected}
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert actual[name].dtype == tensor.dtype, name
+        assert (actual[name] - tensor).norm() <= 1e-4 * tensor.norm(), name

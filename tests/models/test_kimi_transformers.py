@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from attnres_ext.models.kimi_linear import KimiLinearForCausalLM, presets, save_weights
+from tests.module.naive_residual import assert_as_exact_as_plain_pytorch
 
 transformers = pytest.importorskip("transformers")
 theirs = pytest.importorskip("transformers.models.kimi_linear.modeling_kimi_linear")
@@ -87,13 +88,7 @@ def test_transformers_reads_our_checkpoint_and_computes_the_same(tmp_path, chang
     for logits in (ours, public):
         (logits * weight).sum().backward()
 
-    def error(actual, exact):
-        return (actual.double() - exact).abs().max().item()
-
-    # Both are float32 computations of one function: ours may err as much as theirs does, and by
-    # some roundings where theirs is exact by luck.
-    eps = torch.finfo(torch.float32).eps
-    assert error(ours, expected) <= 2 * error(public, expected) + 16 * eps * expected.abs().max()
+    assert_as_exact_as_plain_pytorch([ours], [public], [expected])
 
     def save_ours(model):
         return load_file(save_weights(model, tmp_path / "ours"))
@@ -108,9 +103,9 @@ def test_transformers_reads_our_checkpoint_and_computes_the_same(tmp_path, chang
     wanted = gradients(exact, save_ours)
     actual, public = gradients(model, save_ours), gradients(other, save_theirs)
     assert actual.keys() == wanted.keys() == public.keys()
-    for name, gradient in wanted.items():
-        if name.endswith("e_score_correction_bias"):
-            continue
-        theirs_there = public[name].view_as(gradient)
-        most = 2 * error(theirs_there, gradient) + 64 * eps * gradient.abs().max().item()
-        assert error(actual[name], gradient) <= most, name
+    names = [name for name in wanted if not name.endswith("e_score_correction_bias")]
+    assert_as_exact_as_plain_pytorch(
+        [actual[name] for name in names],
+        [public[name].view_as(wanted[name]) for name in names],
+        [wanted[name] for name in names],
+    )

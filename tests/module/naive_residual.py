@@ -44,8 +44,12 @@ def forward_standard(embedding, sublayers, norms, norm_eps):
 
 
 class Toy(nn.Module):
-    """A model of dense sublayers around an ``AttentionResiduals``, and the same model written
-    naively."""
+    """A model around an ``AttentionResiduals``, and the same model written naively.
+
+    Its sublayers compute the same bits on every processor and in every library: their matrix
+    product has one term an element, everything else is an operation of one element that IEEE 754
+    rounds. So models of them may be compared bit for bit.
+    """
 
     def __init__(self, residual, norm_eps=1e-5, seed=0):
         super().__init__()
@@ -56,16 +60,16 @@ class Toy(nn.Module):
         def random(*shape):
             return nn.Parameter(torch.randn(*shape, generator=generator))
 
-        self.weights = nn.ParameterList(
-            nn.Parameter(random(size, size) / size**0.5) for _ in range(residual.num_sublayers)
-        )
+        self.weights = nn.ParameterList(random(size) for _ in range(residual.num_sublayers))
         self.norms = nn.ParameterList(random(size) for _ in range(residual.num_sites))
         with torch.no_grad():
             for parameter in [*residual.queries, *residual.key_weights]:
                 parameter.copy_(torch.randn(size, generator=generator))
 
     def sublayer(self, site, x):
-        return torch.tanh(x @ self.weights[site])
+        """The columns in another order, by a product that autocast narrows, and a nonlinearity."""
+        order = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device).roll(1, 0)
+        return nn.functional.softsign((x @ order) * self.weights[site])
 
     def forward(self, embedding, cache=None, run=None):
         """``run(function, x)`` calls a sublayer; the default just calls it."""
@@ -107,16 +111,24 @@ def gradients(model, embedding, run):
 
 
 def assert_as_exact_as_plain_pytorch(actual, naive, expected):
-    """Against ``expected``, in float64: at most twice the error of ``naive``, and one rounding.
+    """Against ``expected``, in float64: half of all rows at most twice as far away as ``naive``'s,
+    and one rounding; no row wrong.
 
-    Each is a list of tensors and errors are taken over all of it: single entries are a matter of
-    luck.
+    Each is a list of tensors. A model amplifies roundings on its way, in a few rows a
+    thousandfold: how two errors compare there is the luck of a processor, and of its rows' median
+    it is not. What is wrong and not just rounded is farther off by orders of magnitude.
     """
 
-    def error(values):
+    def errors(values):
         pairs = zip(values, expected, strict=True)
-        return sum((value.double() - e).square().sum() for value, e in pairs).sqrt()
+        return torch.cat([rows(value.double() - e).norm(dim=-1) for value, e in pairs])
 
-    size = sum(e.square().sum() for e in expected).sqrt()
-    rounding = torch.finfo(actual[0].dtype).eps * size
-    assert error(actual) <= 2 * error(naive) + rounding
+    def rows(tensor):
+        return tensor.reshape(-1, tensor.shape[-1])
+
+    size = torch.cat([rows(e).norm(dim=-1) for e in expected])
+    used = size > 0  # not those of tokens that do not occur
+    ours, theirs = errors(actual), errors(naive)
+    median, usual = ((error[used] / size[used]).median() for error in (ours, theirs))
+    assert median <= 2 * usual + torch.finfo(actual[0].dtype).eps
+    assert (ours <= 100 * (theirs + usual * size)).all()
