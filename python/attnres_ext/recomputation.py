@@ -53,6 +53,7 @@ class Snapshot:
     Attributes:
         blocks: Finished blocks before the read, detached.
         needs: Which of them require a gradient.
+        randomness: Where the device's generator stood before the read.
         phase: Results of phase 1 for the block that the site belongs to; None in a single pass.
         value: The last source of the read, detached: the running sum with what was written before
             the read, or the block that this closed.
@@ -61,10 +62,12 @@ class Snapshot:
     """
 
     __slots__ = (
-        "__weakref__", "blocks", "hidden_needs", "needs", "phase", "value", "value_needs",
+        "__weakref__", "blocks", "hidden_needs", "needs", "phase", "randomness", "value",
+        "value_needs",
     )  # fmt: skip
 
-    def __init__(self, blocks: Sequence[Tensor]) -> None:
+    def __init__(self, blocks: Sequence[Tensor], randomness: Tensor | None) -> None:
+        self.randomness = randomness
         self.blocks = [block.detach() for block in blocks]
         self.needs = [block.requires_grad for block in blocks]
         self.phase: PhaseOneResults | None = None

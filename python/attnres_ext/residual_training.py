@@ -13,6 +13,7 @@ from torch import Tensor
 from attnres_ext import ops
 from attnres_ext.gradient_buffer import GradientBuffer, can_gather, can_tap, tap
 from attnres_ext.phase_one import FunctionalPhaseOne, GatheringPhaseOne, PhaseOneResults
+from attnres_ext.randomness import go_back_to, register_as_argument, where_it_stands
 from attnres_ext.recomputation import Region, Snapshot, keep, unseen, unselected
 from attnres_ext.residual_state import Reading, ResidualState
 from attnres_ext.torch_internals import StopRecomputation, backward_pass, saving_hook
@@ -191,7 +192,7 @@ class TrainingState(_BlockState):
         if hook is None or self._in_region():
             return None
         self._region = Region(hook)
-        return Snapshot(self._blocks)
+        return Snapshot(self._blocks, where_it_stands(self._device))
 
     def _in_region(self) -> bool:
         return self._region is not None and self._region.contains(saving_hook())
@@ -238,6 +239,9 @@ class TrainingState(_BlockState):
             phase.results.drop()
 
 
+register_as_argument(TrainingState)
+
+
 class _Repetition(_BlockState):
     """Reads again what a :class:`TrainingState` read under a checkpoint.
 
@@ -266,6 +270,7 @@ class _Repetition(_BlockState):
         return super()._take_turn(site, norm_weight, norm_eps)
 
     def _go_to(self, site: int, snapshot: Snapshot) -> None:
+        go_back_to(self._device, snapshot.randomness)
         self._site, self._pending = site, snapshot.value
         self._blocks = [
             _leaf(block, need) for block, need in zip(snapshot.blocks, snapshot.needs, strict=True)

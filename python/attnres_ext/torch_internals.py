@@ -1,8 +1,8 @@
 """What is used of torch beyond what it documents, in one place.
 
-No public name says which backward pass is under way, whose hooks pack saved tensors, or whether a
-function transform is active, and none lets operators pass by dispatch modes. These names are there
-in torch 2.10 to 2.14.
+No public name says which backward pass is under way or when it ends, whose hooks pack saved
+tensors, or whether a function transform is active; none lets operators pass by dispatch modes, or
+an object say on which device it is. These names are there in torch 2.10 to 2.14.
 """
 
 from __future__ import annotations
@@ -15,17 +15,19 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch.autograd import forward_ad
-from torch.utils import _python_dispatch  # noqa: F401  (found by name below)
+from torch.utils import _python_dispatch, _pytree  # noqa: F401  (found by name below)
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 __all__ = [
     "BelowAutograd",
     "StopRecomputation",
     "WithoutModes",
+    "at_end_of_backward",
     "backward_pass",
     "is_transformed",
     "may_have_hooks",
     "records_selectively",
+    "register_pytree_node",
     "saving_hook",
 ]
 
@@ -43,6 +45,14 @@ def _find(name: str) -> Any:
 
 #: Identifies the backward pass under way in this thread; -1 where there is none.
 backward_pass: Callable[[], int] = _find("_C._current_graph_task_id")
+
+#: Has a function without arguments called when the backward pass under way is over.
+at_end_of_backward: Callable[[Callable[[], None]], None] = _find(
+    "autograd.Variable._execution_engine.queue_callback"
+)
+
+#: Tells torch what is inside of objects of a class.
+register_pytree_node: Callable = _find("utils._pytree.register_pytree_node")
 
 #: Inside, operators go straight to their backend.
 BelowAutograd: Callable[[], AbstractContextManager] = _find("_C._AutoDispatchBelowAutograd")

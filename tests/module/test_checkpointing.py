@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -212,18 +213,47 @@ def test_frozen(options, frozen):
         assert a is None if b is None else torch.equal(a, b)
 
 
+GIVEN = {
+    "arguments": lambda checkpoint, *args: checkpoint(sites, *args),
+    "keywords": lambda checkpoint, model, state, first, last: checkpoint(
+        sites, model=model, state=state, first=first, last=last
+    ),
+    "closure": lambda checkpoint, *args: checkpoint(lambda: sites(*args)),
+}
+
+
 @on_device
 @every_mode
-def test_randomness_is_repeated(options):
+@pytest.mark.parametrize("give", GIVEN.values(), ids=GIVEN.keys())
+@pytest.mark.parametrize("preserve", [True, False])
+def test_randomness_is_repeated(options, give, preserve):
+    """Whatever the function is given, and whether or not torch knows of the device's generator: the
+    CPU's it can be told to leave alone."""
     model = toy(**options)
     dense = model.sublayer
     model.sublayer = lambda site, x: torch.dropout(dense(site, x), 0.4, True)
+    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=preserve)
+    layers = by_stretches([2, 2, 2, 1], wrap=lambda _, *args: give(again, *args))
 
     def run(forward):
         torch.manual_seed(5)
-        return gradients(model, embed(4), partial(forward, model))
+        found = gradients(model, embed(4), partial(forward, model))
+        return found, torch.rand(3, device=naive_residual.device)
 
-    assert_same(run(FORWARDS["layers"]), run(Toy.__call__), 0)
+    (actual, after), (expected, after_plain) = run(layers), run(Toy.__call__)
+    assert_same(actual, expected, 0)
+    assert torch.equal(after, after_plain), "the generator goes on where it was"
+
+
+@on_device
+def test_torch_sees_where_a_state_is():
+    """It brings back the generators of devices on which it finds a tensor among the arguments."""
+    state = toy().residual.start(embed(4).requires_grad_())
+    found = []
+    same, _ = tree_map(lambda leaf: found.append(leaf) or leaf, (state, 0))
+    assert same is state
+    leaf, _ = found
+    assert leaf.device == embed(4).device
 
 
 @on_device
