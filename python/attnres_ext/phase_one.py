@@ -93,7 +93,7 @@ class GatheringPhaseOne:
     def again(cls, results: PhaseOneResults) -> GatheringPhaseOne:
         """For reads that are repeated: the results are there, or computed when they are needed."""
         with unseen():
-            token = torch.empty(0)
+            token = torch.empty(0, dtype=torch.float32, device="cpu")
         return cls(results, token.requires_grad_(results.needs_gradient))
 
     def merge(

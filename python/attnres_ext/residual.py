@@ -166,9 +166,11 @@ class AttentionResiduals(nn.Module):
                 for _ in range(count)
             )
 
-        self.queries = parameters()
-        self.key_weights = parameters()
-        self.reset_parameters()
+        # Made in inference mode, they could not be trained outside of it.
+        with torch.inference_mode(False):
+            self.queries = parameters()
+            self.key_weights = parameters()
+            self.reset_parameters()
         if self.num_blocks + 1 > _C.max_sources:
             raise ValueError(
                 f"AttentionResiduals: {self.num_blocks} blocks and the embedding make "

@@ -1,8 +1,9 @@
 """What is used of torch beyond what it documents, in one place.
 
 No public name says which backward pass is under way or when it ends, whose hooks pack saved
-tensors, or whether a function transform is active; none lets operators pass by dispatch modes, or
-an object say on which device it is. These names are there in torch 2.10 to 2.14.
+tensors, or whether a function transform is active; none lets operators pass by dispatch modes, an
+object say on which device it is, or a module run on tensors without values. These names are there
+in torch 2.10 to 2.14.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from typing import Any
 
 import torch
 import torch.utils.checkpoint
+from torch._subclasses import fake_tensor  # noqa: F401  (found by name below)
 from torch.autograd import forward_ad
 from torch.utils import _python_dispatch, _pytree  # noqa: F401  (found by name below)
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 __all__ = [
     "BelowAutograd",
+    "FakeTensorMode",
     "StopRecomputation",
     "WithoutModes",
     "at_end_of_backward",
@@ -60,6 +63,11 @@ BelowAutograd: Callable[[], AbstractContextManager] = _find("_C._AutoDispatchBel
 #: Inside, operators are called behind the back of dispatch modes.
 WithoutModes: Callable[[], AbstractContextManager] = _find(
     "utils._python_dispatch._disable_current_modes"
+)
+
+#: Inside, tensors have no values, and say so.
+FakeTensorMode: Callable[..., AbstractContextManager] = _find(
+    "_subclasses.fake_tensor.FakeTensorMode"
 )
 
 #: Raised under a checkpoint, ends the recomputation that is under way: PyTorch compares what was

@@ -93,10 +93,10 @@ def test_what_is_no_decoder_is_refused():
         attach(transformers.BertModel(config))
 
 
-def test_a_model_without_values_is_refused():
+def test_a_model_without_values_that_asks_for_some_is_refused():
     with torch.device("meta"):
-        model = tiny_models.make("llama")
-    with pytest.raises(ValueError, match="parameters are on meta, expected one device"):
+        model = tiny_models.make("gpt2")
+    with pytest.raises(ValueError, match=r"on meta failed in transformer.* give it values first"):
         attach(model)
 
 
@@ -143,5 +143,6 @@ def test_norms_are_known_by_what_they_compute():
     assert recognise(nn.RMSNorm(16, eps=1e-5, elementwise_affine=False), 16) == (None, 0.0)
     assert recognise(nn.LayerNorm(16), 16) == (None, 0.0)
     assert recognise(Unit(), 16) == (None, 0.0)
-    for other in (nn.Identity(), nn.Linear(16, 16), nn.Tanh(), nn.Dropout(), nn.Linear(8, 16)):
+    others = nn.Identity(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(8, 16), nn.Embedding(1, 16)
+    for other in (*others, nn.Dropout(), nn.Bilinear(1, 1, 1), nn.Conv1d(1, 1, 1)):
         assert recognise(other, 16) is None, other

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from attnres_ext.integrations.transformers import passes
-from attnres_ext.integrations.transformers.norms import NormRead
+from attnres_ext.integrations.transformers.norms import NormForm, NormRead
 from attnres_ext.integrations.transformers.passes import MODULE, FinalRead, LayerRead
 from attnres_ext.integrations.transformers.probe import Structure, examine
 from attnres_ext.integrations.transformers.weights import (
@@ -48,10 +48,13 @@ def attach(
 
     Which layers, norms and sublayers there are is found by a trial forward over two tokens, not by
     class names. It must be of the pre-norm shape: ``x = x + f(norm(x))`` for one sublayer after the
-    other, and a norm at the end.
+    other, and a norm at the end. A layer that runs several times reads sites of its own each time.
+    Nothing is copied. The model may be on the meta device, if its forward asks for no values; then
+    ``attention_residuals(model).reset_parameters()`` when it has memory.
 
     Args:
-        model: A transformers model with a decoder. Its parameters are on one device.
+        model: A transformers model with a decoder. Its parameters are on one device, and not
+            offloaded from it; they may be quantized.
         sublayers_per_block: Size of a block in sublayers, of which a decoder layer usually has two.
             None makes about eight blocks.
         mode: ``"block"`` or ``"full"``.
@@ -207,14 +210,21 @@ def _settle(
 
 def _install(structure: Structure, residual: AttentionResiduals, settings: dict[str, Any]) -> None:
     decoder = structure.decoder
+    # A layer that runs several times reads sites of its own each time.
+    sites: dict[nn.Module, list[int]] = {}
+    norms: dict[nn.Module, NormForm] = {}
     site = 0
-    for layer in structure.layers:
-        layer.module.forward = LayerRead(layer.module, site, layer.argument).forward
-        for norm, form in layer.norms:
-            norm.forward = NormRead(norm, form).forward
-        site += len(layer.norms)
-    norm, form = structure.final_norm
-    norm.forward = FinalRead(norm, form).forward
+    for run in structure.runs:
+        sites.setdefault(run.layer, []).append(site)
+        site += len(run.norms)
+        norms.update(run.norms)
+    for layer, first_sites in sites.items():
+        layer.forward = LayerRead(layer, first_sites).forward
+    final, form = structure.final_norm
+    norms.pop(final, None)
+    final.forward = FinalRead(final, form).forward
+    for norm, form in norms.items():
+        norm.forward = NormRead(norm, form).forward
     hooks = (
         decoder.register_forward_pre_hook(passes.begin, with_kwargs=True),
         decoder.register_forward_hook(passes.end, always_call=True),

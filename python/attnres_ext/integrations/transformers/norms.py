@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -26,28 +26,47 @@ class NormForm(NamedTuple):
     offset: float
 
 
-def recognise(norm: nn.Module, hidden_size: int) -> NormForm | None:
+#: What modules raise for arguments that they do not take.
+_MISTAKES = (RuntimeError, TypeError, ValueError, IndexError)
+
+
+def recognise(
+    norm: nn.Module, hidden_size: int, device: torch.device | str = "cpu"
+) -> NormForm | None:
     """What ``norm`` computes on ``[..., hidden_size]``, or None if its scale is not removed.
 
-    A copy in float32 with random weights is tried, so that neither names nor trained values (a gain
-    of ones) decide.
+    It is tried with random weights in float32 in the place of its own, so that neither names nor
+    trained values (a gain of ones) decide. Its hooks do not run.
+
+    Args:
+        norm: The module, left as it was.
+        hidden_size: ``D``.
+        device: Where its kernels run; a module on the meta device is tried on the CPU.
     """
-    trial = _trial_copy(norm)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        for parameter in trial.parameters():
-            parameter.copy_(torch.randn(parameter.shape))
-        x = torch.randn(8, hidden_size)
-        if not _removes_scale(trial, x):
+    # A norm has a gain and a bias; what has matrices need not be tried.
+    if any(p.numel() > hidden_size for p in norm.parameters(recurse=False)):
+        return None
+    device = torch.device("cpu" if torch.device(device).type == "meta" else device)
+    generator = torch.Generator("cpu").manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        values = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+        return values.to(device)
+
+    with torch.no_grad(), _random_values(norm, draw):
+        x = draw(8, hidden_size)
+        if not _removes_scale(norm.forward, x):
             return None
-        parameters = dict(trial.named_parameters())
+        parameters = dict(norm._parameters)
         weight = parameters.pop("weight", None)
-        if weight is None or weight.shape != (hidden_size,) or parameters:
+        others = [p for p in parameters.values() if p is not None]
+        if weight is None or weight.shape != (hidden_size,) or others:
             return NormForm(None, 0.0)
         # Rows small enough for the epsilon to show.
-        x = x * torch.logspace(-3, 1, len(x))[:, None]
-        y = trial(x)
-        for eps in {v for v in vars(trial).values() if isinstance(v, float) and 0 <= v < 0.1}:
+        scales = torch.logspace(-3, 1, len(x), dtype=torch.float32, device=device)
+        x = x * scales[:, None]
+        y = norm.forward(x)
+        for eps in {v for v in vars(norm).values() if isinstance(v, float) and 0 <= v < 0.1}:
             normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
             for offset in (0.0, 1.0):
                 if torch.allclose(y, normed * (weight + offset), rtol=1e-4, atol=1e-6):
@@ -55,20 +74,35 @@ def recognise(norm: nn.Module, hidden_size: int) -> NormForm | None:
     return NormForm(None, 0.0)
 
 
-def _trial_copy(norm: nn.Module) -> nn.Module:
-    trial = copy.deepcopy(norm)
-    for kind in ("_forward_pre_hooks", "_forward_hooks"):
-        getattr(trial, kind).clear()
-    if any(p.is_meta for p in trial.parameters()):
-        trial = trial.to_empty(device="cpu")
-    return trial.to(device="cpu", dtype=torch.float32)
+@contextmanager
+def _random_values(norm: nn.Module, draw: Callable[..., Tensor]) -> Iterator[None]:
+    """Inside, the norm has other parameters, and buffers where those are tried.
 
-
-def _removes_scale(norm: nn.Module, x: Tensor) -> bool:
-    """Whether the norm's output is finite, depends on its input, but not on its input's scale."""
+    Not a copy: what hangs on a module (hooks, and with them whole models) need not be copyable.
+    """
+    own = [(tensors, dict(tensors)) for tensors in (norm._parameters, norm._buffers)]
+    place = draw(0)
     try:
-        large, larger, other = norm(1e3 * x), norm(4e3 * x), norm(1e3 * x.flip(0))
-    except Exception:
+        for name, value in norm._parameters.items():
+            norm._parameters[name] = None if value is None else draw(*value.shape)
+        for name, value in norm._buffers.items():
+            if value is not None and value.is_meta:
+                norm._buffers[name] = draw(*value.shape)
+            elif value is not None:
+                dtype = place.dtype if value.is_floating_point() else value.dtype
+                norm._buffers[name] = value.to(place.device, dtype, copy=True)
+        yield
+    finally:
+        for tensors, values in own:
+            tensors.clear()
+            tensors.update(values)
+
+
+def _removes_scale(function: Callable[[Tensor], Tensor], x: Tensor) -> bool:
+    """Whether the result is finite, depends on the input, but not on the input's scale."""
+    try:
+        large, larger, other = function(1e3 * x), function(4e3 * x), function(1e3 * x.flip(0))
+    except _MISTAKES:
         return False  # whatever it is, it maps no [8, D] to anything
     return (
         isinstance(large, Tensor)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -44,14 +44,15 @@ class ForwardPass:
         """Whether a layer has run."""
         return self._last is not None
 
-    def enter(self, site: int, hidden: Tensor, repeated: bool = False) -> Stream:
-        """The stream for whoever reads ``site`` next and gets ``hidden`` ``[..., D]``."""
+    def enter(self, sites: Sequence[int], hidden: Tensor, repeated: bool = False) -> Stream:
+        """The stream for whoever reads one of ``sites`` next and gets ``hidden`` ``[..., D]``."""
         last = self._last
-        turn = last.site if last else 0
-        if turn != site:
+        turn = 0 if last is None else last.site
+        if turn not in sites:
             raise RuntimeError(
-                f"Attention Residuals: site {site} is read when site {turn} is next; layers were "
-                "left out or repeated (layerdrop, early exit), which moves every later site"
+                f"Attention Residuals: site {' or '.join(map(str, sites))} is read when site "
+                f"{turn} is next; layers were left out or repeated (layerdrop, early exit), which "
+                "moves every later site"
             )
         if last is None:
             return Stream(self.residual, None, hidden, hidden.dtype, repeated)
@@ -99,23 +100,22 @@ class LayerRead:
     """In the place of a decoder layer's ``forward``: the layer's own, with a :class:`Stream` for
     its hidden states."""
 
-    def __init__(self, layer: nn.Module, first_site: int, argument: int | str) -> None:
+    def __init__(self, layer: nn.Module, first_sites: Sequence[int]) -> None:
         self._layer = layer
-        self._first_site = first_site
-        self._argument = argument  # where the hidden states come: position or name
+        self._first_sites = tuple(first_sites)  # one for each of its runs in a forward
         self.previous: Callable | None = vars(layer).get("forward")
 
     def forward(self, *args, **kwargs) -> Any:
         """The layer's forward; tensors in, tensors out."""
-        if self._argument in kwargs:
-            hidden = kwargs.pop(self._argument)
+        if "hidden_states" in kwargs:
+            hidden = kwargs.pop("hidden_states")
         else:
             hidden, *args = args
         current = _current()
         if current is None:
             current, stream = self._again(hidden)
         else:
-            stream = current.enter(self._first_site, hidden, self._checkpoints())
+            stream = current.enter(self._first_sites, hidden, self._checkpoints())
             if not torch.compiler.is_compiling() and saving_hook() is not None:
                 stream.repeated = True
                 _checkpointed[hidden] = current, stream
@@ -156,6 +156,6 @@ class FinalRead(NormRead):
         """Reads the output site; before the first layer and outside of a forward it is the
         norm."""
         current = _current()
-        if current is None or not current.entered:
-            return self.original(hidden_states, *args, **kwargs)
-        return current.enter(current.residual.num_sublayers, hidden_states).read(self)
+        if isinstance(hidden_states, Stream) or current is None or not current.entered:
+            return super().forward(hidden_states, *args, **kwargs)
+        return current.enter((current.residual.num_sublayers,), hidden_states).read(self)

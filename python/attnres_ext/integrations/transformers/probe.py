@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,22 +12,21 @@ from torch import Tensor, nn
 
 from attnres_ext.integrations.transformers.norms import NormForm, recognise
 from attnres_ext.integrations.transformers.stream import MisfitError, StreamLike
+from attnres_ext.torch_internals import FakeTensorMode, WithoutModes
 
-__all__ = ["Layer", "Structure", "examine"]
+__all__ = ["Run", "Structure", "examine"]
 
 
 @dataclass
-class Layer:
-    """A decoder layer.
+class Run:
+    """A run of a decoder layer, of which a layer may have several in a forward (looped depth).
 
     Attributes:
-        module: The layer itself.
-        argument: Where its hidden states come, a position or a name.
+        layer: The layer.
         norms: The norms that read its stream, in order, one per sublayer.
     """
 
-    module: nn.Module
-    argument: int | str
+    layer: nn.Module
     norms: list[tuple[nn.Module, NormForm]] = field(default_factory=list)
 
 
@@ -38,21 +37,21 @@ class Structure:
     Attributes:
         decoder: The module that holds the layers, their norm, and the token embedding.
         hidden_size: ``D``.
-        layers: In order.
+        runs: Of the layers, in order.
         final_norm: The norm behind the last layer.
         device: The one device of all parameters.
     """
 
     decoder: nn.Module
     hidden_size: int
-    layers: list[Layer]
+    runs: list[Run]
     final_norm: tuple[nn.Module, NormForm]
     device: torch.device
 
     @property
     def num_sublayers(self) -> int:
         """How many sublayers write."""
-        return sum(len(layer.norms) for layer in self.layers)
+        return sum(len(run.norms) for run in self.runs)
 
 
 class _TrialStream(StreamLike):
@@ -110,11 +109,11 @@ class _Examination:
             module: ".".join(filter(None, (name, inner)))
             for inner, module in decoder.named_modules()
         }
-        self._modules = list(layers)
+        self._layers = set(layers)
         self._forms: dict[nn.Module, NormForm | None] = {}
         self._stack: list[nn.Module] = []
         self._stream: _TrialStream | None = None
-        self.layers: list[Layer] = []
+        self.runs: list[Run] = []
         self.final_norm: tuple[nn.Module, NormForm] | None = None
 
     @property
@@ -130,7 +129,7 @@ class _Examination:
     def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook of every module: the first layer gets a stream, norms get its value."""
         self._stack.append(module)
-        if module in self._modules:
+        if module in self._layers:
             args, kwargs = self._enter_layer(module, args, kwargs)
             return args, kwargs
         if args and isinstance(args[0], _TrialStream) and not list(module.children()):
@@ -142,40 +141,40 @@ class _Examination:
 
     def after(self, module: nn.Module, args: tuple, output: Any) -> None:
         """Forward hook of every module."""
-        if module in self._modules:
+        if module in self._layers:
             self._leave_layer(output)
         self._stack.pop()
 
     def _enter_layer(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        argument = "hidden_states" if "hidden_states" in kwargs else 0
-        hidden = kwargs[argument] if argument else args[0] if args else None
-        if not self.layers:
+        named = "hidden_states" in kwargs
+        hidden = kwargs["hidden_states"] if named else args[0] if args else None
+        if not self.runs:
             if not isinstance(hidden, Tensor):
                 raise MisfitError("gets no tensor of hidden states, neither first nor by that name")
             hidden = self._stream = _TrialStream(hidden)
         elif hidden is not self._stream:
             raise MisfitError("does not get what the layer before it returned")
         hidden.between_layers = False
-        self.layers.append(Layer(layer, argument))
-        if argument:
-            return args, {**kwargs, argument: hidden}
+        self.runs.append(Run(layer))
+        if named:
+            return args, {**kwargs, "hidden_states": hidden}
         return (hidden, *args[1:]), kwargs
 
     def _leave_layer(self, output: Any) -> None:
         stream = output[0] if isinstance(output, tuple) else output
-        layer = self.layers[-1]
         if not isinstance(stream, _TrialStream):
             raise MisfitError("does not end with an addition to the residual stream")
         if stream.ended or stream.read:
             raise MisfitError("returns an earlier state of the residual stream")
-        if not layer.norms:
+        if not self.runs[-1].norms:
             raise MisfitError("adds nothing to the residual stream")
         stream.between_layers = True
         self._stream = stream
 
     def _read(self, module: nn.Module, stream: _TrialStream) -> Tensor:
         if module not in self._forms:
-            self._forms[module] = recognise(module, stream.shape[-1])
+            with WithoutModes():
+                self._forms[module] = recognise(module, stream.shape[-1], stream.device)
         form = self._forms[module]
         if form is None:
             raise MisfitError(
@@ -189,8 +188,8 @@ class _Examination:
         if stream.ended:
             raise MisfitError("reads an earlier state of the residual stream")
         stream.read = True
-        if any(running in self._modules for running in self._stack):
-            self.layers[-1].norms.append((module, form))
+        if any(running in self._layers for running in self._stack):
+            self.runs[-1].norms.append((module, form))
         else:
             self.final_norm = (module, form)
         return stream.value
@@ -199,7 +198,8 @@ class _Examination:
 def examine(model: nn.Module) -> Structure:
     """Runs ``model``'s decoder on two tokens and finds its layers, their norms and sublayers.
 
-    The model is as before when this returns or raises.
+    The model is as before when this returns or raises. Hooks of layers do not run, for they would
+    meet what stands for the stream; those of other modules do.
 
     Raises:
         ValueError: If the model's residual stream is not of the pre-norm shape, ``x + f(norm(x))``
@@ -214,15 +214,24 @@ def examine(model: nn.Module) -> Structure:
         with ExitStack() as stack:
             stack.enter_context(_evaluating(decoder))
             stack.enter_context(torch.no_grad())
+            # Models too make tensors where the default device is.
+            stack.enter_context(device)
+            if device.type == "meta":
+                # Models ask less of values where they know that there are none.
+                stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+            stack.enter_context(_without_hooks(layers))
             for module in decoder.modules():
                 if module is not decoder:
-                    before = module.register_forward_pre_hook(examination.before, with_kwargs=True)
+                    before = module.register_forward_pre_hook(
+                        examination.before, with_kwargs=True, prepend=True
+                    )
                     stack.callback(before.remove)
                     after = module.register_forward_hook(examination.after, prepend=True)
                     stack.callback(after.remove)
             decoder(input_ids=tokens, use_cache=False)
-            if len(examination.layers) != len(layers):
-                raise MisfitError(f"runs {len(examination.layers)} of its {len(layers)} layers")
+            left_out = set(layers) - {run.layer for run in examination.runs}
+            if left_out:
+                raise MisfitError(f"leaves out {len(left_out)} of its {len(layers)} layers")
             if examination.final_norm is None:
                 raise MisfitError("has no norm that reads what its last layer returns")
     except MisfitError as misfit:
@@ -230,12 +239,17 @@ def examine(model: nn.Module) -> Structure:
             f"attach: {kind} is not of the pre-norm shape x + f(norm(x)): "
             f"{examination.where} {misfit}"
         ) from None
-    except Exception as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError) as error:
+        # Also what functions raise that take nothing but tensors.
+        hint = "; give it values first" if device.type == "meta" else ""
         raise ValueError(
-            f"attach: a trial forward of {kind} failed in {examination.where}: {error}"
+            f"attach: a trial forward of {kind} on {device} failed in {examination.where}: "
+            f"{error}{hint}"
         ) from error
     return Structure(
-        decoder, examination.hidden_size, examination.layers, examination.final_norm, device
+        decoder, examination.hidden_size, examination.runs, examination.final_norm, device
     )
 
 
@@ -256,13 +270,45 @@ def _find_layers(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
 
 
 def _one_device(decoder: nn.Module) -> torch.device:
+    if any(_offloads(vars(module).get("_hf_hook")) for module in decoder.modules()):
+        raise ValueError(
+            "attach: weights of the decoder are offloaded (device_map has put layers on 'cpu' or "
+            "'disk'), and come for their own module's forward alone, while every site reads norms "
+            "and blocks of others; load the model onto one device, in 8 or 4 bits if need be"
+        )
     devices = sorted({str(parameter.device) for parameter in decoder.parameters()})
-    if len(devices) > 1 or devices == ["meta"]:
+    if len(devices) > 1:
         raise ValueError(
             f"attach: the decoder's parameters are on {', '.join(devices)}, "
-            "expected one device that holds values; every layer reads what the others wrote"
+            "expected one device; every layer reads what the others wrote. Load the model with "
+            'device_map={"": DEVICE}'
         )
     return torch.device(devices[0])
+
+
+def _offloads(hook: Any) -> bool:
+    """Whether a hook of accelerate brings a module's weights for its forward."""
+    return getattr(hook, "offload", False) or any(map(_offloads, getattr(hook, "hooks", ())))
+
+
+#: Where a module keeps hooks of its forward, and what they take.
+_HOOKS = (
+    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks",
+    "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
+)  # fmt: skip
+
+
+@contextmanager
+def _without_hooks(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, hooks of the modules' forwards are set aside."""
+    kept = [(module, name, vars(module)[name]) for module in set(modules) for name in _HOOKS]
+    try:
+        for module, name, hooks in kept:
+            vars(module)[name] = type(hooks)()
+        yield
+    finally:
+        for module, name, hooks in kept:
+            vars(module)[name] = hooks
 
 
 @contextmanager

@@ -97,6 +97,14 @@ class StreamLike(ABC):
             raise AttributeError(name)
         raise _MissingError(f"uses `.{name}` of the residual stream")
 
+    def _refuse(self, *args: Any) -> Any:
+        raise MisfitError("does something else with the residual stream than to read or to add")
+
+    # Python looks these up on the class.
+    __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __matmul__ = _refuse
+    __pow__ = __neg__ = __getitem__ = __setitem__ = __iter__ = __len__ = __bool__ = _refuse
+    __float__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
+
 
 class Stream(StreamLike):
     """The residual stream between a sublayer's ``+`` and the next norm.
