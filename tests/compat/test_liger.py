@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnres_ext.compat import liger_attn_res
+from attnres_ext.compat import LigerAttnRes, liger_attn_res
 from tests.helpers import assert_as_good_as, evaluate
 from tests.ops.cases import make_sources, make_weights
 
@@ -124,3 +124,22 @@ def test_more_sources_than_liger_takes(device: str) -> None:
 def test_errors() -> None:
     with pytest.raises(ValueError, match="V is empty, expected at least one source"):
         liger_attn_res([], torch.zeros(4), torch.ones(4))
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_the_module_is_the_function_with_parameters(stacked: bool) -> None:
+    module = LigerAttnRes(40, eps=1e-5, query_init_std=0.5)
+    assert [(n, tuple(p.shape)) for n, p in module.named_parameters()] == [
+        ("w_query", (40,)), ("w_norm", (40,)),
+    ]  # fmt: skip
+    assert 0.3 < module.w_query.std() < 0.7
+    assert (module.w_norm == 1).all()
+    arguments = make(torch.float32, torch.float32, "cpu", stacked=stacked)
+    module.load_state_dict({n: arguments[n] for n in ("w_query", "w_norm")})  # Liger's
+    module(arguments["V"]).square().sum().backward()
+    leaves = [arguments[n].clone().requires_grad_() for n in ("w_query", "w_norm")]
+    out = liger_attn_res(arguments["V"], *leaves, eps=1e-5)
+    out.square().sum().backward()
+    assert torch.equal(module(arguments["V"]), out)
+    for parameter, leaf in zip(module.parameters(), leaves, strict=True):
+        assert torch.equal(parameter.grad, leaf.grad)

@@ -5,7 +5,7 @@ module. Changing the import is all it takes.
 """
 
 from attnres_ext.compat.fla import fused_attnres
-from attnres_ext.compat.liger import liger_attn_res
+from attnres_ext.compat.liger import LigerAttnRes, liger_attn_res
 from attnres_ext.compat.vllm import attn_res
 
-__all__ = ["attn_res", "fused_attnres", "liger_attn_res"]
+__all__ = ["LigerAttnRes", "attn_res", "fused_attnres", "liger_attn_res"]

@@ -1,14 +1,15 @@
-"""``liger_attn_res`` as in Liger-Kernel (``liger_kernel.transformers.functional``)."""
+"""``liger_attn_res`` and ``LigerAttnRes`` as in Liger-Kernel (``liger_kernel.transformers``)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from attnres_ext import ops
 
-__all__ = ["liger_attn_res"]
+__all__ = ["LigerAttnRes", "liger_attn_res"]
 
 
 def liger_attn_res(
@@ -47,3 +48,38 @@ def liger_attn_res(
     if not sources:
         raise ValueError("liger_attn_res: V is empty, expected at least one source")
     return ops.depth_attention(sources, w_query, w_norm, eps=eps)
+
+
+class LigerAttnRes(nn.Module):
+    """A reading site as a module, made and called as Liger-Kernel's, with its parameters' names.
+
+    Args:
+        hidden_size: ``D``.
+        eps: Epsilon of the key RMSNorm.
+        query_init_std: Standard deviation of the normal distribution that the pseudo-query starts
+            from. (Zero, as in the paper, makes a model start from plain averages.)
+
+    Attributes:
+        w_query: ``[D]``, the pseudo-query.
+        w_norm: ``[D]``, the gain of the key RMSNorm, initially 1.
+    """
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6, query_init_std: float = 0.02) -> None:
+        super().__init__()
+        self.hidden_size, self.eps, self.query_init_std = hidden_size, eps, query_init_std
+        self.w_query = nn.Parameter(torch.empty(hidden_size))
+        self.w_norm = nn.Parameter(torch.empty(hidden_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws the pseudo-query; a gain of 1."""
+        nn.init.normal_(self.w_query, std=self.query_init_std)
+        nn.init.ones_(self.w_norm)
+
+    def forward(self, V: Tensor | Sequence[Tensor]) -> Tensor:  # noqa: N803 (Liger's name)
+        """The mix ``[B, T, D]`` of ``[N, B, T, D]``, or of a list of N tensors."""
+        return liger_attn_res(V, self.w_query, self.w_norm, self.eps)
+
+    def extra_repr(self) -> str:
+        """Size and epsilon, for ``print(module)``."""
+        return f"hidden_size={self.hidden_size}, eps={self.eps}"
