@@ -149,9 +149,6 @@ class AttentionResiduals(nn.Module):
         if mode == "standard":
             # The sum is never closed: one source, whose weight is 1 whatever the query.
             self.sublayers_per_block = num_sublayers
-            self.register_buffer(
-                "zero_query", torch.zeros(hidden_size, device=device), persistent=False
-            )
         elif mode == "full":
             self.sublayers_per_block = 1
         else:
@@ -159,17 +156,16 @@ class AttentionResiduals(nn.Module):
                 -num_sublayers // DEFAULT_NUM_BLOCKS
             )
 
-        def parameters() -> nn.ParameterList:
-            count = 0 if mode == "standard" else self.num_sites
-            return nn.ParameterList(
-                nn.Parameter(torch.empty(hidden_size, device=device, dtype=torch.float32))
-                for _ in range(count)
-            )
+        def vector() -> Tensor:
+            return torch.empty(hidden_size, device=device, dtype=torch.float32)
 
+        count = 0 if mode == "standard" else self.num_sites
         # Made in inference mode, they could not be trained outside of it.
         with torch.inference_mode(False):
-            self.queries = parameters()
-            self.key_weights = parameters()
+            self.queries = nn.ParameterList(nn.Parameter(vector()) for _ in range(count))
+            self.key_weights = nn.ParameterList(nn.Parameter(vector()) for _ in range(count))
+            if mode == "standard":
+                self.register_buffer("zero_query", vector(), persistent=False)
             self.reset_parameters()
         if self.num_blocks + 1 > _C.max_sources:
             raise ValueError(
@@ -185,6 +181,8 @@ class AttentionResiduals(nn.Module):
             nn.init.zeros_(query)
         for key_weight in self.key_weights:
             nn.init.ones_(key_weight)
+        if self.mode == "standard":
+            nn.init.zeros_(self.zero_query)
 
     @property
     def num_sites(self) -> int:

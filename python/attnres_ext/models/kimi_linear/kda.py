@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -65,31 +66,33 @@ class KimiDeltaAttention(nn.Module):
             linear.head_dim,
             linear.num_heads * linear.head_dim,
         )
-        self.q_proj = Linear(hidden, channels)
-        self.k_proj = Linear(hidden, channels)
-        self.v_proj = Linear(hidden, channels)
+        matrix = partial(Linear, deviation=config.initializer_range)
+        self.q_proj = matrix(hidden, channels)
+        self.k_proj = matrix(hidden, channels)
+        self.v_proj = matrix(hidden, channels)
         self.q_conv1d = ShortConvolution(channels, self.taps)
         self.k_conv1d = ShortConvolution(channels, self.taps)
         self.v_conv1d = ShortConvolution(channels, self.taps)
         self.A_log = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32))
-        self.f_a_proj = Linear(hidden, rank)
-        self.f_b_proj = Linear(rank, channels)
+        self.f_a_proj = matrix(hidden, rank)
+        self.f_b_proj = matrix(rank, channels)
         self.dt_bias = nn.Parameter(torch.empty(channels, dtype=torch.float32))
-        self.b_proj = Linear(hidden, self.num_heads)
+        self.b_proj = matrix(hidden, self.num_heads)
         if linear.use_full_rank_gate:
-            self.g_proj = Linear(hidden, channels)
+            self.g_proj = matrix(hidden, channels)
         else:
-            self.g_a_proj = Linear(hidden, rank)
-            self.g_b_proj = Linear(rank, channels)
+            self.g_a_proj = matrix(hidden, rank)
+            self.g_b_proj = matrix(rank, channels)
         self.o_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
-        self.o_proj = Linear(channels, hidden)
+        self.o_proj = matrix(channels, hidden)
 
     def reset_parameters(self) -> None:
-        """Initialises what is no matrix: rates ``A`` in (1, 16), time steps in (1e-3, 0.1).
+        """Rates ``A`` in (1, 16), time steps in (1e-3, 0.1), the rest as each part has it.
 
         With a bounded gate ``A_log`` starts at 0, as Kimi K3's.
         """
-        for convolution in (self.q_conv1d, self.k_conv1d, self.v_conv1d):
+        convolutions = self.q_conv1d, self.k_conv1d, self.v_conv1d
+        for convolution in convolutions:
             convolution.reset_parameters()
         with torch.no_grad():
             if self.gate_lower_bound is None:
@@ -98,6 +101,9 @@ class KimiDeltaAttention(nn.Module):
                 self.A_log.zero_()
             step = self.dt_bias.uniform_(math.log(1e-3), math.log(0.1)).exp_().clamp_(min=1e-4)
             step += torch.log(-torch.expm1(-step))  # the inverse of softplus
+        for part in self.children():
+            if part not in convolutions:
+                part.reset_parameters()
 
     def new_state(
         self, batch_size: int, dtype: torch.dtype, device: torch.device

@@ -9,17 +9,25 @@ __all__ = ["Linear", "RMSNorm"]
 
 
 class Linear(nn.Linear):
-    """A bias-free ``nn.Linear`` whose values are left to the model.
+    """A bias-free ``nn.Linear`` that starts from a normal distribution.
 
-    All matrices of Kimi Linear start from one normal distribution: drawing PyTorch's default first
-    would cost as much again, and the 48B model has twenty thousand matrices.
+    It is made empty, and filled with the whole model: drawing PyTorch's default first would cost as
+    much again, and the 48B model has twenty thousand matrices.
+
+    Args:
+        in_features: Columns.
+        out_features: Rows.
+        deviation: Standard deviation of what it starts from.
     """
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(self, in_features: int, out_features: int, deviation: float) -> None:
         super().__init__(in_features, out_features, bias=False)
+        self.deviation = deviation
 
     def reset_parameters(self) -> None:
-        """Nothing: see ``KimiLinearForCausalLM.reset_parameters``."""
+        """Draws the matrix from N(0, deviation)."""
+        if hasattr(self, "deviation"):  # nn.Linear calls this while it makes the matrix
+            nn.init.normal_(self.weight, std=self.deviation)
 
 
 class RMSNorm(nn.RMSNorm):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -63,18 +64,24 @@ class KimiMLAAttention(nn.Module):
         )
         self.scale = (self.nope_dim + self.rope_dim) ** -0.5
         query_channels = self.num_heads * (self.nope_dim + self.rope_dim)
+        matrix = partial(Linear, deviation=config.initializer_range)
         if config.q_lora_rank is None:
-            self.q_proj = Linear(config.hidden_size, query_channels)
+            self.q_proj = matrix(config.hidden_size, query_channels)
         else:
-            self.q_a_proj = Linear(config.hidden_size, config.q_lora_rank)
+            self.q_a_proj = matrix(config.hidden_size, config.q_lora_rank)
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, eps=_LATENT_NORM_EPS)
-            self.q_b_proj = Linear(config.q_lora_rank, query_channels)
-        self.kv_a_proj_with_mqa = Linear(config.hidden_size, self.rank + self.rope_dim)
+            self.q_b_proj = matrix(config.q_lora_rank, query_channels)
+        self.kv_a_proj_with_mqa = matrix(config.hidden_size, self.rank + self.rope_dim)
         self.kv_a_layernorm = RMSNorm(self.rank, eps=_LATENT_NORM_EPS)
-        self.kv_b_proj = Linear(self.rank, self.num_heads * (self.nope_dim + self.value_dim))
+        self.kv_b_proj = matrix(self.rank, self.num_heads * (self.nope_dim + self.value_dim))
         if config.mla_use_output_gate:
-            self.g_proj = Linear(config.hidden_size, self.num_heads * self.value_dim)
-        self.o_proj = Linear(self.num_heads * self.value_dim, config.hidden_size)
+            self.g_proj = matrix(config.hidden_size, self.num_heads * self.value_dim)
+        self.o_proj = matrix(self.num_heads * self.value_dim, config.hidden_size)
+
+    def reset_parameters(self) -> None:
+        """Every part as it has it."""
+        for part in self.children():
+            part.reset_parameters()
 
     def new_state(
         self, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device

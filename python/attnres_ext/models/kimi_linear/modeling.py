@@ -16,7 +16,7 @@ from attnres_ext.models.kimi_linear.configuration import KimiLinearConfig
 from attnres_ext.models.kimi_linear.kda import KimiDeltaAttention, KimiDeltaState
 from attnres_ext.models.kimi_linear.linear import Linear
 from attnres_ext.models.kimi_linear.mla import KimiLatentState, KimiMLAAttention
-from attnres_ext.models.kimi_linear.moe import KimiExperts, KimiMLP, KimiRouter, KimiSparseMoE
+from attnres_ext.models.kimi_linear.moe import KimiMLP, KimiRouter, KimiSparseMoE
 from attnres_ext.models.kimi_linear.packing import Packing
 from attnres_ext.residual import AttentionResiduals
 from attnres_ext.side_stream import new_stream
@@ -74,9 +74,16 @@ class KimiDecoderLayer(nn.Module):
         if config.is_moe_layer(index):
             self.block_sparse_moe = KimiSparseMoE(config)
         else:
-            self.mlp = KimiMLP(config.hidden_size, config.intermediate_size)
+            self.mlp = KimiMLP(
+                config.hidden_size, config.intermediate_size, config.initializer_range
+            )
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def reset_parameters(self) -> None:
+        """Sublayers and norms, as each has it."""
+        for part in self.children():
+            part.reset_parameters()
 
     @property
     def feed_forward(self) -> nn.Module:
@@ -99,6 +106,7 @@ class KimiLinearModel(nn.Module):
     def __init__(self, config: KimiLinearConfig) -> None:
         super().__init__()
         self.checkpoint_sublayers = False
+        self.deviation = config.initializer_range
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             KimiDecoderLayer(config, index) for index in range(config.num_hidden_layers)
@@ -111,6 +119,12 @@ class KimiLinearModel(nn.Module):
             sublayers_per_block=config.sublayers_per_block,
             eps=config.rms_norm_eps,
         )
+
+    def reset_parameters(self) -> None:
+        """Embeddings from N(0, initializer_range), the rest as each part has it."""
+        nn.init.normal_(self.embed_tokens.weight, std=self.deviation)
+        for part in (*self.layers, self.norm, self.residual):
+            part.reset_parameters()
 
     def forward(
         self,
@@ -197,7 +211,7 @@ class KimiLinearForCausalLM(nn.Module):
         super().__init__()
         self.config = config.validate()
         self.model = KimiLinearModel(config)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, config.initializer_range)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.reset_parameters()
@@ -208,18 +222,12 @@ class KimiLinearForCausalLM(nn.Module):
         return self.model.residual
 
     def reset_parameters(self) -> None:
-        """Matrices from N(0, initializer_range), gains 1, pseudo-queries 0, decays as reported."""
+        """Matrices from N(0, initializer_range), gains 1, pseudo-queries, router biases and counts
+        0, decays as reported."""
         if self.lm_head.weight.is_meta:
             return
-        deviation = self.config.initializer_range
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding | KimiRouter):
-                nn.init.normal_(module.weight, std=deviation)
-            elif isinstance(module, KimiExperts):
-                for weight in module.parameters():
-                    nn.init.normal_(weight, std=deviation)
-            elif isinstance(module, nn.RMSNorm | KimiDeltaAttention | AttentionResiduals):
-                module.reset_parameters()
+        self.model.reset_parameters()
+        self.lm_head.reset_parameters()
 
     def forward(
         self,

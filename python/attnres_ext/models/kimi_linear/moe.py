@@ -13,13 +13,24 @@ __all__ = ["KimiExperts", "KimiMLP", "KimiRouter", "KimiSparseMoE", "has_grouped
 
 
 class KimiMLP(nn.Module):
-    """``down(silu(gate x) * up x)``, ``[..., D] -> [..., D]``."""
+    """``down(silu(gate x) * up x)``, ``[..., D] -> [..., D]``.
 
-    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+    Args:
+        hidden_size: ``D``.
+        intermediate_size: Inner size.
+        deviation: Standard deviation of what its matrices start from.
+    """
+
+    def __init__(self, hidden_size: int, intermediate_size: int, deviation: float) -> None:
         super().__init__()
-        self.gate_proj = Linear(hidden_size, intermediate_size)
-        self.up_proj = Linear(hidden_size, intermediate_size)
-        self.down_proj = Linear(intermediate_size, hidden_size)
+        self.gate_proj = Linear(hidden_size, intermediate_size, deviation)
+        self.up_proj = Linear(hidden_size, intermediate_size, deviation)
+        self.down_proj = Linear(intermediate_size, hidden_size, deviation)
+
+    def reset_parameters(self) -> None:
+        """Draws its matrices."""
+        for part in self.children():
+            part.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
         """Applies the network to each token of ``x`` ``[..., D]``."""
@@ -35,11 +46,19 @@ class KimiExperts(nn.Module):
         w3: ``[E, I, D]``.
     """
 
-    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
+    def __init__(
+        self, num_experts: int, hidden_size: int, intermediate_size: int, deviation: float
+    ) -> None:
         super().__init__()
+        self.deviation = deviation
         self.w1 = nn.Parameter(torch.empty(num_experts, intermediate_size, hidden_size))
         self.w2 = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
         self.w3 = nn.Parameter(torch.empty(num_experts, intermediate_size, hidden_size))
+
+    def reset_parameters(self) -> None:
+        """Draws its matrices from N(0, deviation)."""
+        for weight in self.parameters():
+            nn.init.normal_(weight, std=self.deviation)
 
     def forward(self, x: Tensor, load: Tensor) -> Tensor:
         """Sends rows through their experts.
@@ -104,6 +123,7 @@ class KimiRouter(nn.Module):
         super().__init__()
         self.top_k, self.renormalize = config.num_experts_per_token, config.moe_renormalize
         self.scaling_factor = config.routed_scaling_factor
+        self.deviation = config.initializer_range
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
         self.register_buffer(
             "e_score_correction_bias", torch.zeros(config.num_experts, dtype=torch.float32)
@@ -111,6 +131,12 @@ class KimiRouter(nn.Module):
         self.register_buffer(
             "load", torch.zeros(config.num_experts, dtype=torch.float32), persistent=False
         )
+
+    def reset_parameters(self) -> None:
+        """Draws the scores' matrix from N(0, deviation); no bias, nothing counted."""
+        nn.init.normal_(self.weight, std=self.deviation)
+        nn.init.zeros_(self.e_score_correction_bias)
+        nn.init.zeros_(self.load)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Experts ``[M, k]`` (int64) and weights ``[M, k]`` (float32 or wider) of ``[M, D]``."""
@@ -143,12 +169,18 @@ class KimiSparseMoE(nn.Module):
         super().__init__()
         hidden, intermediate = config.hidden_size, config.moe_intermediate_size
         self.gate = KimiRouter(config)
-        self.experts = KimiExperts(config.num_experts, hidden, intermediate)
+        deviation = config.initializer_range
+        self.experts = KimiExperts(config.num_experts, hidden, intermediate, deviation)
         self.shared_experts = (
-            KimiMLP(hidden, intermediate * config.num_shared_experts)
+            KimiMLP(hidden, intermediate * config.num_shared_experts, deviation)
             if config.num_shared_experts
             else None
         )
+
+    def reset_parameters(self) -> None:
+        """Router and experts, as each has it."""
+        for part in self.children():
+            part.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
         """Sends each token through its experts; no token is dropped.

@@ -104,7 +104,8 @@ def load_weights(model: KimiLinearForCausalLM, path: str | Path) -> None:
     Values are cast to the model's dtypes. Checkpoints may carry the prefix ``language_model.``,
     ``A_log`` as ``[H]`` or padded beyond its ``H`` heads (Kimi K3) in place of ``[1, 1, H, 1]``
     (Kimi Linear), pseudo-queries as ``[D]`` in place of ``[1, D]``, and any spelling of the
-    residual's parameters in ``names.py``.
+    residual's parameters in ``names.py``. What no file holds begins anew (the counts of routers,
+    say): the model may have come from ``to_empty``.
 
     Raises:
         FileNotFoundError: No weights at ``path``, or not all the files of an index.
@@ -132,6 +133,9 @@ def load_weights(model: KimiLinearForCausalLM, path: str | Path) -> None:
                 for key in opened.keys():  # noqa: SIM118
                     slot, index = places[_plain(key)]
                     slot.fill(index, opened.get_tensor(key))
+        for module in model.modules():
+            for name in module._non_persistent_buffers_set:
+                module.get_buffer(name).zero_()
 
 
 def load_model(folder: str | Path) -> KimiLinearForCausalLM:
