@@ -200,8 +200,33 @@ def test_residual_parameters_in_every_spelling(tmp_path, spelling, names):
     assert_same(model, load_model(tmp_path))
 
 
+@pytest.mark.parametrize("residual", ["block", "standard"])
+def test_modules_of_flash_linear_attention_read_for_the_next_sublayer(tmp_path, residual):
+    """And bring its norm along: query, key_norm and norm of a sublayer are those of the next site;
+    the first one also has input_query, input_key_norm and input_norm, of its own."""
+    model = make_model(residual=residual)
+    layers, norm = model.model.layers, model.model.norm
+    norms = [n for x in layers for n in (x.input_layernorm, x.post_attention_layernorm)] + [norm]
+    with torch.no_grad():
+        for each in norms:
+            each.weight.uniform_()
+    tensors = load_file(save_weights(model, tmp_path, residual_names="fla_residuals"))
+    first = "model.layers.0.residual_attn.input_"
+    sublayers = [f"model.layers.{i}.residual_{kind}." for i in range(4) for kind in ("attn", "mlp")]
+    spelt = {"norm": norms}
+    if residual == "block":
+        queries = [query.unsqueeze(0) for query in model.residual.queries]
+        spelt |= {"query": queries, "key_norm": model.residual.key_weights}
+    for name, values in spelt.items():
+        for stem, value in zip([first, *sublayers], values, strict=True):
+            assert torch.equal(tensors.pop(f"{stem}{name}.weight"), getattr(value, "weight", value))
+    assert not any("layernorm.weight" in n and "kv_a" not in n for n in tensors)
+    assert not any("residual_" in name for name in tensors)
+    assert_same(model, load_model(tmp_path))
+
+
 def test_an_unknown_spelling_is_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(ValueError, match=r"spelt 'jax'; they can be spelt k3, fla, torchtitan"):
+    with pytest.raises(ValueError, match=r"spelt 'jax'; they can be spelt k3, fla, fla_residuals"):
         save_weights(make_model(), tmp_path / "new", residual_names="jax")
     assert not (tmp_path / "new").exists()
 

@@ -2,36 +2,82 @@
 
 Everything but the residual's parameters and the experts' is named in the model as in
 Kimi-Linear-48B-A3B's checkpoint. Experts are stacked in the model and apart in checkpoints. The
-parameters of Attention Residuals have three spellings out there; all of them are read, any of them
+parameters of Attention Residuals have four spellings out there; all of them are read, any of them
 can be written.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from typing import NamedTuple
 
 from attnres_ext.models.kimi_linear.configuration import KimiLinearConfig
 
 __all__ = ["RESIDUAL_SPELLINGS", "checkpoint_names", "spelling_of", "stored_names"]
 
-# Who spells so -> what the sites before attention, before feed-forward, and of the output are
-# called; "_norm.weight" follows for the key gain [D], "_proj.weight" for the pseudo-query [1, D].
+
+class _Site(NamedTuple):
+    """Names in a checkpoint of what a site reads with.
+
+    Attributes:
+        query: Of the pseudo-query ``[1, D]``.
+        gain: Of the gain of its keys ``[D]``.
+        norm: Of the gain of the norm that follows, where that is not spelt as in the model.
+    """
+
+    query: str
+    gain: str
+    norm: str | None = None
+
+
+def _beside(attention: str, feed_forward: str, output: str) -> Callable[[int], list[_Site]]:
+    """A site's parameters lie beside its sublayer's norm."""
+
+    def sites(num_layers: int) -> list[_Site]:
+        stems = [
+            f"model.layers.{index}.{stem}"
+            for index in range(num_layers)
+            for stem in (attention, feed_forward)
+        ]
+        return [
+            _Site(f"{stem}_proj.weight", f"{stem}_norm.weight")
+            for stem in (*stems, f"model.{output}")
+        ]
+
+    return sites
+
+
+def _behind(num_layers: int) -> list[_Site]:
+    """A sublayer has a module that reads for the next one; the first one's reads for itself,
+    too."""
+    modules = [
+        f"model.layers.{index}.residual_{kind}"
+        for index in range(num_layers)
+        for kind in ("attn", "mlp")
+    ]
+    stems = [f"{modules[0]}.input_", *(f"{module}." for module in modules)]
+    return [_Site(*(f"{s}{n}.weight" for n in ("query", "key_norm", "norm"))) for s in stems]
+
+
+# Who spells so -> the names of all sites of so many layers.
 RESIDUAL_SPELLINGS = {
-    "k3": ("self_attention_res", "mlp_res", "output_attn_res"),  # Kimi K3's checkpoint
-    "fla": ("attn_res", "mlp_res", "res"),  # flash-linear-attention
-    "torchtitan": ("attention_res", "ffn_res", "output_res"),
+    "k3": _beside("self_attention_res", "mlp_res", "output_attn_res"),  # Kimi K3's checkpoint
+    "fla": _beside("attn_res", "mlp_res", "res"),  # flash-linear-attention, models
+    "fla_residuals": _behind,  # flash-linear-attention, modules.residuals.AttentionResidual
+    "torchtitan": _beside("attention_res", "ffn_res", "output_res"),
 }
 _EXPERTS = re.compile(r"(.*\.experts)\.(w[123])")
 
 
 def checkpoint_names(config: KimiLinearConfig, spelling: str = "k3") -> dict[str, str]:
-    """Module name -> checkpoint's name of each Attention Residuals parameter.
+    """Module name -> checkpoint's name of what is spelt in several ways.
 
-    Site ``2 i`` is read before layer ``i``'s attention, site ``2 i + 1`` before its feed-forward
-    network, the last one before the output. Queries are stored as ``[1, D]``, the weight of a
-    projection to one logit; key gains as ``[D]``. Layer 0's attention site has a single source,
-    hence no effect; its parameters are stored all the same.
+    These are the parameters of Attention Residuals, and where those bring the norms along, their
+    gains. Site ``2 i`` is read before layer ``i``'s attention, site ``2 i + 1`` before its
+    feed-forward network, the last one before the output. Queries are stored as ``[1, D]``, the
+    weight of a projection to one logit; key gains as ``[D]``. Layer 0's attention site has a single
+    source, hence no effect; its parameters are stored all the same.
 
     Args:
         config: The model's.
@@ -45,26 +91,28 @@ def checkpoint_names(config: KimiLinearConfig, spelling: str = "k3") -> dict[str
             f"residual names are spelt {spelling!r}; they can be spelt "
             f"{', '.join(RESIDUAL_SPELLINGS)}"
         )
-    if config.residual == "standard":
-        return {}
-    *in_layer, output = RESIDUAL_SPELLINGS[spelling]
-    sites = [
-        f"model.layers.{index}.{site}"
+    norms = [
+        f"model.layers.{index}.{norm}.weight"
         for index in range(config.num_hidden_layers)
-        for site in in_layer
+        for norm in ("input_layernorm", "post_attention_layernorm")
     ]
-    sites.append(f"model.{output}")
-    return {
-        f"model.residual.{ours}.{number}": f"{site}_{theirs}.weight"
-        for number, site in enumerate(sites)
-        for ours, theirs in (("queries", "proj"), ("key_weights", "norm"))
-    }
+    norms.append("model.norm.weight")
+    sites = RESIDUAL_SPELLINGS[spelling](config.num_hidden_layers)
+    names = {}
+    for number, (norm, site) in enumerate(zip(norms, sites, strict=True)):
+        if config.residual != "standard":
+            names[f"model.residual.queries.{number}"] = site.query
+            names[f"model.residual.key_weights.{number}"] = site.gain
+        if site.norm is not None:
+            names[norm] = site.norm
+    return names
 
 
 def spelling_of(names: Collection[str]) -> str:
     """How the residual's parameters are spelt among a checkpoint's ``names``; "k3" without any."""
-    for spelling, (*_, output) in RESIDUAL_SPELLINGS.items():
-        if f"model.{output}_proj.weight" in names:
+    for spelling, sites in RESIDUAL_SPELLINGS.items():
+        last = sites(1)[-1]
+        if last.query in names or last.norm in names:
             return spelling
     return "k3"
 

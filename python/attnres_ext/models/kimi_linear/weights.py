@@ -54,7 +54,8 @@ def save_weights(
         model: The model. If its parameters are spread over processes, all have to call this.
         folder: Created when missing.
         max_shard_bytes: Largest file, but for a tensor that alone is larger.
-        residual_names: Spelling of the residual's parameters: "k3", "fla" or "torchtitan".
+        residual_names: Spelling of the residual's parameters, a key of ``RESIDUAL_SPELLINGS`` in
+            ``names.py``: "k3", "fla", "fla_residuals" or "torchtitan".
         write: False only takes part in gathering; one process writes.
 
     Returns:
