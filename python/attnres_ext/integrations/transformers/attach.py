@@ -61,8 +61,8 @@ def attach(
         eps: Epsilon of the key RMSNorm.
         two_phase: See :class:`attnres_ext.AttentionResiduals`.
         save: See :class:`attnres_ext.AttentionResiduals`.
-        weights: Folder, or name on the hub, of a model that was saved with Attention Residuals:
-            theirs are loaded. None starts with fresh ones.
+        weights: Folder, or name on the hub, of a model or an adapter of PEFT that was saved with
+            Attention Residuals: theirs are loaded. None starts with fresh ones.
         hub: Arguments of ``from_pretrained`` that say where ``weights`` are: ``cache_dir``,
             ``revision``, ``subfolder``, ``token``, ``local_files_only``, ``force_download``.
 
@@ -74,8 +74,8 @@ def attach(
 
     Raises:
         ValueError: If the model does not fit or already has Attention Residuals, a setting is not
-            possible or not the one that the configuration says, or ``weights`` are missing or do
-            not fit. The model is then as it was.
+            possible or not the one that the configuration says, ``weights`` are missing or do not
+            fit, or an adapter was loaded before that carries some. The model is then as it was.
     """
     if find_attached(model) is not None:
         raise ValueError(
@@ -85,6 +85,8 @@ def attach(
         raise ValueError(f"attach: mode is {mode!r}, expected 'block' or 'full'")
     if unknown := hub.keys() - set(HUB_ARGUMENTS):
         raise TypeError(f"attach: unexpected argument {', '.join(sorted(unknown))}")
+    if reason := _lost_by_adapters(model):
+        raise ValueError(f"attach: {reason}")
     structure = examine(model)
     wanted = {"mode": mode, "sublayers_per_block": sublayers_per_block, "eps": eps}
     settings = _settle(wanted, getattr(structure.decoder.config, MODULE, None), weights)
@@ -177,8 +179,27 @@ def find_attached(model: nn.Module) -> nn.Module | None:
 def _decoder_of(caller: str, model: nn.Module) -> nn.Module:
     decoder = find_attached(model)
     if decoder is None:
-        raise ValueError(f"{caller}: this {type(model).__name__} has no Attention Residuals")
+        reason = _lost_by_adapters(model)
+        raise ValueError(
+            f"{caller}: this {type(model).__name__} has no Attention Residuals"
+            + (f"; {reason}" if reason else "")
+        )
     return decoder
+
+
+def _lost_by_adapters(model: nn.Module) -> str | None:
+    """What to say of adapters that carry Attention Residuals and found a model without them.
+
+    PEFT loads such an adapter without a word, and leaves out what has no place.
+    """
+    for name, config in (getattr(model, "peft_config", None) or {}).items():
+        if MODULE in (getattr(config, "modules_to_save", None) or ()):
+            return (
+                f"its adapter {name!r} carries Attention Residuals (modules_to_save), which were "
+                "left out where the adapter met a model without them: attach to the base model "
+                "first, then load the adapter"
+            )
+    return None
 
 
 def _settle(

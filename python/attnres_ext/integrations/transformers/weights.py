@@ -13,7 +13,12 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import (
+    ADAPTER_SAFE_WEIGHTS_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    cached_file,
+)
 
 from attnres_ext.integrations.transformers.passes import MODULE
 from attnres_ext.residual import AttentionResiduals
@@ -35,7 +40,7 @@ def load_weights(residual: AttentionResiduals, path: Path, **hub: Any) -> None:
 
     Args:
         residual: What to fill.
-        path: Folder, or name on the hub, of a model saved with Attention Residuals.
+        path: Folder, or name on the hub, of a model or an adapter saved with Attention Residuals.
         hub: Arguments of ``from_pretrained`` that say where files are (``HUB_ARGUMENTS``).
 
     Raises:
@@ -95,10 +100,12 @@ def _entries(path: Path, hub: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
             files = json.load(text)["weight_map"]
         files = {key: _file(path, file, hub) for key, file in files.items() if _KEY.search(key)}
     else:
-        single = _file(path, SAFE_WEIGHTS_NAME, hub)
+        names = SAFE_WEIGHTS_NAME, ADAPTER_SAFE_WEIGHTS_NAME
+        single = next((file for name in names if (file := _file(path, name, hub))), None)
         if single is None:
             raise ValueError(
-                f"attach: {path} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}"
+                f"attach: {path} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME} nor "
+                f"{ADAPTER_SAFE_WEIGHTS_NAME}"
             )
         with safe_open(single, "pt") as tensors:
             files = dict.fromkeys(filter(_KEY.search, tensors.keys()), single)
