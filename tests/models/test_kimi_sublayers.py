@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from attnres_ext.models.kimi_linear import presets
 from attnres_ext.models.kimi_linear.kda import KimiDeltaAttention
@@ -222,18 +223,41 @@ def test_router_bias_moves_load_towards_balance():
 
     def spread():
         layer.gate.load.zero_()
-        layer(x)
+        layer(x).sum().backward()
         return (layer.gate.load.max() - layer.gate.load.min()).item()
 
     layer.gate.weight.data[0] += 0.2 * x.mean((0, 1)).sign()
     first = spread()
     assert layer.gate.load.sum() == x.shape[0] * x.shape[1] * config.num_experts_per_token
     for _ in range(60):
-        layer(x)
+        layer(x).sum().backward()
         layer.gate.update_bias(0.01)
     assert spread() < first / 2
-    layer.eval()
+
+
+def test_router_counts_what_is_trained_once():
+    config = make_config()
+    layer, x = initialised(KimiSparseMoE(config)).train(), tokens(config, count=50)
+
+    def counted():
+        count = layer.gate.load.sum().item() / config.num_experts_per_token
+        layer.gate.load.zero_()
+        return count
+
+    layer(x).sum().backward()
+    once = counted()
+    assert once == x.shape[:-1].numel()
+    # Repeated by an activation checkpoint, of either kind.
+    for reentrant in (False, True):
+        checkpoint(layer, x.requires_grad_(), use_reentrant=reentrant).sum().backward()
+        assert counted() == once
+    # A forward that nothing is trained on.
+    with torch.no_grad():
+        layer(x)
     layer(x)
-    before = layer.gate.load.clone()
-    layer(x)
-    assert torch.equal(layer.gate.load, before)
+    layer.eval()(x).sum().backward()
+    assert counted() == 0
+    # Compiled, where shapes do not depend on where tokens are sent.
+    layer.train().gate.compile(backend="aot_eager", fullgraph=True)
+    layer(x).sum().backward()
+    assert counted() == once

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from attnres_ext.models.kimi_linear.modeling import KimiLinearForCausalLM
-from attnres_ext.models.kimi_linear.moe import KimiRouter
 from attnres_ext.training.errors import UserError
 
 
@@ -44,6 +43,11 @@ class World:
     def leads(self) -> bool:
         """Whether this process writes files and talks to people."""
         return self.rank == 0
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """All of them, for collectives; None where there is one alone."""
+        return dist.group.WORLD if self.size > 1 else None
 
     def wait(self) -> None:
         """Returns once all processes are here."""
@@ -128,11 +132,3 @@ def synchronize_gradients(model: nn.Module, wanted: bool) -> None:
     """Whether the next backward reduces gradients over the processes, or only adds them up."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(wanted)
-
-
-def add_router_loads(model: nn.Module, world: World) -> None:
-    """Makes every router's load that of all processes: their biases must stay the same."""
-    if world.size > 1:
-        for module in model.modules():
-            if isinstance(module, KimiRouter):
-                dist.all_reduce(module.load)

@@ -18,11 +18,7 @@ from torch import nn
 
 from attnres_ext.models.kimi_linear.shards import gathered
 from attnres_ext.training.data import Corpus, step_seed
-from attnres_ext.training.distributed import (
-    World,
-    add_router_loads,
-    synchronize_gradients,
-)
+from attnres_ext.training.distributed import World, synchronize_gradients
 from attnres_ext.training.errors import UserError
 from attnres_ext.training.preparation import prepare
 
@@ -45,6 +41,7 @@ class Settings:
         validate_every: Steps between validations.
         validation_batches: Batches of a validation.
         checkpoint_every: Steps between checkpoints.
+        keep_checkpoints: How many checkpoints stay, the newest ones.
         device: Where to train, as torch names it.
         precision: "float32", or "bfloat16": products and the residual's sums in bfloat16 by
             autocast; parameters and optimizer stay float32.
@@ -68,6 +65,7 @@ class Settings:
     validate_every: int = 50
     validation_batches: int = 8
     checkpoint_every: int = 50
+    keep_checkpoints: int = 1
     device: str = "cpu"
     precision: str = "float32"
     compile: bool = False
@@ -279,8 +277,7 @@ def _step(
         )
     arm.optimizer.step()
     arm.optimizer.zero_grad(set_to_none=True)
-    add_router_loads(arm.model, world)
-    arm.model.update_router_bias()
+    arm.model.update_router_bias(process_group=world.group)
     return loss_value, norm_value
 
 

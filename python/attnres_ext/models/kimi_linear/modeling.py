@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -366,11 +367,25 @@ class KimiLinearForCausalLM(nn.Module):
                     logits = self(token.unsqueeze(-1), state=state).logits[:, -1]
 
     @torch.no_grad()
-    def update_router_bias(self, rate: float = 1e-3) -> None:
-        """Balances the experts' load; call it after each optimizer step (see ``moe.py``)."""
-        for module in self.modules():
-            if isinstance(module, KimiRouter):
-                module.update_bias(rate)
+    def update_router_bias(
+        self, rate: float = 1e-3, process_group: dist.ProcessGroup | None = None
+    ) -> None:
+        """Balances the experts' load; call it after each optimizer step (see ``moe.py``).
+
+        Args:
+            rate: How far a bias moves.
+            process_group: The processes that train replicas of this model on other tokens, all of
+                which call this: their loads are added up, in one collective, so that biases stay
+                the same. None where this process trains alone.
+        """
+        routers = [module for module in self.modules() if isinstance(module, KimiRouter)]
+        if process_group is not None and routers:
+            loads = torch.stack([router.load for router in routers])
+            dist.all_reduce(loads, group=process_group)
+            for router, load in zip(routers, loads, strict=True):
+                router.load.copy_(load)
+        for router in routers:
+            router.update_bias(rate)
 
     def _check(
         self,

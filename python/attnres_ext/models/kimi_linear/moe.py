@@ -116,7 +116,8 @@ class KimiRouter(nn.Module):
     Attributes:
         weight: ``[E, D]``.
         e_score_correction_bias: ``[E]`` float32, no parameter: :meth:`update_bias` moves it.
-        load: ``[E]``, tokens sent to each expert while training since the last :meth:`update_bias`.
+        load: ``[E]`` float32, tokens sent to each expert and trained on since the last
+            :meth:`update_bias`: they count when their gradient passes, in a module in training.
     """
 
     def __init__(self, config: KimiLinearConfig) -> None:
@@ -156,10 +157,31 @@ class KimiRouter(nn.Module):
     def update_bias(self, rate: float) -> None:
         """Makes experts above the mean load less eligible, and those below more, by ``rate``.
 
-        Call it once a training step, after the optimizer's.
+        Call it once a training step, after the optimizer's; where replicas train together, when
+        ``load`` is the sum of theirs (``KimiLinearForCausalLM.update_router_bias`` does both).
         """
         self.e_score_correction_bias += rate * torch.sign(self.load.mean() - self.load)
         self.load.zero_()
+
+
+class _CountedInBackward(torch.autograd.Function):
+    """Hands ``x`` on, and adds ``load`` to ``total`` when the gradient of ``x`` passes.
+
+    So tokens count once, when they are trained on: not in forwards without a backward, and not
+    again when an activation checkpoint repeats the forward.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, load: Tensor, total: Tensor) -> Tensor:
+        """``x`` as it is."""
+        ctx.load, ctx.total = load, total
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        """``grad`` as it is."""
+        ctx.total += ctx.load
+        return grad, None, None
 
 
 class KimiSparseMoE(nn.Module):
@@ -195,7 +217,7 @@ class KimiSparseMoE(nn.Module):
         load = torch.zeros_like(self.gate.load, dtype=torch.int64)
         load.scatter_add_(0, chosen, torch.ones_like(chosen))
         if self.training:
-            self.gate.load += load
+            weights = _CountedInBackward.apply(weights, load, self.gate.load)
         rows = self.experts(tokens.index_select(0, order // top_k), load)
         # Back to token order by the inverse permutation: a gather, where adding by index would have
         # to be in order.
