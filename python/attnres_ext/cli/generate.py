@@ -67,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
     from attnres_ext.cli.devices import check_device
     from attnres_ext.training.checkpoint import find_arm, load_model
     from attnres_ext.training.errors import UserError
+    from attnres_ext.training.files import shown
     from attnres_ext.training.tokenizer import StreamDecoder
 
     check_device(args.device)
@@ -104,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
             break
         _write(decoder.feed(int(token)))
     _write(decoder.finish() + "\n")
-    print(_figures(folder, len(tokens), times), file=sys.stderr)
+    print(_figures(shown(folder), len(tokens), times), file=sys.stderr)
     return 0
 
 
@@ -118,7 +119,7 @@ def _write(text: str) -> None:
     sys.stdout.flush()
 
 
-def _figures(folder: Path, prompt_tokens: int, times: list[float]) -> str:
+def _figures(folder: str, prompt_tokens: int, times: list[float]) -> str:
     line = f"{folder}: {prompt_tokens} prompt tokens, {len(times) - 1} generated"
     if len(times) > 2:
         # The first token comes out of the prefill.

@@ -86,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
     from attnres_ext.cli.devices import check_device
     from attnres_ext.cli.inspect_display import print_tables
     from attnres_ext.training.data import read_documents
+    from attnres_ext.training.files import shown, writing
     from attnres_ext.training.inspection_tables import write_tables
 
     check_device(args.device)
@@ -93,23 +94,24 @@ def run(args: argparse.Namespace) -> int:
     folders = _folders(args.checkpoint, args.arm)
     source, documents = read_documents(args.text)
     inspections = [_inspect(folder, source, documents, args) for folder in folders]
-    title = f"{args.checkpoint}: {inspections[0].tokens:,} tokens of {source}"
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_tables(args.out, inspections)
-    _plot(args.out, inspections, title)
+    title = f"{shown(args.checkpoint)}: {inspections[0].tokens:,} tokens of {source}"
+    with writing(f"--out {shown(args.out)}"):
+        args.out.mkdir(parents=True, exist_ok=True)
+        write_tables(args.out, inspections)
+        _plot(args.out, inspections, title)
     print_tables(inspections, title)
-    print(f"pictures and tables are in {args.out}")
+    print(f"pictures and tables are in {shown(args.out)}")
     return 0
 
 
 def _check_vacant(out: Path, overwrite: bool) -> None:
     from attnres_ext.training.errors import UserError
+    from attnres_ext.training.files import check_folder, shown
 
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file, expected a directory")
+    check_folder("--out", out)
     found = [name for name in _FILES if (out / name).exists()]
     if found and not overwrite:
-        raise UserError(f"--out {out} already holds {found[0]}: --overwrite replaces it")
+        raise UserError(f"--out {shown(out)} already holds {found[0]}: --overwrite replaces it")
 
 
 def _folders(checkpoint: Path, arms: tuple[str, ...] | None) -> list[Path]:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from attnres_ext.training.errors import UserError
+from attnres_ext.training.files import shown
 from attnres_ext.version import __version__
 
 _SUBCOMMANDS = ("train", "generate", "inspect", "info", "bench")
@@ -69,6 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 after success, 2 after a mistake of the user's, 130 when interrupted.
     """
+    # What a terminal's encoding lacks is shown as a question mark, not raised.
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")
     argv = sys.argv[1:] if argv is None else list(argv)
     # The file of a subcommand that is not asked for is not imported, so it cannot be in the way.
     named = argv[:1] if argv and argv[0] in _SUBCOMMANDS else _SUBCOMMANDS
@@ -82,7 +86,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.command_line = shlex.join(["attnres", *argv])
     module = importlib.import_module(f"attnres_ext.cli.{args.command}")
     try:
-        return module.run(args)
+        code = module.run(args)
+        # Where output goes to a file, a full disk is found here and not behind our back.
+        sys.stdout.flush()
+        return code
     except UserError as error:
         # Under torchrun all processes find the same mistake; one of them says so.
         if os.environ.get("RANK", "0") == "0":
@@ -92,10 +99,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"attnres {args.command}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader of our output left (`attnres info | head`): nothing of ours went wrong. Python
-        # would complain once more when it flushes stdout at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader of our output left (`attnres info | head`): nothing of ours went wrong.
+        _drop_output()
         return 0
+    except OSError as error:
+        # A file that nobody had a better sentence for, or standard output.
+        what = shown(error.filename) if error.filename else "the output"
+        print(f"attnres {args.command}: {what}: {error.strerror or error}", file=sys.stderr)
+        if not error.filename:
+            _drop_output()
+        return 2
+
+
+def _drop_output() -> None:
+    # Python would complain once more when it flushes what is left at exit.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -62,6 +62,10 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="steps between checkpoints; the last step always has one",
     )  # fmt: skip
     group.add_argument(
+        "--keep-checkpoints", type=number(int, least=1), default=1, action=Given, metavar="N",
+        help="how many checkpoints stay, the newest ones",
+    )  # fmt: skip
+    group.add_argument(
         "--validate-every", type=number(int, least=1), default=50, action=Given, metavar="STEPS",
         help="steps between validations",
     )  # fmt: skip
@@ -97,8 +101,8 @@ def _add_text_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("text")
     group.add_argument(
         "--text", type=Path, action=Given, metavar="FILE_OR_DIR",
-        help="what to learn; a folder is read with all its text files "
-        "(default: the sources of Python's standard library)",
+        help="what to learn: a file, a folder with all its text files, or a pipe, whose text the "
+        "run keeps (default: the sources of Python's standard library)",
     )  # fmt: skip
     group.add_argument(
         "--tokenizer", type=one_of("byte", "bpe"), default="byte", action=Given, metavar="KIND",

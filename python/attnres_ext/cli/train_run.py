@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from attnres_ext.training.checkpoint import ArmState, load_arm
 from attnres_ext.training.data import Corpus, check_utf8, read_text, tokenize
 from attnres_ext.training.distributed import World, as_shards, joined
 from attnres_ext.training.errors import UserError
-from attnres_ext.training.files import write_json
+from attnres_ext.training.files import shown, write_json
 from attnres_ext.training.loop import Arm, Settings, build_arms, depth_weights, train
 from attnres_ext.training.model import make_config, site_names, source_names
 from attnres_ext.training.run import FORMAT, Run, check_vacant
@@ -69,7 +70,8 @@ def _start(args: argparse.Namespace, world: World) -> int:
         "model": args.config.name if args.config else args.preset,
         "config": config.to_dict(),
         "text": {
-            "path": str(args.text.resolve()) if args.text else None,
+            "path": str(args.text.resolve()) if args.text and text.piped is None else None,
+            "kept": text.piped is not None,
             "source": text.source,
             "validation_fraction": args.validation_fraction,
             "fingerprint": text.fingerprint,
@@ -78,7 +80,7 @@ def _start(args: argparse.Namespace, world: World) -> int:
     # Nothing is created while another process may still be looking for an empty directory.
     world.wait()
     if world.leads:
-        run = Run.create(args.out, description, tokenizer, args.overwrite)
+        run = Run.create(args.out, description, tokenizer, args.overwrite, text.piped)
     else:
         run = Run(args.out.absolute())
     with _locked(run, world):
@@ -97,11 +99,13 @@ def resume_run(args: argparse.Namespace) -> int:
         tokenizer = run.tokenizer
         stored = description["text"]
         path = Path(stored["path"]) if stored["path"] else None
+        if stored.get("kept"):
+            path = run.kept_text
         text = read_text(path, stored["validation_fraction"])
         if text.fingerprint != stored["fingerprint"]:
             raise UserError(
-                f"--resume: the text ({text.source}) is not what {args.out} was started with "
-                f"({stored['source']}, then with other content)"
+                f"--resume: the text ({text.source}) is not what {shown(args.out)} was started "
+                f"with ({stored['source']}, then with other content)"
             )
         corpus = tokenize(text, tokenizer, settings.sequence_length)
         step, checkpoint = run.latest_checkpoint()
@@ -144,11 +148,13 @@ def _check_unchanged(args: argparse.Namespace, description: dict[str, Any]) -> N
     """Refuses arguments that differ from those the run began with."""
     stored = description["arguments"]
     for name, option in getattr(args, "given", {}).items():
+        if name == "text" and description["text"].get("kept"):
+            continue  # another pipe: the run goes on with what it has kept of the first
         value = _plain(getattr(args, name))
         if stored.get(name) != value:
             raise UserError(
                 f"--resume: {option} {_shown(value)} differs from {_shown(stored.get(name))}, with "
-                f"which {args.out} was started; a resumed run keeps its settings"
+                f"which {shown(args.out)} was started; a resumed run keeps its settings"
             )
 
 
@@ -160,7 +166,7 @@ def _plain(value: Any) -> Any:
 
 
 def _shown(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    return shown(",".join(map(str, value)) if isinstance(value, list) else str(value))
 
 
 def _build(settings: Settings, config: KimiLinearConfig, world: World) -> list[Arm]:
@@ -201,14 +207,15 @@ def _train(
             if done > saved and (wanted or stopping):
                 for arm in arms:
                     as_shards(arm.model)
-                run.save(done, states, tokenizer, write=world.leads)
+                run.save(done, states, tokenizer, keep=settings.keep_checkpoints, write=world.leads)
                 saved = done
             if stopping and done < settings.steps:
                 break
     if done < settings.steps:
         if world.leads:
-            command = f"attnres train --out {run.path} --resume"
-            print(f"stopped after step {done}; continue with: {command}", file=sys.stderr)
+            print(
+                f"stopped after step {done}; continue with: {run.resume_command}", file=sys.stderr
+            )
         return 130
     depth = _depth(arms, config, corpus, settings, world)
     if world.leads:
@@ -249,11 +256,12 @@ def _report(
     records = run.records()
     rows = summarize(records, parameters, corpus.bytes_per_token)
     summary = {"arms": [dataclasses.asdict(row) for row in rows], "depth_attention": depth}
-    write_json(run.path / "summary.json", summary)
-    _plot(run, records, depth, title)
+    with run.writing("the report"):
+        write_json(run.path / "summary.json", summary)
+        _plot(run, records, depth, title)
     print_table(rows)
-    print(f"everything is in {run.path}; to see it write:")
-    print(f'  attnres generate --checkpoint {run.path} --prompt "def "')
+    print(f"everything is in {shown(run.path)}; to see it write:")
+    print(f'  attnres generate --checkpoint {shlex.quote(shown(run.path))} --prompt "def "')
 
 
 def _plot(run: Run, records: Sequence[Any], depth: dict[str, Any], title: str) -> None:

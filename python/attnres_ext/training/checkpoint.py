@@ -82,7 +82,7 @@ def save_checkpoint(
         step: Steps done so far.
         arms: Every arm of the run.
         tokenizer: Saved with each arm, so that an arm's folder is all that inference needs.
-        keep: How many checkpoints stay.
+        keep: How many checkpoints stay, this one included.
         write: False only takes part in gathering what is spread over processes, all of which have
             to call this; one of them writes.
 
@@ -94,29 +94,35 @@ def save_checkpoint(
     if write:
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
-    files = {}
-    for arm in arms:
-        arm_folder = building / arm.name
-        save_weights(arm.model, arm_folder, write=write)
-        moments = _optimizer_tensors(arm.model, arm.optimizer)
+    try:
+        files = {}
+        for arm in arms:
+            arm_folder = building / arm.name
+            save_weights(arm.model, arm_folder, write=write)
+            moments = _optimizer_tensors(arm.model, arm.optimizer)
+            if not write:
+                continue
+            save_file(moments, arm_folder / _OPTIMIZER)
+            save_tokenizer(tokenizer, arm_folder / _TOKENIZER)
+            for path in sorted(arm_folder.iterdir()):
+                files[f"{arm.name}/{path.name}"] = _describe(path, sync=True)
+            sync_directory(arm_folder)
         if not write:
-            continue
-        save_file(moments, arm_folder / _OPTIMIZER)
-        save_tokenizer(tokenizer, arm_folder / _TOKENIZER)
-        for path in sorted(arm_folder.iterdir()):
-            files[f"{arm.name}/{path.name}"] = _describe(path, sync=True)
-        sync_directory(arm_folder)
-    if not write:
-        return target
-    manifest = {"step": step, "arms": [arm.name for arm in arms], "files": files}
-    write_json(building / _MANIFEST, manifest)
-    sync_directory(building)
-    # A finished run that is resumed arrives at the same step again.
-    _discard(target)
-    os.rename(building, target)
+            return target
+        manifest = {"step": step, "arms": [arm.name for arm in arms], "files": files}
+        write_json(building / _MANIFEST, manifest)
+        sync_directory(building)
+        # A finished run that is resumed arrives at the same step again.
+        discard(target)
+        os.rename(building, target)
+    except Exception:
+        # On a full disk, half a checkpoint would be in the way of a whole one.
+        if write:
+            shutil.rmtree(building, ignore_errors=True)
+        raise
     sync_directory(folder)
     for _, old in list(checkpoints(folder))[:-keep]:
-        _discard(old)
+        discard(old)
     return target
 
 
@@ -133,7 +139,8 @@ def remove_leftovers(folder: Path) -> None:
         shutil.rmtree(path)
 
 
-def _discard(path: Path) -> None:
+def discard(path: Path) -> None:
+    """Deletes a checkpoint, if it is there."""
     # Renamed first: a kill halfway through the deletion must not leave a checkpoint with holes.
     if path.exists():
         hidden = path.with_name(f".{path.name}.old.tmp")

@@ -7,6 +7,7 @@ a resumed run needs no data position beyond the step it is at.
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import sysconfig
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 
 from attnres_ext.training.errors import UserError
+from attnres_ext.training.files import shown
 from attnres_ext.training.tokenizer import Tokenizer
 
 # Packages of others, tests, and generated tables: not the prose of Python programs.
@@ -45,11 +47,13 @@ class Text:
         source: What to call it in messages and titles.
         training: Documents to learn from.
         validation: Documents held out.
+        piped: All of it, where it came from something that can be read only once.
     """
 
     source: str
     training: list[Document]
     validation: list[Document]
+    piped: bytes | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -58,7 +62,7 @@ class Text:
         for part in (self.training, self.validation):
             digest.update(b"%d|" % len(part))
             for document in part:
-                digest.update(b"%s|%d|" % (document.name.encode(), len(document.content)))
+                digest.update(b"%s|%d|" % (os.fsencode(document.name), len(document.content)))
                 digest.update(document.content)
         return digest.hexdigest()
 
@@ -70,8 +74,8 @@ def read_documents(path: Path | None) -> tuple[str, list[Document]]:
     machine.
 
     Args:
-        path: A file, a folder (its text files, hidden ones skipped), or None for the sources of
-            Python's own standard library.
+        path: A file, a folder (its text files, hidden ones skipped), a pipe, or None for the
+            sources of Python's own standard library.
 
     Returns:
         What to call the corpus, and its documents, none of them empty.
@@ -85,20 +89,30 @@ def read_documents(path: Path | None) -> tuple[str, list[Document]]:
         documents = [Document(name, (root / name).read_bytes()) for name in _stdlib_files(root)]
         wanted = f"no Python sources under {root}; name a text with --text"
     elif path.is_dir():
-        source = path.resolve().name
+        source = shown(path.resolve().name)
         documents = list(_folder_documents(path))
-        wanted = f"--text {path} holds no text (files that are hidden, empty or binary are skipped)"
-    elif path.is_file():
-        source = path.resolve().name
-        documents = [Document(path.name, _read(path))]
-        wanted = f"--text {path} is empty"
+        wanted = (
+            f"--text {shown(path)} holds no text (files that are hidden, empty or binary are "
+            "skipped)"
+        )
+    elif path.exists():
+        piped = can_be_read_once(path)
+        source = "a pipe" if piped else shown(path.resolve().name)
+        # What a pipe is called, /dev/fd/63, is another name each time.
+        documents = [Document("text" if piped else path.name, _read(path))]
+        wanted = f"--text {shown(path)} is empty"
     else:
-        raise UserError(f"--text {path} does not exist")
+        raise UserError(f"--text {shown(path)} does not exist")
     documents = [document for document in documents if document.content]
     if not documents:
         raise UserError(wanted)
-    documents.sort(key=lambda document: hashlib.sha256(document.name.encode()).digest())
+    documents.sort(key=lambda document: hashlib.sha256(os.fsencode(document.name)).digest())
     return source, documents
+
+
+def can_be_read_once(path: Path | None) -> bool:
+    """Whether it is a pipe or the like, such as the shell's ``<(command)``."""
+    return path is not None and path.exists() and not path.is_file() and not path.is_dir()
 
 
 def read_text(path: Path | None, validation_fraction: float = 0.05) -> Text:
@@ -114,8 +128,9 @@ def read_text(path: Path | None, validation_fraction: float = 0.05) -> Text:
         UserError: Nothing there, nothing readable, or too little to split.
     """
     source, documents = read_documents(path)
+    piped = documents[0].content if can_be_read_once(path) else None
     training, validation = _split(documents, validation_fraction)
-    return Text(source, training, validation)
+    return Text(source, training, validation, piped)
 
 
 def _stdlib_files(root: Path) -> list[str]:
@@ -137,7 +152,7 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UserError(f"--text: {path} cannot be read: {error.strerror}") from error
+        raise UserError(f"--text: {shown(path)} cannot be read: {error.strerror}") from error
 
 
 def _split(
@@ -172,7 +187,7 @@ def check_utf8(source: str, documents: Sequence[Document]) -> None:
             document.content.decode()
         except UnicodeDecodeError as error:
             raise UserError(
-                f"a bpe tokenizer needs UTF-8, but {document.name} of {source} is not: byte "
+                f"a bpe tokenizer needs UTF-8, but {shown(document.name)} of {source} is not: byte "
                 f"0x{document.content[error.start]:02x} at position {error.start} "
                 "(--tokenizer byte of attnres train takes any file)"
             ) from error

@@ -2,10 +2,73 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
+
+from attnres_ext.training.errors import UserError
+
+
+def shown(path: Path | str) -> str:
+    """A path for people: bytes that are no UTF-8 as U+FFFD, so that it can be written anywhere."""
+    return os.fsencode(path).decode(errors="replace")
+
+
+def check_folder(option: str, path: Path) -> None:
+    """Finds out before any work that a folder can be written to, or made; makes nothing.
+
+    Args:
+        option: What the user calls it.
+        path: The folder, or where it is to be.
+
+    Raises:
+        UserError: It is a file, or this process may not write there.
+    """
+    name = f"{option} {shown(path)}"
+    with writing(name, "cannot be made"):  # a name may be too long to look at
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{name} is a file, expected a directory")
+        # A link that leads nowhere is there, though it does not exist.
+        if path.is_symlink() and not path.exists():
+            target = shown(os.readlink(path))
+            raise UserError(f"{name} is a link to {target}, which does not exist")
+        nearest = path.absolute()
+        while not nearest.exists():
+            nearest = nearest.parent
+    verb = "written to" if nearest == path.absolute() else "made"
+    with writing(name, f"cannot be {verb}"):
+        if not nearest.is_dir():
+            raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+@contextlib.contextmanager
+def writing(what: str, failure: str = "cannot be written", then: str = "") -> Iterator[None]:
+    """Says what the system refused in one sentence.
+
+    Args:
+        what: The thing that is written.
+        failure: What became of it.
+        then: What the user can do about it.
+
+    Raises:
+        UserError: In the place of an ``OSError``, or of safetensors' own error.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what} {failure}: {error.strerror or error}{then}") from error
+    except SafetensorError as error:
+        # It quotes the system's words: Os { code: 28, message: "No space left on device" }.
+        reason = str(error).partition('message: "')[2].partition('"')[0] or str(error)
+        raise UserError(f"{what} {failure}: {reason}{then}") from error
 
 
 def write_bytes(path: Path, data: bytes) -> None:
