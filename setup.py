@@ -1,6 +1,7 @@
 """Builds csrc/ with CMake; everything that is not compilation lives in pyproject.toml."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -51,6 +52,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DATTNRES_CUDA={os.environ.get('ATTNRES_CUDA', 'AUTO')}",
         ]  # fmt: skip
+        configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
         if archs := os.environ.get("ATTNRES_CUDA_ARCHS"):
             configure.append(f"-DATTNRES_CUDA_ARCHS={archs}")
         subprocess.check_call(configure)

@@ -1,5 +1,8 @@
 // The CPU backend: picks the instruction set, prepares what all tokens share, and splits the tokens
 // over torch's threads.
+#if defined(ATTNRES_X86_KERNELS)
+#include <cpuid.h>
+#endif
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
@@ -21,11 +24,18 @@ namespace attnres {
 namespace cpu {
 namespace {
 
+#if defined(ATTNRES_X86_KERNELS)
+// __builtin_cpu_supports knows the name in GCC, but not in every Clang.
+bool has_f16c() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+#endif
+
 const Kernels* widest_supported() {
 #if defined(ATTNRES_X86_KERNELS)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bf16");
