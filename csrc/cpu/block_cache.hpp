@@ -15,7 +15,7 @@ void block_cache_write(const BlockCacheWrite& p, int64_t begin, int64_t end) {
     A product, squares;
     add_and_score<Access>(partial, row(p.delta, m), slot, static_cast<const A*>(nullptr), p.hidden,
                           product, squares);
-    p.rstd[m] = static_cast<float>(inverse_rms<A>(squares, p.hidden, p.eps));
+    static_cast<A*>(p.rstd)[m] = inverse_rms<A>(squares, p.hidden, p.eps);
   }
 }
 

@@ -176,7 +176,7 @@ void depth_attention_forward(const DepthAttentionForward& p, const SharedVectors
           continue;
         }
         if (i < p.num_known_rstd) {
-          s.rstd[i] = static_cast<A>(p.known_rstd[i * m_total + m]);
+          s.rstd[i] = static_cast<const A*>(p.known_rstd)[i * m_total + m];
           s.logits[i] = s.rstd[i] * dot<Access>(s.rows[i], u, hidden);
           continue;
         }
@@ -226,7 +226,7 @@ void depth_attention_forward(const DepthAttentionForward& p, const SharedVectors
       for (int i = 0; i < n; ++i) stats[(n + i) * m_total] = s.logits[i];
       stats[2 * n * m_total] = lse;
     }
-    if (p.last_rstd != nullptr) p.last_rstd[m] = static_cast<float>(s.rstd[n - 1]);
+    if (p.last_rstd != nullptr) static_cast<A*>(p.last_rstd)[m] = s.rstd[n - 1];
   }
   finish_streaming();
 }

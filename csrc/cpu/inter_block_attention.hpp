@@ -140,9 +140,8 @@ struct ScoreSums {
 // logits [S, N] and rstd [N] of one token.
 template <typename Access, typename A = typename Access::A>
 ATTNRES_INLINE void score_all(const Row* rows, int n, const A* u, int64_t num_queries,
-                              int64_t hidden, double eps, const float* known_rstd,
-                              int64_t known_stride, const Panel<A>& panel, const ScoreSums<A>& sums,
-                              A* logits, A* rstd) {
+                              int64_t hidden, double eps, const A* known_rstd, int64_t known_stride,
+                              const Panel<A>& panel, const ScoreSums<A>& sums, A* logits, A* rstd) {
   for (int64_t j = 0; j < num_queries * n; ++j) sums.products[j] = Vec<A>{};
   for (int i = 0; i < n; ++i) sums.squares[i] = Vec<A>{};
   for_panels(hidden, [&](int64_t begin, int64_t count) __attribute__((always_inline)) {
@@ -152,7 +151,7 @@ ATTNRES_INLINE void score_all(const Row* rows, int n, const A* u, int64_t num_qu
     add_products<A>(panel.rows, n, sums.vectors, num_queries, count, sums.products);
   });
   for (int i = 0; i < n; ++i) {
-    rstd[i] = known_rstd != nullptr ? static_cast<A>(known_rstd[i * known_stride])
+    rstd[i] = known_rstd != nullptr ? known_rstd[i * known_stride]
                                     : inverse_rms<A>(sum_lanes<A>(sums.squares[i]), hidden, eps);
   }
   for (int64_t s = 0; s < num_queries; ++s) {
@@ -225,7 +224,8 @@ void inter_block_forward(const InterBlockForward& p, const SharedVectors& shared
 
   for (int64_t m = range.begin; m < range.end; ++m) {
     for (int i = 0; i < n; ++i) t.rows[i] = row(p.sources[i], m);
-    const float* known_rstd = p.known_rstd == nullptr ? nullptr : p.known_rstd + m;
+    const A* known_rstd = static_cast<const A*>(p.known_rstd);
+    if (known_rstd != nullptr) known_rstd += m;
     score_all<Access>(t.rows, n, u, num_queries, hidden, p.eps, known_rstd, m_total, t.panel,
                       t.sums, t.logits, t.rstd);
     for (int64_t s = 0; s < num_queries; ++s) {
@@ -374,8 +374,8 @@ ATTNRES_INLINE void find_factors(const InterBlockBackward& p, const A* u, int64_
     for (int i = 0; i < n; ++i) t.rstd[i] = stats[i * m_total];
     for (int64_t j = 0; j < num_queries * n; ++j) t.logits[j] = stats[(n + j) * m_total];
   } else {
-    score_all<Access>(t.rows, n, u, num_queries, hidden, p.eps, nullptr, 0, t.panel, t.sums,
-                      t.logits, t.rstd);
+    score_all<Access>(t.rows, n, u, num_queries, hidden, p.eps, static_cast<const A*>(nullptr), 0,
+                      t.panel, t.sums, t.logits, t.rstd);
   }
 
   for (int64_t j = 0; j < num_queries * n; ++j) t.sums.products[j] = Vec<A>{};

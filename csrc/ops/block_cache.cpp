@@ -1,6 +1,6 @@
 // The block cache: slots [capacity, M, D] of which the open one is the running partial sum, and
-// 1/rms [capacity, M] of each. Inference only: everything is written in place, nothing is
-// allocated, so that a step can be captured in a CUDA graph.
+// 1/rms [capacity, M] of each in the slots' compute dtype. Inference only: everything is written in
+// place, nothing is allocated, so that a step can be captured in a CUDA graph.
 #include "checks.hpp"
 #include "depth_read.hpp"
 
@@ -39,8 +39,10 @@ void check_cache(const char* op, const Tensor& slots, const Tensor& rstd) {
   ATTNRES_CHECK(slots.size(0) <= kMaxSources, argument.text(), " has a capacity of ", slots.size(0),
                 ", expected at most ", kMaxSources);
   const Argument rms{op, "rstd"};
-  ATTNRES_CHECK(rstd.scalar_type() == ScalarType::Float && rstd.is_contiguous(), rms.text(),
-                " must be a contiguous float32 tensor");
+  const ScalarType wanted = scalar_type_of(compute_dtype(dtype_of(slots)));
+  ATTNRES_CHECK(rstd.scalar_type() == wanted && rstd.is_contiguous(), rms.text(),
+                " must be a contiguous ", torch::headeronly::toString(wanted), " tensor for slots ",
+                "of ", torch::headeronly::toString(slots.scalar_type()));
   check_shape(rms, rstd, {slots.size(0), slots.size(1)}, "for these slots");
   check_device(rms, rstd, slots, "slots");
 }
@@ -62,8 +64,22 @@ void check_tokens(const Argument& argument, const Tensor& tensor, const Tensor& 
   check_device(argument, tensor, slots, "slots");
 }
 
-float* rstd_of(const Tensor& rstd, int64_t slot) {
-  return static_cast<float*>(rstd.mutable_data_ptr()) + slot * rstd.size(1);
+// A slot's 1/rms [M].
+void* rstd_of(const Tensor& rstd, int64_t slot) {
+  return static_cast<char*>(rstd.mutable_data_ptr()) +
+         slot * rstd.size(1) * size_of(dtype_of(rstd));
+}
+
+// What is added to a slot, or merged with one, is computed with in the slots' compute dtype, which
+// is that of their 1/rms.
+void check_summand(const Argument& argument, const Tensor& tensor, const Tensor& slots) {
+  check_tokens(argument, tensor, slots);
+  const bool fits = compute_dtype(dtype_of(tensor)) == DType::kFloat32 ||
+                    compute_dtype(dtype_of(slots)) == DType::kFloat64;
+  ATTNRES_CHECK(fits, argument.text(), " has dtype ",
+                torch::headeronly::toString(tensor.scalar_type()),
+                ", expected one that is no wider than float32, for slots of ",
+                torch::headeronly::toString(slots.scalar_type()));
 }
 
 void block_cache_write(const Tensor& slots, const Tensor& rstd, const Tensor& delta, int64_t slot,
@@ -71,7 +87,7 @@ void block_cache_write(const Tensor& slots, const Tensor& rstd, const Tensor& de
   constexpr const char* kName = "block_cache_write";
   check_cache(kName, slots, rstd);
   check_slot(kName, slots, slot);
-  check_tokens({kName, "delta"}, delta, slots);
+  check_summand({kName, "delta"}, delta, slots);
   check_no_overlap({kName, "slots"}, slots, delta, "delta");
   check_eps(kName, eps, eps);
   Inputs inputs;
@@ -110,7 +126,7 @@ void block_cache_attend(const Tensor& slots, const Tensor& rstd, const OptionalT
   check_cache(kName, slots, rstd);
   check_slot(kName, slots, slot);
   if (delta.has_value()) {
-    check_tokens({kName, "delta"}, *delta, slots);
+    check_summand({kName, "delta"}, *delta, slots);
     check_no_overlap({kName, "slots"}, slots, *delta, "delta");
     check_no_overlap({kName, "out"}, out, *delta, "delta");
   }
@@ -129,9 +145,9 @@ void block_cache_attend(const Tensor& slots, const Tensor& rstd, const OptionalT
   }
   p.sources = rows.data();
   p.num_sources = static_cast<int>(rows.size());
-  p.known_rstd = static_cast<const float*>(rstd.const_data_ptr());
+  p.known_rstd = rstd.const_data_ptr();
   p.num_known_rstd = static_cast<int>(delta.has_value() ? slot : slot + 1);
-  p.compute = compute_dtype(dtype_of(slots), delta.has_value() ? p.delta.dtype : DType::kFloat32);
+  p.compute = compute_dtype(dtype_of(slots));
   p.out = check_output({kName, "out"}, out);
   run_forward(kName, p, slots);
 }
@@ -150,6 +166,7 @@ void block_cache_inter(const Tensor& slots, const Tensor& rstd, int64_t count,
                 slots.size(2), "]");
   check_device(argument, queries, slots, "slots");
   if (key_weights.has_value()) check_like({kName, "key_weights"}, *key_weights, queries, "queries");
+  check_scale(kName, scale);
   const int64_t num_queries = queries.size(0);
   check_floating({kName, "out"}, out);
   ATTNRES_CHECK(out.is_contiguous() && out.numel() == num_queries * slots.size(1) * slots.size(2) &&
@@ -180,7 +197,7 @@ void block_cache_inter(const Tensor& slots, const Tensor& rstd, int64_t count,
   p.queries = inputs.rows(queries);
   if (key_weights.has_value()) p.key_weights = inputs.rows(*key_weights);
   p.scale = scale;
-  p.known_rstd = static_cast<const float*>(rstd.const_data_ptr());
+  p.known_rstd = rstd.const_data_ptr();
   p.out = rows_of_new(out);
   p.lse = lse.mutable_data_ptr();
   const auto kernel = kernel_of(kName, slots, &Backend::inter_block_forward);
@@ -195,8 +212,8 @@ void block_cache_merge(const Tensor& slots, const Tensor& rstd, const Tensor& ou
   constexpr const char* kName = "block_cache_merge";
   check_cache(kName, slots, rstd);
   check_slot(kName, slots, slot);
-  check_tokens({kName, "out"}, out, slots);
-  check_tokens({kName, "delta"}, delta, slots);
+  check_summand({kName, "out"}, out, slots);
+  check_summand({kName, "delta"}, delta, slots);
   check_tokens({kName, "hidden"}, hidden, slots);
   check_no_overlap({kName, "slots"}, slots, delta, "delta");
   check_no_overlap({kName, "slots"}, slots, out, "out");
@@ -213,7 +230,7 @@ void block_cache_merge(const Tensor& slots, const Tensor& rstd, const Tensor& ou
   p.num_tokens = slots.size(1);
   std::vector<ConstRows> rows{inputs.rows(out)};
   open_slot(p, inputs, rows, slots, rstd, delta, slot, add);
-  p.compute = compute_dtype(compute_dtype_of(rows), p.delta.dtype);
+  p.compute = compute_dtype(dtype_of(slots));
   p.sources = rows.data();
   p.num_sources = static_cast<int>(rows.size());
   p.first_logit = inputs.values(lse, p.compute);

@@ -1,5 +1,6 @@
 #include "checks.hpp"
 
+#include <cmath>
 #include <utility>
 
 namespace attnres::ops {
@@ -137,8 +138,16 @@ void check_gain(const Argument& argument, const OptionalTensor& gain, const Tens
 }
 
 void check_eps(const char* op, double eps, double out_eps) {
-  ATTNRES_CHECK(eps >= 0, op, ": eps is ", eps, ", expected a number of at least 0");
-  ATTNRES_CHECK(out_eps >= 0, op, ": out_eps is ", out_eps, ", expected a number of at least 0");
+  const auto check = [op](const char* name, double value) {
+    ATTNRES_CHECK(std::isfinite(value) && value >= 0, op, ": ", name, " is ", value,
+                  ", expected a finite number of at least 0");
+  };
+  check("eps", eps);
+  check("out_eps", out_eps);
+}
+
+void check_scale(const char* op, double scale) {
+  ATTNRES_CHECK(std::isfinite(scale), op, ": scale is ", scale, ", expected a finite number");
 }
 
 void check_needs(const char* op, const std::vector<bool>& needs, size_t wanted) {

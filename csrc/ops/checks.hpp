@@ -41,6 +41,7 @@ void check_query(const char* op, const Tensor& query, const Tensor& source);
 // A gain [D], if given.
 void check_gain(const Argument& argument, const OptionalTensor& gain, const Tensor& source);
 void check_eps(const char* op, double eps, double out_eps);
+void check_scale(const char* op, double scale);
 void check_needs(const char* op, const std::vector<bool>& needs, size_t wanted);
 
 // Written by the operator: must be addressable in place and share no memory with an input.

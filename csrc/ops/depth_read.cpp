@@ -12,6 +12,7 @@ DepthAttentionForward prepare_read(const char* op, Inputs& inputs, const Tensor&
   check_gain({op, "key_weight"}, key_weight, source);
   check_gain({op, "out_weight"}, out_weight, source);
   check_eps(op, eps, out_eps.value_or(eps));
+  check_scale(op, scale);
   DepthAttentionForward p;
   p.op = op;
   p.num_tokens = num_rows(source);

@@ -18,7 +18,7 @@ void check_matrix(const Argument& argument, const Tensor& matrix, const Tensor& 
 }
 
 void check_queries(const std::vector<Tensor>& blocks, const Tensor& queries,
-                   const OptionalTensor& key_weights, double eps) {
+                   const OptionalTensor& key_weights, double eps, double scale) {
   check_sources(kName, "blocks", blocks);
   check_matrix({kName, "queries"}, queries, blocks[0]);
   if (key_weights.has_value()) {
@@ -26,6 +26,7 @@ void check_queries(const std::vector<Tensor>& blocks, const Tensor& queries,
     check_shape({kName, "key_weights"}, *key_weights, shape_of(queries), "like queries");
   }
   check_eps(kName, eps, eps);
+  check_scale(kName, scale);
 }
 
 // [S, ...] or [S, ..., D] in front of a block's shape.
@@ -43,7 +44,7 @@ struct Result {
 
 Result attend(const std::vector<Tensor>& blocks, const Tensor& queries,
               const OptionalTensor& key_weights, double eps, double scale, bool save_stats) {
-  check_queries(blocks, queries, key_weights, eps);
+  check_queries(blocks, queries, key_weights, eps, scale);
   Inputs inputs;
   std::vector<ConstRows> rows;
   add_sources(inputs, rows, blocks);
@@ -102,7 +103,7 @@ struct Backward {
            const std::vector<Tensor>& blocks, const Tensor& queries,
            const OptionalTensor& key_weights, const OptionalTensor& stats, double eps,
            double scale) {
-    check_queries(blocks, queries, key_weights, eps);
+    check_queries(blocks, queries, key_weights, eps, scale);
     const Tensor& like = blocks[0];
     add_sources(inputs, rows, blocks);
     grad_rows.resize(rows.size());

@@ -81,7 +81,8 @@ class BlockCache:
         # Made in inference mode, they could not be written outside of it.
         with torch.inference_mode(False):
             self._slots = torch.empty(capacity, num_tokens, hidden_size, dtype=dtype, device=device)
-            self._rstd = torch.empty(capacity, num_tokens, dtype=torch.float32, device=device)
+            compute = torch.promote_types(dtype, torch.float32)
+            self._rstd = torch.empty(capacity, num_tokens, dtype=compute, device=device)
         if side_stream is not None and side_stream.device != self._slots.device:
             raise ValueError(
                 f"BlockCache: side_stream is on {side_stream.device}, "
@@ -163,7 +164,7 @@ class BlockCache:
         Raises:
             RuntimeError: If every slot is closed, ``delta`` asks for a gradient, or another cache
                 has taken over the memory.
-            ValueError: If ``delta`` does not fit (:meth:`check_fits`).
+            RuntimeError: If ``delta`` does not fit (:meth:`check_fits`).
         """
         self._check_owner()
         self.check_fits("delta", delta)
@@ -201,7 +202,7 @@ class BlockCache:
         Raises:
             RuntimeError: If every slot is closed and ``delta`` is given or asks for a gradient, the
                 cache holds nothing to read, or another cache has taken over the memory.
-            ValueError: If ``delta`` does not fit (:meth:`check_fits`).
+            RuntimeError: If ``delta`` does not fit (:meth:`check_fits`).
         """
         self._check_owner()
         if delta is None:
@@ -242,7 +243,7 @@ class BlockCache:
 
         Raises:
             RuntimeError: If no slot is sealed, or another cache has taken over the memory.
-            ValueError: If ``queries`` is not of that shape.
+            RuntimeError: If ``queries`` is not of that shape.
         """
         self._check_owner()
         if self._state.sealed == 0:
@@ -251,7 +252,7 @@ class BlockCache:
             kind = type(queries).__name__
             raise TypeError(f"block cache: queries is a {kind}, expected a tensor")
         if queries.dim() != 2 or queries.shape[1] != self.hidden_size:
-            raise ValueError(
+            raise RuntimeError(
                 f"block cache: queries has shape {tuple(queries.shape)}, "
                 f"expected [S, {self.hidden_size}]"
             )
@@ -320,7 +321,7 @@ class BlockCache:
         """Raises unless ``tensor`` may be written.
 
         Raises:
-            ValueError: Unless it has the cache's shape and device, and a dtype that the cache's
+            RuntimeError: Unless it has the cache's shape and device, and a dtype that the cache's
                 holds without rounding.
             RuntimeError: If it asks for a gradient.
             TypeError: If it is no tensor.
@@ -329,19 +330,19 @@ class BlockCache:
             kind = type(tensor).__name__
             raise TypeError(f"block cache: {name} is a {kind}, expected a tensor")
         if tuple(tensor.shape) != self.shape:
-            raise ValueError(
+            raise RuntimeError(
                 f"block cache: {name} has shape {tuple(tensor.shape)}, expected {self.shape}"
             )
         if (
             tensor.dtype != self.dtype
             and torch.promote_types(tensor.dtype, self.dtype) != self.dtype
         ):
-            raise ValueError(
+            raise RuntimeError(
                 f"block cache: {name} has dtype {tensor.dtype}, expected {self.dtype} or a dtype "
                 "that it holds without rounding"
             )
         if tensor.device != self.device:
-            raise ValueError(f"block cache: {name} is on {tensor.device}, expected {self.device}")
+            raise RuntimeError(f"block cache: {name} is on {tensor.device}, expected {self.device}")
         if tensor.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(
                 f"block cache: {name} requires a gradient, but the cache is changed in place and "
@@ -368,12 +369,12 @@ class BlockCache:
             shape: Leading shape of what is written to it.
 
         Raises:
-            ValueError: If it has more tokens than this cache.
+            RuntimeError: If it has more tokens than this cache.
         """
         leading = (shape,) if isinstance(shape, int) else tuple(shape)
         num_tokens, room = math.prod(leading), self._slots.shape[1]
         if any(size < 0 for size in leading) or num_tokens > room:
-            raise ValueError(
+            raise RuntimeError(
                 f"block cache: resized to shape {leading}, expected at most {room} tokens in all"
             )
 
@@ -408,7 +409,7 @@ class BlockCache:
         if out is None:
             return torch.empty(self.shape, dtype=self.dtype, device=self.device)
         if tuple(out.shape) != self.shape or out.dtype != self.dtype:
-            raise ValueError(
+            raise RuntimeError(
                 f"block cache: out has shape {tuple(out.shape)} and dtype {out.dtype}, "
                 f"expected {self.shape} and {self.dtype}"
             )

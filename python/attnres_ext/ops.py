@@ -96,7 +96,7 @@ def depth_attention(
             scale=scale, return_weights=return_weights,
         )  # fmt: skip
     if save not in SAVE_LEVELS:
-        raise ValueError(
+        raise RuntimeError(
             f"depth_attention: save is {save!r}, expected one of {', '.join(SAVE_LEVELS)}"
         )
     traced = _traced()
@@ -164,7 +164,7 @@ def accumulate_depth_attention(
             out_eps=out_eps, scale=scale,
         )  # fmt: skip
     if save not in SAVE_LEVELS:
-        raise ValueError(
+        raise RuntimeError(
             f"accumulate_depth_attention: save is {save!r}, "
             f"expected one of {', '.join(SAVE_LEVELS)}"
         )

@@ -104,9 +104,9 @@ def test_shapes(device: str) -> None:
 
 def test_errors() -> None:
     arguments = make(torch.float32, "cpu")
-    with pytest.raises(ValueError, match="residuals is empty"):
+    with pytest.raises(RuntimeError, match="residuals is empty"):
         fused_attnres(**{**arguments, "residuals": []})
-    with pytest.raises(ValueError, match="checkpoint_level is 2, expected 0 or 1"):
+    with pytest.raises(RuntimeError, match="checkpoint_level is 2, expected 0 or 1"):
         fused_attnres(**arguments, checkpoint_level=2)
-    with pytest.raises(ValueError, match=r"residuals\[1\] has shape \[4, 40\]"):
+    with pytest.raises(RuntimeError, match=r"residuals\[1\] has shape \[4, 40\]"):
         fused_attnres(**{**arguments, "residuals": [arguments["residuals"][0], torch.randn(4, 40)]})

@@ -122,7 +122,7 @@ def test_more_sources_than_liger_takes(device: str) -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(ValueError, match="V is empty, expected at least one source"):
+    with pytest.raises(RuntimeError, match="V is empty, expected at least one source"):
         liger_attn_res([], torch.zeros(4), torch.ones(4))
 
 

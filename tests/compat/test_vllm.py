@@ -157,7 +157,7 @@ def test_records_nothing_for_autograd() -> None:
 def test_errors_write_nothing(change: dict[str, Any], message: str) -> None:
     arguments = {**make(torch.float32, "cpu"), "block_write_idx": 3, **change}
     before = copied(arguments)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(RuntimeError, match=message):
         attn_res(**arguments)
     assert_same_bits("prefix", arguments["prefix"], before["prefix"])
     assert_same_bits("blocks", arguments["blocks"], before["blocks"])

@@ -15,8 +15,7 @@ from tests.ops.cases import make_sources, make_weights
 
 CAPACITY, TOKENS, HIDDEN = 5, 6, 40
 EPS, OUT_EPS, SCALE = 1e-5, 1e-3, 0.75
-# float64 slots keep a float32 1/rms, so their logits carry float32 rounding.
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 def cache() -> Any:
@@ -28,7 +27,8 @@ def make_cache(
 ) -> tuple[Tensor, Tensor]:
     """Slots 0 .. filled - 1 written through the operator, everything else NaN."""
     slots = torch.full((CAPACITY, tokens, hidden), torch.nan, dtype=dtype, device=device)
-    rstd = torch.full((CAPACITY, tokens), torch.nan, device=device)
+    compute = torch.promote_types(dtype, torch.float32)
+    rstd = torch.full((CAPACITY, tokens), torch.nan, dtype=compute, device=device)
     for slot in range(filled):
         delta = torch.randn(tokens, hidden, dtype=dtype, device=device)
         cache().block_cache_write(slots, rstd, delta, slot, False, EPS)
@@ -36,18 +36,20 @@ def make_cache(
 
 
 def exact_rstd(values: Tensor) -> Tensor:
-    return torch.rsqrt(values.double().square().mean(-1) + EPS).float()
+    compute = torch.promote_types(values.dtype, torch.float32)
+    return torch.rsqrt(values.double().square().mean(-1) + EPS).to(compute)
 
 
 def assert_cache_is(slots: Tensor, rstd: Tensor, expected: Tensor, filled: int) -> None:
     assert_same_bits("slots", slots, expected)
     assert rstd[filled:].isnan().all()
     assert expected[filled:].isnan().all()
-    torch.testing.assert_close(rstd[:filled], exact_rstd(expected[:filled]), rtol=1e-6, atol=0)
+    exact = exact_rstd(expected[:filled])
+    torch.testing.assert_close(rstd[:filled], exact, rtol=8 * torch.finfo(exact.dtype).eps, atol=0)
 
 
 @pytest.mark.parametrize("add", [False, True])
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("hidden", [1, 17, 40, 100])
 def test_write(device: str, dtype: torch.dtype, hidden: int, add: bool) -> None:
     slots, rstd = make_cache(3, dtype, device, hidden=hidden)
@@ -165,7 +167,7 @@ def test_attend_without_a_delta(device: str, dtype: torch.dtype, slot: int) -> N
 
     rstd[: slot + 1] *= 0  # all logits are 0 then, and the mix is the mean
     attend(slots, rstd, None, slot, False, {"query": weights["query"]}, out)
-    mean = slots[: slot + 1].float().mean(0).to(dtype)
+    mean = slots[: slot + 1].to(rstd.dtype).mean(0).to(dtype)
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(out, mean, rtol=eps, atol=eps)
 
@@ -206,7 +208,7 @@ def test_inter(device: str, dtype: torch.dtype, count: int) -> None:
     gains = 1 + torch.randn(3, HIDDEN, device=device) / 5
     for key_weights in (None, gains):
         out = torch.full((3, TOKENS, HIDDEN), torch.nan, dtype=dtype, device=device)
-        lse = torch.full((3, TOKENS), torch.nan, device=device)
+        lse = torch.full((3, TOKENS), torch.nan, dtype=rstd.dtype, device=device)
         cache().block_cache_inter(slots, rstd, count, queries, key_weights, SCALE, out, lse)
         assert_same_bits("slots", slots, before)
         plain = reference.inter_block_attention(
@@ -364,7 +366,8 @@ WRONG = [
     (ALL, {"slots": torch.zeros(5, HIDDEN)}, ("slots", "[5, 40]", "[capacity, M, D]")),
     (ALL, {"slots": torch.zeros(5, 6, 40, dtype=torch.int32)}, ("slots", "dtype")),
     (ALL, {"rstd": torch.zeros(5, 5)}, ("rstd", "[5, 5]", "[5, 6]")),
-    (ALL, {"rstd": torch.zeros(5, 6, dtype=torch.float64)}, ("rstd", "float32")),
+    (ALL, {"rstd": torch.zeros(5, 6, dtype=torch.float64)}, ("rstd", "Float tensor for slots")),
+    (WRITERS, {"delta": torch.zeros(6, 40, dtype=torch.float64)}, ("delta", "Double", "Float")),
     (WRITERS, {"slot": 5}, ("slot", "5", "0 to 4")),
     (WRITERS, {"slot": -1}, ("slot", "-1", "0 to 4")),
     (WRITERS, {"delta": torch.zeros(5, HIDDEN)}, ("delta", "[5, 40]")),

@@ -15,7 +15,8 @@ import attnres_ext
 from attnres_ext import ops
 
 D = 24
-ERRORS = (RuntimeError, ValueError, TypeError, NotImplementedError)
+# What a tensor or a number is not, and what is no tensor at all.
+ERRORS = (RuntimeError, TypeError)
 
 
 def t(*shape: int, **kwargs: Any) -> torch.Tensor:
@@ -53,7 +54,10 @@ WEIGHT_ERRORS = [
     pytest.param({"out_weight": integers(D)}, ("out_weight", "dtype"), id="out_weight-dtype"),
     pytest.param({"eps": -1e-6}, ("eps", "-1e-06", "at least 0"), id="eps"),
     pytest.param({"eps": float("nan")}, ("eps", "nan", "at least 0"), id="eps-nan"),
+    pytest.param({"eps": float("inf")}, ("eps", "inf", "a finite number"), id="eps-inf"),
     pytest.param({"out_eps": -1.0}, ("out_eps", "-1", "at least 0"), id="out_eps"),
+    pytest.param({"scale": float("nan")}, ("scale", "nan", "a finite number"), id="scale-nan"),
+    pytest.param({"scale": float("-inf")}, ("scale", "inf", "a finite number"), id="scale-inf"),
 ]
 
 READERS = {

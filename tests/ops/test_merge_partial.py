@@ -226,6 +226,26 @@ def test_huge_logits(device: str, size: float) -> None:
         assert value.isfinite().all()
 
 
+@pytest.mark.parametrize("logit", [2.0**10, 2.0**16, 2.0**20])
+def test_large_tied_logits(device: str, logit: float) -> None:
+    """Two phases lose of a weight what one float32 loses of lse; one pass loses nothing."""
+    # Rows of one length and one first column, which is all that the query sees.
+    signs = torch.randint(0, 2, (4, 5, 64), device=device) * 2.0 - 1
+    signs[..., 0] = 1
+    sources = list(signs)
+    query = torch.zeros(64, device=device)
+    query[0] = logit
+    options: dict[str, Any] = {"eps": 0.0}
+    mean = signs.double().mean(0).float()
+    one_pass = ops.depth_attention(sources, query, **options)
+    torch.testing.assert_close(one_pass, mean, rtol=0, atol=2**-22)
+    out, lse = ops.inter_block_attention(sources[:3], query[None], **options)
+    hidden, _ = ops.merge_partial(out[0], lse[0], None, sources[3], query, **options)
+    # p (1 - p) of half a unit in the last place of a number in [logit, 2 logit); rows differ by 2.
+    lost = 3 / 16 * logit * 2**-24 * 2
+    torch.testing.assert_close(hidden, mean, rtol=0, atol=lost + 2**-22)
+
+
 @pytest.mark.parametrize("used", ["hidden", "partial"])
 def test_one_output_used(device: str, used: str) -> None:
     def one(module: Any, **arguments: Any) -> Any:

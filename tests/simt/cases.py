@@ -145,11 +145,11 @@ class Case(Sources):
             ((count, tokens), self.compute),
             ((2 * count + 1, tokens), self.compute),
             ((0,), self.sources[-1].view.dtype),
-            ((0,), torch.float32),
+            ((0,), self.compute),
         ]
         if self.delta is not None:
             outputs[4] = (rows, self.sources[-1].view.dtype)
-            outputs[5] = ((tokens,), torch.float32)
+            outputs[5] = ((tokens,), self.compute)
         return outputs
 
     def encode_head(self, seed: int, kind: str) -> bytes:

@@ -24,7 +24,7 @@ void run_forward(File& cases, File& results) {
     inputs.push_back(take_rows(cases, *rows, false));
   }
   p.first_logit = first_logit.data;
-  p.known_rstd = static_cast<const float*>(known_rstd.data);
+  p.known_rstd = known_rstd.data;
   Rows weights, stats, last_rstd;
   std::vector<Buffer> outputs;
   for (Rows* rows : {&p.out, &p.mix, &weights, &stats, &p.new_partial, &last_rstd}) {
@@ -32,7 +32,7 @@ void run_forward(File& cases, File& results) {
   }
   p.weights = weights.data;
   p.stats = stats.data;
-  p.last_rstd = static_cast<float*>(last_rstd.data);
+  p.last_rstd = last_rstd.data;
   if (partial_is_source) {
     // In place: what the sum is given is where it goes.
     const ConstRows& last = sources.back();

@@ -17,7 +17,7 @@ void run_inter_block_forward(File& cases, File& results) {
   for (ConstRows* rows : {&p.queries, &p.key_weights, &known_rstd}) {
     inputs.push_back(take_rows(cases, *rows, false));
   }
-  p.known_rstd = static_cast<const float*>(known_rstd.data);
+  p.known_rstd = known_rstd.data;
   Rows lse, stats;
   std::vector<Buffer> outputs;
   for (Rows* rows : {&p.out, &lse, &stats}) outputs.push_back(take_rows(cases, *rows, true));

@@ -34,13 +34,13 @@ struct DepthAttentionForwardArgs {
   GainVector out_weight;
   ByteRows new_partial;        // the sum, or absent
   const Compute* first_logit;  // [M], or null
-  const float* known_rstd;     // [num_known_rstd, M], or null
+  const Compute* known_rstd;   // [num_known_rstd, M], or null
   int num_known_rstd;
-  ByteRows out;      // or absent
-  ByteRows mix;      // Compute, or absent
-  Compute* weights;  // [N, M], or null
-  Compute* stats;    // [2N + 1, M], or null
-  float* last_rstd;  // [M], or null
+  ByteRows out;        // or absent
+  ByteRows mix;        // Compute, or absent
+  Compute* weights;    // [N, M], or null
+  Compute* stats;      // [2N + 1, M], or null
+  Compute* last_rstd;  // [M], or null
   DepthAttentionTile tile;
   // With block summation the last source is the first summand, and one more row its second one if
   // there are two.

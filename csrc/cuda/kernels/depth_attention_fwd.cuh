@@ -227,7 +227,7 @@ class DepthAttentionForwardBody {
         stats[(args.num_sources + source) * args.num_tokens + row] = logit;
       }
       if (args.last_rstd != nullptr && keeps && source == args.num_sources - 1) {
-        args.last_rstd[row] = static_cast<float>(rstd);
+        args.last_rstd[row] = rstd;
       }
     }
     largest = warp_max(largest);

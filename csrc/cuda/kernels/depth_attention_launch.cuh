@@ -74,9 +74,9 @@ auto make_forward_args(const DepthAttentionForward& p, int width, const DepthAtt
   args.num_steps = num_forward_steps(p);
   args.num_later_steps = p.num_sources - (p.delta.data != nullptr ? 1 : 0);
   args.new_partial = byte_rows<std::byte>(p.new_partial, p.num_tokens);
-  args.known_rstd = p.known_rstd;
+  args.known_rstd = static_cast<const Compute*>(p.known_rstd);
   args.num_known_rstd = p.num_known_rstd;
-  args.last_rstd = p.last_rstd;
+  args.last_rstd = static_cast<Compute*>(p.last_rstd);
   args.out = byte_rows<std::byte>(p.out, p.num_tokens);
   args.mix = byte_rows<std::byte>(p.mix, p.num_tokens);
   args.weights = static_cast<Compute*>(p.weights);

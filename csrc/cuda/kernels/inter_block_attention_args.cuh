@@ -57,7 +57,7 @@ struct InterBlockForwardArgs : InterBlockTiles {
   Compute scale;
   ConstByteRows queries;      // [S, D]
   ConstByteRows key_weights;  // [S, D], or absent
-  const float* known_rstd;    // [N, M], or null
+  const Compute* known_rstd;  // [N, M], or null
   ByteRows out;               // [S * M, D]
   Compute* lse;               // [S, M]
   Compute* stats;             // [N + S * N, M], or null

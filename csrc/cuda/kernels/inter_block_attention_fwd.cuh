@@ -96,7 +96,7 @@ class InterBlockForwardBody {
     for (int source = 0; source < args.num_sources; ++source) {
       const Compute rstd =
           args.known_rstd != nullptr
-              ? static_cast<Compute>(args.known_rstd[source * args.num_tokens + m])
+              ? args.known_rstd[source * args.num_tokens + m]
               : inverse_square_root(scratch.squares[token * args.num_sources + source] *
                                         args.inverse_hidden +
                                     args.eps);

@@ -121,7 +121,7 @@ auto launch_inter_block_with(const InterBlockForward& p, const DeviceLimits& lim
   }
   Args args;
   set_inter_block_args(args, p, grid);
-  args.known_rstd = p.known_rstd;
+  args.known_rstd = static_cast<const Compute*>(p.known_rstd);
   args.out = byte_rows<std::byte>(p.out, p.num_queries * p.num_tokens);
   args.lse = static_cast<Compute*>(p.lse);
   args.stats = static_cast<Compute*>(p.stats);

@@ -70,7 +70,7 @@ struct DepthAttentionForward {
   ConstRows delta;
   Rows new_partial;                   // may be the last source itself
   const void* first_logit = nullptr;  // [M], compute dtype
-  const float* known_rstd = nullptr;  // [num_known_rstd, M]
+  const void* known_rstd = nullptr;   // [num_known_rstd, M], compute dtype
   int num_known_rstd = 0;
 
   Rows out;
@@ -78,7 +78,7 @@ struct DepthAttentionForward {
   void* weights = nullptr;  // [N, M], compute dtype; optional
   void* stats =
       nullptr;  // [2N + 1, M], compute dtype: N rows of 1/rms, N of logits, one of lse; optional
-  float* last_rstd = nullptr;  // [M] 1/rms of the last source; optional
+  void* last_rstd = nullptr;  // [M] 1/rms of the last source, compute dtype; optional
 };
 
 struct DepthAttentionBackward {
@@ -129,7 +129,7 @@ struct InterBlockForward {
   ConstRows key_weights;               // [S, D] or absent: ones
   double eps = 0;
   double scale = 1;
-  const float* known_rstd = nullptr;  // [N, M]; optional
+  const void* known_rstd = nullptr;  // [N, M], compute dtype; optional
 
   Rows out;             // [S * M, D]
   void* lse = nullptr;  // [S, M], compute dtype
@@ -173,7 +173,7 @@ struct BlockCacheWrite {
   Rows slot;
   bool add = false;
   double eps = 0;
-  float* rstd = nullptr;  // [M]
+  void* rstd = nullptr;  // [M], compute dtype of the slot
 };
 
 }  // namespace attnres

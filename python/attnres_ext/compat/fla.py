@@ -47,20 +47,22 @@ def fused_attnres(
         returns weights that do.
 
     Raises:
-        ValueError: no sources, or an unknown ``checkpoint_level``.
+        RuntimeError: no sources, or an unknown ``checkpoint_level``.
     """
     if checkpoint_level not in _SAVE:
-        raise ValueError(f"fused_attnres: checkpoint_level is {checkpoint_level}, expected 0 or 1")
+        raise RuntimeError(
+            f"fused_attnres: checkpoint_level is {checkpoint_level}, expected 0 or 1"
+        )
     sources = list(residuals.unbind(0) if isinstance(residuals, Tensor) else residuals)
     if not sources:
-        raise ValueError("fused_attnres: residuals is empty, expected at least one source")
+        raise RuntimeError("fused_attnres: residuals is empty, expected at least one source")
     shape = sources[0].shape
     for i, source in enumerate(sources):
         if source.shape == shape:
             continue
         # flash-linear-attention flattens every source by itself, so [B, T, D] may meet [B * T, D].
         if source.numel() != sources[0].numel() or source.shape[-1:] != shape[-1:]:
-            raise ValueError(
+            raise RuntimeError(
                 f"fused_attnres: residuals[{i}] has shape {list(source.shape)}, "
                 f"expected {list(shape)} or the same rows with other leading dimensions"
             )

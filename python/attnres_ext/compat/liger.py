@@ -42,11 +42,11 @@ def liger_attn_res(
         The mix, ``[B, T, D]``, in the dtype of the sources.
 
     Raises:
-        ValueError: no sources.
+        RuntimeError: no sources.
     """
     sources = list(V.unbind(0) if isinstance(V, Tensor) else V)
     if not sources:
-        raise ValueError("liger_attn_res: V is empty, expected at least one source")
+        raise RuntimeError("liger_attn_res: V is empty, expected at least one source")
     return ops.depth_attention(sources, w_query, w_norm, eps=eps)
 
 

@@ -47,7 +47,7 @@ def attn_res(
         The hidden state ``[T, H]`` in the prefix's dtype. Nothing is recorded for autograd.
 
     Raises:
-        ValueError: a shape or an index that does not fit; nothing was written then.
+        RuntimeError: a shape or an index that does not fit; nothing was written then.
     """
     _check(
         prefix,
@@ -86,16 +86,16 @@ def _check(
 ) -> None:
     """Everything that must be known to fit before the first write."""
     if prefix.dim() != 2:
-        raise ValueError(
+        raise RuntimeError(
             f"attn_res: prefix has shape {list(prefix.shape)}, expected [tokens, hidden]"
         )
     tokens, hidden = prefix.shape
     if not prefix.is_floating_point():
-        raise ValueError(
+        raise RuntimeError(
             f"attn_res: prefix has dtype {prefix.dtype}, expected a floating-point one"
         )
     if blocks.dim() != 3 or (blocks.shape[0], blocks.shape[2]) != (tokens, hidden):
-        raise ValueError(
+        raise RuntimeError(
             f"attn_res: blocks has shape {list(blocks.shape)}, "
             f"expected [{tokens}, slots, {hidden}] for a prefix of shape {list(prefix.shape)}"
         )
@@ -107,26 +107,26 @@ def _check(
     }
     for name, (tensor, shape) in wanted.items():
         if tensor is not None and list(tensor.shape) != shape:
-            raise ValueError(f"attn_res: {name} has shape {list(tensor.shape)}, expected {shape}")
+            raise RuntimeError(f"attn_res: {name} has shape {list(tensor.shape)}, expected {shape}")
     named = {"blocks": blocks, **{name: tensor for name, (tensor, _) in wanted.items()}}
     for name, tensor in named.items():
         if tensor is None:
             continue
         if not tensor.is_floating_point():
-            raise ValueError(
+            raise RuntimeError(
                 f"attn_res: {name} has dtype {tensor.dtype}, expected a floating-point one"
             )
         if tensor.device != prefix.device:
-            raise ValueError(
+            raise RuntimeError(
                 f"attn_res: {name} is on {tensor.device}, expected {prefix.device} like prefix"
             )
     slots = blocks.shape[1]
     if not 0 <= num_blocks <= slots:
-        raise ValueError(
+        raise RuntimeError(
             f"attn_res: num_blocks is {num_blocks}, expected 0 to {slots}, the slots of blocks"
         )
     if block_write_idx >= slots:
-        raise ValueError(
+        raise RuntimeError(
             f"attn_res: block_write_idx is {block_write_idx}, expected less than {slots}, "
             "the slots of blocks"
         )
