@@ -64,6 +64,7 @@ class Kernel:
 
     name: str
     arch: str
+    symbol: str = ""  # the name that linkers see
     registers: int = 0
     stack: int = 0
     local: int = 0
@@ -164,7 +165,7 @@ def demangle(names: list[str]) -> dict[str, str]:
     )
     readable = {}
     for name, line in zip(names, text.stdout.splitlines(), strict=True):
-        line = line.removeprefix("void ").replace("attnres::cuda::", "")
+        line = re.sub(r"attnres::cuda::(sm\d+::)?", "", line.removeprefix("void "))
         line = re.sub(r"\((int|unsigned int|bool)\)", "", line)
         readable[name] = line.split("(")[0].strip()
     return readable
@@ -212,7 +213,9 @@ def read_kernels(library: Path) -> list[Kernel]:
             name = line.strip().removeprefix("Function ").rstrip(":")
         elif (found := RESOURCES.search(line)) and name:
             registers, stack, shared, local, constant = map(int, found.groups())
-            kernels[arch, name] = Kernel(name, arch, registers, stack, local, shared, constant)
+            kernels[arch, name] = Kernel(
+                name, arch, name, registers, stack, local, shared, constant
+            )
             name = ""
     if not kernels:
         return []
@@ -231,6 +234,18 @@ def read_kernels(library: Path) -> list[Kernel]:
         kernel.loops = find_loops(code[key])
         kernel.name = readable[kernel.name]
     return sorted(kernels.values(), key=lambda k: (int(re.sub(r"\D", "", k.arch)), k.name))
+
+
+def read_ptx(library: Path) -> dict[str, set[str]]:
+    """The names of the kernels that the library holds PTX of, by the architecture it is for."""
+    found: dict[str, set[str]] = {}
+    arch = ""
+    for line in run_cuobjdump("--dump-ptx", library).splitlines():
+        if target := re.match(r"\.target (sm_\w+)", line):
+            arch = target[1]
+        elif entry := re.search(r"\.entry (\w+)\(", line):
+            found.setdefault(arch, set()).add(entry[1])
+    return found
 
 
 def table(kernels: list[Kernel]) -> str:

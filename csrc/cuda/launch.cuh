@@ -7,10 +7,11 @@
 #include <atomic>
 
 #include "cluster_counts.hpp"
+#include "common/set.cuh"
 #include "kernels/launch_shape.hpp"
 #include "launchers.hpp"
 
-namespace attnres::cuda {
+namespace attnres::cuda::inline ATTNRES_CUDA_SET {
 
 // The `launch` of the launch_<operator> templates.
 struct Launcher {
@@ -133,4 +134,4 @@ struct Launcher {
   };
 };
 
-}  // namespace attnres::cuda
+}  // namespace attnres::cuda::inline ATTNRES_CUDA_SET

@@ -6,12 +6,23 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
+from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
 import attnres_ext
 from tests.tool import load_tool
+
+ROOT = Path(__file__).resolve().parents[2]
+LIBRARY = Path(attnres_ext.__file__).parent / "_ops.so"
+#: Chips that a set of kernels has machine code for, and what its PTX is for, as in
+#: cmake/Cuda.cmake.
+CHIPS = {"sm80": {"sm_80"}, "sm90": {"sm_90", "sm_100", "sm_120"}}
+PTX = {"sm90": "sm_90"}
 
 #: Bytes of kernel parameters that every supported driver takes.
 MOST_PARAMETER_BYTES = 32764
@@ -42,17 +53,84 @@ tool = load_tool("kernels")
 @pytest.fixture(scope="module")
 def kernels() -> list:
     """All kernels of the library under test."""
-    library = Path(attnres_ext.__file__).parent / "_ops.so"
-    if not library.exists():
-        pytest.skip(f"{library} is not built")
+    if not LIBRARY.exists():
+        pytest.skip(f"{LIBRARY} is not built")
     if tool.find_tool("cuobjdump") is None or tool.find_tool("nvdisasm") is None:
         pytest.skip("cuobjdump and nvdisasm are not installed")
-    found = tool.read_kernels(library)
+    found = tool.read_kernels(LIBRARY)
     if not found:
         pytest.skip("this build holds no CUDA kernels")
     if not all("<" in kernel.name for kernel in found):
         pytest.skip("no c++filt to read kernel names with")
     return found
+
+
+def set_of(symbol: str) -> str | None:
+    """The set that a name in ``attnres::cuda`` is of, if it says so."""
+    found = re.match(r"_ZN7attnres4cuda4(sm\d\d)", symbol)
+    return found[1] if found else None
+
+
+def started_by(library: Path) -> set[str]:
+    """The kernels that launchers in a library can start: those whose names it tells the driver."""
+    found = set()
+    for match in re.finditer(rb"\0(_ZN7attnres4cuda(?:4sm\d\d)?(\d+)(\w+))", library.read_bytes()):
+        symbol, length, rest = match.groups()
+        if rest[: int(length)].endswith(b"_kernel"):
+            found.add(symbol.decode())
+    return found
+
+
+def in_several_sets(names_by_set: dict[str, Iterable[str]]) -> list[str]:
+    """Names that more than one set has."""
+    sets = defaultdict(set)
+    for name_of_set, names in names_by_set.items():
+        for name in names:
+            sets[name].add(name_of_set)
+    return sorted(name for name, found in sets.items() if len(found) > 1)
+
+
+def test_no_two_sets_have_a_kernel_of_the_same_name(kernels) -> None:
+    """A linker would keep one of them, and launch it on the other set's chips."""
+    symbols = {
+        name: {kernel.symbol for kernel in kernels if kernel.arch in chips}
+        for name, chips in CHIPS.items()
+    }
+    assert in_several_sets(symbols) == []
+    for name, found in symbols.items():
+        assert {set_of(symbol) for symbol in found} <= {name}
+
+
+def test_what_is_started_has_code_for_every_chip_of_its_set(kernels) -> None:
+    started = started_by(LIBRARY)
+    assert started >= {kernel.symbol for kernel in kernels}
+    chips: dict[str, set[str]] = {symbol: set() for symbol in started}
+    for kernel in kernels:
+        chips[kernel.symbol].add(kernel.arch)
+    assert chips == {symbol: CHIPS.get(set_of(symbol) or "") for symbol in started}
+    ptx = tool.read_ptx(LIBRARY)
+    for name, arch in PTX.items():
+        of_set = {symbol for symbol in started if set_of(symbol) == name}
+        assert ptx.get(arch, set()) == of_set
+
+
+def test_sets_share_nothing_but_what_headers_of_the_host_define() -> None:
+    """Of what two sets have in common a linker keeps one: a launcher, say, with its kernels."""
+    build = next((ROOT / "build").glob("*/CMakeFiles/attnres_ops_sm*.dir"), None)
+    if build is None or shutil.which("nm") is None:
+        pytest.skip("no objects of the sets, or no nm to read them with")
+    names = {}
+    for folder in build.parent.glob("attnres_ops_sm*.dir"):
+        command = ["nm", "--portability", "--defined-only", "--extern-only"]
+        command += [str(path) for path in folder.rglob("*.o")]
+        listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        names[folder.name] = {line.split()[0] for line in listed.splitlines() if "attnres" in line}
+    headers = " ".join(path.read_text() for path in (ROOT / "csrc").rglob("*.hpp"))
+    for symbol in in_several_sets(names):
+        # A function, not a variable in one.
+        function = re.match(r"_ZNK?7attnres(?:4cuda)?(\d+)(\w+)", symbol)
+        assert function is not None, symbol
+        assert re.search(rf"\b{function[2][: int(function[1])]}\b", headers), symbol
 
 
 def with_policies(kernels: list) -> list[tuple]:

@@ -120,6 +120,15 @@ def test_kernel_bodies_know_no_architecture() -> None:
             assert wrapper or found is None, f"{path.relative_to(ROOT)} names {found[0]}"
 
 
+def test_device_code_lives_in_the_namespace_of_its_set() -> None:
+    for path in sorted((CSRC / "cuda").rglob("*.cuh")):
+        opened = re.findall(r"^namespace ([^{]+) \{", code_of(path), re.MULTILINE)
+        expected = [] if path.name == "set.cuh" else ["attnres::cuda::inline ATTNRES_CUDA_SET"]
+        assert opened == expected, path.relative_to(ROOT)
+    for path in sorted((CSRC / "cuda").glob("sm*/*.cu")):
+        assert f"#define ATTNRES_CUDA_SET {path.parent.name}\n" in path.read_text()
+
+
 def test_special_instructions_are_wrapped() -> None:
     """In files that the simulator has a version of, and in that of the CPU's vectors."""
     simulated = (ROOT / "tests/simt/include/common").iterdir()

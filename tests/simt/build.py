@@ -34,6 +34,8 @@ FLAGS = {
 }
 #: Kernel sets, as numbers of architectures.
 SETS = ("80", "90")
+#: One program runs all sets: names say that, and not which one.
+SET = "simulated"
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def build_executable(flavour: str) -> Path:
     """The runner, of the flavour "plain" or "sanitized"."""
     command = [str(compiler()), "-std=c++20", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
     # Kernels are found by their names.
-    command += [*FLAGS[flavour], "-rdynamic"]
+    command += [*FLAGS[flavour], "-rdynamic", f"-DATTNRES_CUDA_SET={SET}"]
     command += [f"-I{path}" for path in INCLUDES] + ["-isystem", str(cuda_include_dir())]
     command += [str(path) for path in sorted(HERE.rglob("*.cpp"))]
     return build(f"runner-{flavour}", command, sources_in(INCLUDES))
@@ -128,7 +130,7 @@ def build_executable(flavour: str) -> Path:
 def build_ptx(source: Path) -> Path:
     """The PTX of an architecture's kernels of one operator."""
     name = source.parent.name.removeprefix("sm")
-    command = [str(nvcc()), "-std=c++20", "-ptx", f"-arch=compute_{name}"]
+    command = [str(nvcc()), "-std=c++20", "-ptx", f"-arch=compute_{name}", f"-Dsm{name}={SET}"]
     command += [f"-I{path}" for path in CSRC] + [str(source)]
     return build(f"{source.stem}-{name}", command, sources_in(CSRC))
 

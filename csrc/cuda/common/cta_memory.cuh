@@ -3,7 +3,7 @@
 
 #include "common/instructions.cuh"
 
-namespace attnres::cuda {
+namespace attnres::cuda::inline ATTNRES_CUDA_SET {
 
 // What loader and team have of it, by the sizes of a tile, and behind that whatever a body takes,
 // one thing after the other: what chose the tile has counted the same bytes. Slots are multiples of
@@ -32,4 +32,4 @@ class CtaMemory {
   std::byte* rest_;
 };
 
-}  // namespace attnres::cuda
+}  // namespace attnres::cuda::inline ATTNRES_CUDA_SET

@@ -14,7 +14,7 @@
 #include "attnres/params.hpp"
 #include "common/instructions.cuh"
 
-namespace attnres::cuda {
+namespace attnres::cuda::inline ATTNRES_CUDA_SET {
 
 __device__ __forceinline__ constexpr int bytes_of(DType dtype) {
   return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
@@ -260,4 +260,4 @@ struct Mixed {
   }
 };
 
-}  // namespace attnres::cuda
+}  // namespace attnres::cuda::inline ATTNRES_CUDA_SET

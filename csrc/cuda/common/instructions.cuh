@@ -8,7 +8,9 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace attnres::cuda {
+#include "common/set.cuh"
+
+namespace attnres::cuda::inline ATTNRES_CUDA_SET {
 
 // Where am I.
 __device__ __forceinline__ int thread_rank() { return static_cast<int>(threadIdx.x); }
@@ -212,4 +214,4 @@ __device__ __forceinline__ void copy_bulk(void* shared, const void* global, uint
       : "memory");
 }
 
-}  // namespace attnres::cuda
+}  // namespace attnres::cuda::inline ATTNRES_CUDA_SET

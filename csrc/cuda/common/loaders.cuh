@@ -21,7 +21,7 @@
 #include "common/teams.cuh"
 #include "kernels/depth_attention_tile.hpp"
 
-namespace attnres::cuda {
+namespace attnres::cuda::inline ATTNRES_CUDA_SET {
 
 // What every body begins with when it has made its loader and its team. produce() loads everything
 // in threads that have nothing else to do, and returns true; in the others it starts what there is
@@ -274,4 +274,4 @@ class BulkRing {
   int num_sweeps_;
 };
 
-}  // namespace attnres::cuda
+}  // namespace attnres::cuda::inline ATTNRES_CUDA_SET

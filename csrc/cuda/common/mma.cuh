@@ -6,7 +6,7 @@
 
 #include "common/instructions.cuh"
 
-namespace attnres::cuda {
+namespace attnres::cuda::inline ATTNRES_CUDA_SET {
 
 // c [16, 8] += a [16, 16] * b [16, 8] in float32, by a warp; 8.0 and later. With lane = 4 * g + t,
 // a lane holds
@@ -33,4 +33,4 @@ __device__ __forceinline__ void multiply_add_16x8x16(__half, float (&c)[4], cons
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-}  // namespace attnres::cuda
+}  // namespace attnres::cuda::inline ATTNRES_CUDA_SET

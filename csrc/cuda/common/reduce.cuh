@@ -3,7 +3,7 @@
 
 #include "common/instructions.cuh"
 
-namespace attnres::cuda {
+namespace attnres::cuda::inline ATTNRES_CUDA_SET {
 
 constexpr int kWarpSize = 32;
 
@@ -53,4 +53,4 @@ __device__ __forceinline__ T warp_sums(T (&values)[kCount], int lane) {
   return sum;
 }
 
-}  // namespace attnres::cuda
+}  // namespace attnres::cuda::inline ATTNRES_CUDA_SET

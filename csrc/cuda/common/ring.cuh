@@ -4,7 +4,7 @@
 #include "common/instructions.cuh"
 #include "common/reduce.cuh"
 
-namespace attnres::cuda {
+namespace attnres::cuda::inline ATTNRES_CUDA_SET {
 
 // A slot of the ring and how often the ring has come round, modulo two.
 struct RingPosition {
@@ -58,4 +58,4 @@ class RingBarriers {
   Barrier* free_;
 };
 
-}  // namespace attnres::cuda
+}  // namespace attnres::cuda::inline ATTNRES_CUDA_SET

@@ -7,7 +7,7 @@
 #include "attnres/params.hpp"
 #include "common/instructions.cuh"
 
-namespace attnres::cuda {
+namespace attnres::cuda::inline ATTNRES_CUDA_SET {
 
 // Row m starts at (m / inner) * outer_bytes + (m % inner) * inner_bytes. A null `data` means
 // "absent".
@@ -59,4 +59,4 @@ int64_t widest_source(const Params& p) {
   return widest;
 }
 
-}  // namespace attnres::cuda
+}  // namespace attnres::cuda::inline ATTNRES_CUDA_SET

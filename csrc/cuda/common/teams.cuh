@@ -11,7 +11,7 @@
 #include "common/instructions.cuh"
 #include "common/reduce.cuh"
 
-namespace attnres::cuda {
+namespace attnres::cuda::inline ATTNRES_CUDA_SET {
 
 struct OneCta {
   static constexpr bool kIsCluster = false;
@@ -215,4 +215,4 @@ class TeamSums<CtaCluster> {
   Exchange exchange_;
 };
 
-}  // namespace attnres::cuda
+}  // namespace attnres::cuda::inline ATTNRES_CUDA_SET

@@ -18,7 +18,7 @@
 #include "common/loaders.cuh"
 #include "common/teams.cuh"
 
-namespace attnres::cuda {
+namespace attnres::cuda::inline ATTNRES_CUDA_SET {
 
 template <typename Args>
 struct DirectTile {
@@ -142,4 +142,4 @@ class BulkTiles {
   RingBarriers barriers_;
 };
 
-}  // namespace attnres::cuda
+}  // namespace attnres::cuda::inline ATTNRES_CUDA_SET

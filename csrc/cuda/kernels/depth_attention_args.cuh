@@ -6,7 +6,7 @@
 #include "common/teams.cuh"
 #include "kernels/depth_attention_tile.hpp"
 
-namespace attnres::cuda {
+namespace attnres::cuda::inline ATTNRES_CUDA_SET {
 
 struct GainVector {
   const std::byte* data;  // [D] or null
@@ -96,4 +96,4 @@ struct WeightGradientArgs {
   GainGradient grad_out_weight;
 };
 
-}  // namespace attnres::cuda
+}  // namespace attnres::cuda::inline ATTNRES_CUDA_SET

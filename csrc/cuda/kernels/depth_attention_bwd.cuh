@@ -15,7 +15,7 @@
 
 #include "kernels/depth_attention_thread.cuh"
 
-namespace attnres::cuda {
+namespace attnres::cuda::inline ATTNRES_CUDA_SET {
 
 template <typename Policy, int kCapacity>
 class DepthAttentionBackwardBody {
@@ -519,4 +519,4 @@ __global__ void __launch_bounds__(kWeightGradientWarps* kWarpSize)
   }
 }
 
-}  // namespace attnres::cuda
+}  // namespace attnres::cuda::inline ATTNRES_CUDA_SET

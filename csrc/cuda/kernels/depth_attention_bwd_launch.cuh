@@ -7,7 +7,7 @@
 #include "kernels/depth_attention_launch.cuh"
 #include "kernels/launch_shape.hpp"
 
-namespace attnres::cuda {
+namespace attnres::cuda::inline ATTNRES_CUDA_SET {
 
 static_assert(sizeof(DepthAttentionBackwardArgs<double, kMaxSources, OneCta>) < 32764,
               "limit of kernel parameters");
@@ -204,4 +204,4 @@ auto launch_depth_attention_backward(const DepthAttentionBackward& p, const Devi
   }
 }
 
-}  // namespace attnres::cuda
+}  // namespace attnres::cuda::inline ATTNRES_CUDA_SET

@@ -11,7 +11,7 @@
 
 #include "kernels/depth_attention_thread.cuh"
 
-namespace attnres::cuda {
+namespace attnres::cuda::inline ATTNRES_CUDA_SET {
 
 template <typename Policy, int kCapacity>
 class DepthAttentionForwardBody {
@@ -323,4 +323,4 @@ __global__ void __launch_bounds__(DepthAttentionForwardBody<Policy, kCapacity>::
   DepthAttentionForwardBody<Policy, kCapacity>::run(args);
 }
 
-}  // namespace attnres::cuda
+}  // namespace attnres::cuda::inline ATTNRES_CUDA_SET

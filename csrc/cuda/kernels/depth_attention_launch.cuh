@@ -7,7 +7,7 @@
 #include "kernels/depth_attention_fwd.cuh"
 #include "kernels/launch_shape.hpp"
 
-namespace attnres::cuda {
+namespace attnres::cuda::inline ATTNRES_CUDA_SET {
 
 // The table of sources is part of a kernel's parameters, and a launch copies all of them: 32 bytes
 // a source.
@@ -231,4 +231,4 @@ auto launch_depth_attention_forward(const DepthAttentionForward& p, const Device
   }
 }
 
-}  // namespace attnres::cuda
+}  // namespace attnres::cuda::inline ATTNRES_CUDA_SET

@@ -8,7 +8,7 @@
 #include "common/reduce.cuh"
 #include "kernels/depth_attention_args.cuh"
 
-namespace attnres::cuda {
+namespace attnres::cuda::inline ATTNRES_CUDA_SET {
 
 template <typename ElementsPolicy, template <typename, int, typename> class LoaderPolicy,
           int kChunksPerThread, typename TeamPolicy = OneCta>
@@ -185,4 +185,4 @@ struct DepthAttentionThread {
   }
 };
 
-}  // namespace attnres::cuda
+}  // namespace attnres::cuda::inline ATTNRES_CUDA_SET

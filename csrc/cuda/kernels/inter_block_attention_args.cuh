@@ -7,7 +7,7 @@
 #include "common/teams.cuh"
 #include "kernels/inter_block_attention_tile.hpp"
 
-namespace attnres::cuda {
+namespace attnres::cuda::inline ATTNRES_CUDA_SET {
 
 // The columns of a row that are this CTA's; the first one is a multiple of kPanelColumns.
 struct ColumnSlice {
@@ -230,4 +230,4 @@ __device__ __forceinline__ void load_score_vector(const Args& args, int query, i
   for (int j = 0; j < kWidth; ++j) u[j] *= args.scale;
 }
 
-}  // namespace attnres::cuda
+}  // namespace attnres::cuda::inline ATTNRES_CUDA_SET

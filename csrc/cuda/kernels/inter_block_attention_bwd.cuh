@@ -14,7 +14,7 @@
 #include "common/tile_loaders.cuh"
 #include "kernels/inter_block_attention_fwd.cuh"
 
-namespace attnres::cuda {
+namespace attnres::cuda::inline ATTNRES_CUDA_SET {
 
 template <typename Policy, int kCapacity>
 class InterBlockBackwardBody {
@@ -320,4 +320,4 @@ __global__ void __launch_bounds__(kWeightGradientWarps* kWarpSize)
   store(args.grad_key_weights, sum * load(args.queries) * args.scale);
 }
 
-}  // namespace attnres::cuda
+}  // namespace attnres::cuda::inline ATTNRES_CUDA_SET

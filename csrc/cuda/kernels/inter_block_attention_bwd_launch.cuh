@@ -8,7 +8,7 @@
 #include "kernels/inter_block_attention_bwd.cuh"
 #include "kernels/inter_block_attention_launch.cuh"
 
-namespace attnres::cuda {
+namespace attnres::cuda::inline ATTNRES_CUDA_SET {
 
 static_assert(sizeof(InterBlockBackwardArgs<double, kMaxSources, OneCta>) < 32764,
               "limit of kernel parameters");
@@ -131,4 +131,4 @@ auto launch_inter_block_attention_backward(const InterBlockBackward& p, const De
   });
 }
 
-}  // namespace attnres::cuda
+}  // namespace attnres::cuda::inline ATTNRES_CUDA_SET

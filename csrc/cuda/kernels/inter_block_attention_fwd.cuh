@@ -11,7 +11,7 @@
 #include "kernels/inter_block_attention_scalar.cuh"
 #include "kernels/inter_block_attention_tensor.cuh"
 
-namespace attnres::cuda {
+namespace attnres::cuda::inline ATTNRES_CUDA_SET {
 
 template <typename ProductsPolicy, template <typename> class LoaderPolicy,
           typename TeamPolicy = OneCta>
@@ -135,4 +135,4 @@ __global__ void __launch_bounds__(kInterBlockThreads + kProducerThreads, 1)
   InterBlockForwardBody<Policy, kCapacity>::run(args);
 }
 
-}  // namespace attnres::cuda
+}  // namespace attnres::cuda::inline ATTNRES_CUDA_SET

@@ -9,7 +9,7 @@
 #include "kernels/inter_block_attention_fwd.cuh"
 #include "kernels/launch_shape.hpp"
 
-namespace attnres::cuda {
+namespace attnres::cuda::inline ATTNRES_CUDA_SET {
 
 static_assert(sizeof(InterBlockForwardArgs<double, kMaxSources, OneCta>) < 32764,
               "limit of kernel parameters");
@@ -155,4 +155,4 @@ auto launch_inter_block_attention_forward(const InterBlockForward& p, const Devi
   return launch_inter_block_with<Policy, kMaxSources>(p, limits, launch, in_place_float);
 }
 
-}  // namespace attnres::cuda
+}  // namespace attnres::cuda::inline ATTNRES_CUDA_SET

@@ -5,7 +5,7 @@
 #include "common/reduce.cuh"
 #include "kernels/inter_block_attention_args.cuh"
 
-namespace attnres::cuda {
+namespace attnres::cuda::inline ATTNRES_CUDA_SET {
 
 template <typename ElementsPolicy, int kMatrices>
 struct ScalarProducts {
@@ -183,4 +183,4 @@ struct ScalarProducts {
   }
 };
 
-}  // namespace attnres::cuda
+}  // namespace attnres::cuda::inline ATTNRES_CUDA_SET

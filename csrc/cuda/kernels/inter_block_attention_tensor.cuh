@@ -18,7 +18,7 @@
 #include "common/reduce.cuh"
 #include "kernels/inter_block_attention_args.cuh"
 
-namespace attnres::cuda {
+namespace attnres::cuda::inline ATTNRES_CUDA_SET {
 
 template <typename T>
 struct SplitOf;
@@ -413,4 +413,4 @@ struct TensorProducts {
   }
 };
 
-}  // namespace attnres::cuda
+}  // namespace attnres::cuda::inline ATTNRES_CUDA_SET

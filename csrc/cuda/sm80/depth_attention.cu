@@ -1,5 +1,7 @@
 // Depth attention for 8.x: every thread copies what it will read itself, asynchronously, into a
 // ring in shared memory.
+#define ATTNRES_CUDA_SET sm80
+
 #include "kernels/depth_attention_bwd_launch.cuh"
 #include "kernels/depth_attention_launch.cuh"
 #include "launch.cuh"

@@ -1,5 +1,7 @@
 // Depth attention for 9.0 and later: the copy engine fills a ring in shared memory, clusters share
 // rows, and kernels start before the one before them has ended.
+#define ATTNRES_CUDA_SET sm90
+
 #include "kernels/depth_attention_bwd_launch.cuh"
 #include "kernels/depth_attention_launch.cuh"
 #include "launch.cuh"

@@ -1,5 +1,7 @@
 // Phase 1 for 9.0 and later: the copy engine brings tiles into shared memory, clusters share the
 // columns of what one CTA has no room for, and kernels start before the one before them has ended.
+#define ATTNRES_CUDA_SET sm90
+
 #include "kernels/inter_block_attention_bwd_launch.cuh"
 #include "kernels/inter_block_attention_launch.cuh"
 #include "launch.cuh"

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/set.cuh"
 #include "executor.hpp"
 
 // Inlining everything costs minutes of compile time under the sanitizers and finds nothing more.
