@@ -42,7 +42,10 @@ def code(root: Path | None = None) -> dict[str, Any]:
 
 
 def commit(root: Path | None = None) -> dict[str, Any]:
-    """``{"commit": hash or None, "modified": whether tracked files differ from it}``."""
+    """``{"commit": hash or None, "modified": whether tracked files differ from it}``.
+
+    Of the files here: None where they have no repository of their own, whatever folder they lie in.
+    """
     root = root or repository()
     unknown = {"commit": None, "modified": None}
     if root is None:
@@ -56,7 +59,12 @@ def commit(root: Path | None = None) -> dict[str, Any]:
 
 def _git(root: Path, *arguments: str) -> str:
     command = ["git", "-C", str(root), *arguments]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=30)
+    # Git would otherwise look in the folders above, or where a hook that runs this points to.
+    environment = {name: value for name, value in os.environ.items() if name[:4] != "GIT_"}
+    environment["GIT_CEILING_DIRECTORIES"] = str(root.resolve().parent)
+    done = subprocess.run(
+        command, check=True, capture_output=True, text=True, timeout=30, env=environment
+    )
     return done.stdout.strip()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -268,5 +269,29 @@ def test_where_there_are_no_sources_a_record_says_so(tmp_path: Path) -> None:
     assert sources.is_current({"device": "cpu", **unknown}, sources.hashes(tmp_path)) is False
 
 
-def test_commit_outside_of_a_repository_is_unknown(tmp_path: Path) -> None:
-    assert machine.commit(tmp_path) == {"commit": None, "modified": None}
+def test_a_commit_is_that_of_these_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unknown = {"commit": None, "modified": None}
+    assert machine.commit(tmp_path) == unknown
+    around, inside = tmp_path / "around", tmp_path / "around" / "copy"
+    inside.mkdir(parents=True)
+    of_the_other = commit_in(around)
+    # A copy of the files within somebody else's repository, and a hook of that one.
+    assert machine.commit(inside) == unknown
+    monkeypatch.setenv("GIT_DIR", str(around / ".git"))
+    assert machine.commit(inside) == unknown
+    own = commit_in(inside)
+    assert own != of_the_other
+    assert machine.commit(inside) == {"commit": own, "modified": False}
+    (inside / "file").write_text("changed")
+    assert machine.commit(inside)["modified"] is True
+
+
+def commit_in(folder: Path) -> str:
+    """The hash of a commit in a new repository."""
+    (folder / "file").write_text(folder.name)
+    git = ["git", "-C", str(folder), "-c", "user.name=x", "-c", "user.email=x@x"]
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    for command in (["init", "-q"], ["add", "file"], ["commit", "-q", "-m", folder.name]):
+        subprocess.run([*git, *command], check=True, env=clean)
+    head = [*git, "rev-parse", "HEAD"]
+    return subprocess.run(head, check=True, env=clean, capture_output=True, text=True).stdout[:40]
