@@ -69,6 +69,24 @@ def peak_bytes(call: Callable[[], object], device: str) -> int:
     return max(0, *itertools.accumulate(change for _, change in changes), 0)
 
 
+#: By which a user makes the C library keep freed memory, or replaces its allocator.
+_SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "LD_PRELOAD")
+
+
+def pages_kept(keep: bool) -> bool | None:
+    """Whether freed memory stays in this process, which decides on many a figure of a CPU.
+
+    Args:
+        keep: whether to make the C library keep it.
+
+    Returns:
+        None where nobody knows: the environment has settings of its own.
+    """
+    if keep and keep_pages():
+        return True
+    return None if any(os.environ.get(name) for name in _SETTINGS) else False
+
+
 def keep_pages() -> bool:
     """Makes the C library keep freed memory, so that results land on pages that are mapped already.
 

@@ -45,9 +45,14 @@ class Session:
         self.facts.setdefault("case_seconds", {})
 
     @property
-    def finished(self) -> set[str]:
-        """Cases that it has."""
+    def begun(self) -> set[str]:
+        """Cases that it has, if only us and the yardstick in them."""
         return {row.case for row in self.rows}
+
+    @property
+    def finished(self) -> set[str]:
+        """Cases that it has with everybody in them."""
+        return self.begun - set(self.facts.get("ours_alone", ()))
 
     @property
     def seconds_left(self) -> float:
@@ -60,14 +65,25 @@ class Session:
         finished = self.finished
         return pace * sum(s for name, s in self.expected.items() if name not in finished)
 
-    def add(self, case: str, rows: Sequence[Result | ModelResult], seconds: float) -> None:
-        """Keeps what came of a case.
+    def add(
+        self, case: str, rows: Sequence[Result | ModelResult], seconds: float, whole: bool = True
+    ) -> None:
+        """Keeps what came of a case, in the place of what it had of it.
+
+        Args:
+            case: its name.
+            rows: its results.
+            seconds: how long it took.
+            whole: whether everybody is in it; else the others are still to come.
 
         Raises:
             OSError: the file cannot be written; it holds what it held before.
         """
-        self.rows += rows
-        self.facts["case_seconds"][case] = round(seconds, 2)
+        self.rows = [row for row in self.rows if row.case != case] + [*rows]
+        alone = {*self.facts.get("ours_alone", ())} - {case}
+        self.facts["ours_alone"] = sorted(alone if whole else alone | {case})
+        if whole:
+            self.facts["case_seconds"][case] = round(seconds, 2)
         if self.path is not None:
             results.write(self.path, self.facts, self.rows)
 
@@ -84,7 +100,8 @@ class Session:
                 for name in ("processor", "gpu")
             ):
                 continue
-            if set(self.expected) <= {row.case for row in rows}:
+            has = {row.case for row in rows} - set(facts.get("ours_alone", ()))
+            if set(self.expected) <= has:
                 return False
             resumed = [*facts.get("resumed", ()), self.facts["date"]]
             self.path, self.rows = path, rows

@@ -86,6 +86,17 @@ def processor(run: dict[str, Any]) -> str:
     return machine.get("processor") or "unknown processor"
 
 
+def memory(run: dict[str, Any]) -> str:
+    """What became of freed memory, which decides on many a figure of a CPU; "" elsewhere."""
+    if not str(run.get("device", "")).startswith("cpu") or "pages_kept" not in run:
+        return ""
+    return {
+        True: "freed memory kept",
+        False: "freed memory given back",
+        None: "freed memory as the environment says",
+    }[run["pages_kept"]]
+
+
 def command(run: dict[str, Any]) -> str:
     """The command that makes such a run."""
     if run.get("command"):

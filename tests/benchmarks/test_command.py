@@ -132,6 +132,18 @@ def test_starts_no_case_once_its_time_is_over(
     assert "merge_partial" not in printed
 
 
+@pytest.mark.parametrize("named", [None, ("ours", "eager"), ("ours",), ("eager",)], ids=str)
+def test_on_a_gpu_we_run_before_others_compile(named: tuple[str, ...] | None) -> None:
+    args = SimpleNamespace(device="cuda", contestants=named, repeats=None)
+    for device in ("cuda", "cpu"):
+        options = runner.Options(names=named, device=device)
+        jobs = bench_command._jobs(args, TINY, TINY_MODELS, options)
+        names = [case.name for case in (*TINY, *TINY_MODELS)]
+        first = names if device == "cuda" and named in (None, ("ours", "eager")) else []
+        assert [job.name for job in jobs if not job.whole] == first
+        assert [job.name for job in jobs] == [*first, *names]
+
+
 def test_where_it_is_and_how_long_it_takes_goes_to_a_log(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

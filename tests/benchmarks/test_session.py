@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -71,3 +72,21 @@ def test_only_the_same_run_is_gone_on_with(tmp_path: Path, changes: dict[str, ob
         assert run["date"] == first.facts["date"]
         assert [one.case for one in rows] == ["a", "b"]
         assert run["case_seconds"] == {"a": 1.0, "b": 1.0}
+
+
+def test_us_alone_are_replaced_by_everybody(tmp_path: Path) -> None:
+    """Whatever ends the run, it has us in the cases that others have not run in."""
+    session = begin()
+    session.path = tmp_path / "run.jsonl"
+    for case in "ab":
+        session.add(case, [row(case)], 1.0, whole=False)
+    assert (session.begun, session.finished) == ({"a", "b"}, set())
+    everybody = [row("a"), dataclasses.replace(row("a"), contestant="eager", seconds=9.0)]
+    session.add("a", everybody, 1.0)
+    assert session.finished == {"a"}
+    again = begin(date="2026-02-01T00:00:00+00:00")
+    assert again.resume(tmp_path)
+    assert (again.begun, again.finished) == ({"a", "b"}, {"a"})
+    assert sorted((one.case, one.contestant) for one in again.rows) == [
+        ("a", "eager"), ("a", "ours"), ("b", "ours"),
+    ]  # fmt: skip

@@ -100,7 +100,8 @@ def add_parser(subparsers: Any) -> None:
         "--allocator",
         choices=["keep", "system"],
         default="keep",
-        help="keep: freed memory stays mapped, so that no page faults are timed; system: as usual",
+        help="keep: freed memory stays mapped, so that no page faults are timed; system: as in any "
+        "process",
     )
     parser.add_argument(
         "--out",
@@ -203,12 +204,14 @@ def _make_folder(path: Path) -> None:
 
 @dataclass(frozen=True)
 class _Job:
-    """A case: its name, what people call it, how long it may take, and how to run it."""
+    """A case: its name, what people call it, how long it may take, how to run it, and whether
+    everybody runs in it."""
 
     name: str
     label: str
     guess: float
     run: Callable[[Callable[[str], None]], Sequence[Result | ModelResult]]
+    whole: bool = True
 
 
 def _bench(
@@ -223,7 +226,7 @@ def _bench(
         torch.cuda.set_device(args.device)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    pages_kept = args.allocator == "keep" and memory.keep_pages()
+    pages_kept = memory.pages_kept(keep=args.allocator == "keep")
     effort = runner.effort_for(args.suite, args.device)
     if args.repeats is not None:
         effort = replace(effort, rounds=args.repeats)
@@ -239,10 +242,10 @@ def _bench(
     # What makes such a run from its beginning.
     facts["command"] = args.command_line.replace(" --resume", "")
     jobs = _jobs(args, cases, stacks, options)
-    guesses = {job.name: job.guess for job in jobs}
+    guesses = {job.name: job.guess for job in jobs if job.whole}
     now = session.Session(facts, session.expected_seconds(args.out, args.device, guesses))
     if args.resume and now.resume(args.out):
-        done = f"{len(now.finished)} of {len(jobs)} cases are done"
+        done = f"{len(now.finished)} of {len(guesses)} cases are done"
         print(f"going on with {now.path}: {done}", file=sys.stderr)
     else:
         now.facts.update(runner.ceilings(options))
@@ -260,10 +263,28 @@ def _bench(
 def _jobs(
     args: argparse.Namespace, cases: list[Case], stacks: list[ModelCase], options: Options
 ) -> list[_Job]:
+    """Every case; on a GPU us and the yardstick in every case before that.
+
+    There everybody else compiles kernels and tunes them by trial, minutes for some cases: what a
+    run is for should not have to wait for it.
+    """
+    jobs = _with_everybody(args, cases, stacks, options)
+    if not options.on_gpu:
+        return jobs
+    ours = {"ours"}
+    cases = [case for case in cases if ours < {*options.contestants(case)}]
+    stacks = stacks if options.names is None or ours < {*options.names} else []
+    alone = _with_everybody(args, cases, stacks, replace(options, names=("ours",)))
+    return [*(replace(job, whole=False) for job in alone), *jobs]
+
+
+def _with_everybody(
+    args: argparse.Namespace, cases: list[Case], stacks: list[ModelCase], options: Options
+) -> list[_Job]:
     from attnres_ext.benchmarks import model_runner, runner
 
     def model(case: ModelCase, report: Callable[[str], None]) -> list[ModelResult]:
-        return model_runner.run_case(case, args.device, args.contestants, report, args.repeats)
+        return model_runner.run_case(case, args.device, options.names, report, args.repeats)
 
     jobs = [
         _Job(
@@ -284,10 +305,10 @@ def _run(jobs: list[_Job], now: Session, seconds: float, steps: bool) -> None:
     from attnres_ext.cli.bench_progress import Display
 
     end = time.monotonic() + seconds
-    finished = now.finished
+    finished, begun = now.finished, now.begun
     with Display(now, steps) as display:
         for job in jobs:
-            if job.name in finished:
+            if job.name in (finished if job.whole else begun):
                 continue
             begin = time.monotonic()
             if begin > end:
@@ -296,7 +317,7 @@ def _run(jobs: list[_Job], now: Session, seconds: float, steps: bool) -> None:
             rows = job.run(partial(display.step, job.label))
             took = time.monotonic() - begin
             try:
-                now.add(job.name, rows, took)
+                now.add(job.name, rows, took, job.whole)
             except OSError as error:
                 raise UserError(
                     f"{now.path} cannot be written ({error.strerror}); it holds what it held before"

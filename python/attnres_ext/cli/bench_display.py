@@ -148,11 +148,8 @@ def print_notes(
         if "gpu" in machine
         else f"{machine['processor']}, {_threads(run_facts)}, {machine['instructions']}"
     )
-    kept = "kept" if run_facts["pages_kept"] else "returned to the system after each call"
-    say(
-        f"{where}, torch {run_facts['versions']['torch']}; caches {run_facts['cache']}, "
-        f"memory {kept}"
-    )
+    words = [f"caches {run_facts['cache']}", *filter(None, [wording.memory(run_facts)])]
+    say(f"{where}, torch {run_facts['versions']['torch']}; {', '.join(words)}")
     rates = run_facts["copy_gbps_by_mib"].items()
     say("copy by buffer size, GB/s: " + ", ".join(f"{n} MiB {rate:.1f}" for n, rate in rates))
     products = run_facts["matrix_tflops"].items()
