@@ -16,13 +16,15 @@ and everything between the two comments is replaced. The tables:
 
 ``operators DEVICE SUITE``, ``limits DEVICE SUITE``, ``host DEVICE``, ``models DEVICE``,
 ``training``, ``build``
-    what was measured;
+    what was measured, on a CPU with freed memory kept (``benchmarks/memory.py``);
+``plain DEVICE SUITE``
+    as ``operators``, in a process that does nothing of the kind;
 ``traffic``, ``intensity``, ``table1``
     what follows from the traffic plan (``tools/derived.py``);
 ``evidence NAME``
     residual modes at their best learning rates, as ``benchmarks/evidence.py`` keeps them;
-``verification``
-    every CUDA kernel, and where it was last checked.
+``verification``, ``checks``
+    every CUDA kernel, and where it was last checked; everything that was run on a GPU.
 """
 
 from __future__ import annotations
@@ -50,7 +52,8 @@ DOCUMENTS = (
 )
 
 TABLE = re.compile(r"(<!-- figures: ([^>]*?) -->\n).*?(<!-- /figures -->)", re.DOTALL)
-RIVALS = {"eager": "plain PyTorch", "compile": "torch.compile"}
+#: Whom a table of operators shows beside us and the copy.
+RIVALS = {"cpu": ("eager", "compile"), "cuda": ("fla", "eager")}
 
 
 def load(path: str) -> ModuleType:
@@ -80,12 +83,18 @@ def runs(folder: Path) -> list[tuple[dict[str, Any], list[Any]]]:
 
 
 def best_run(
-    folder: Path, device: str, suite: str
+    folder: Path, device: str, suite: str, plain: bool = False
 ) -> tuple[dict[str, Any], list[Any], list[Any]] | None:
     """The run to show, and its cases of ``suite``.
 
     The run with most of these cases, so that a filtered one does not hide the others; then that of
     the largest suite, which meets most rivals; then the newest.
+
+    Args:
+        folder: with results.
+        device: "cpu" or "cuda".
+        suite: of the benchmark.
+        plain: whether in a process that gives freed memory back; that is the same on a GPU.
     """
     cases = registry.select(suite, device=device)
     names = {case.name for case in cases}
@@ -94,7 +103,13 @@ def best_run(
         found = {row.case for row in run[1] if row.contestant == "ours" and row.case in names}
         return len(found), registry.SUITES.index(run[0]["suite"]), run[0]["date"]
 
-    candidates = [run for run in runs(folder) if run[0]["device"] == device and rank(run)[0]]
+    candidates = [
+        run
+        for run in runs(folder)
+        if run[0]["device"] == device
+        and rank(run)[0]
+        and (device != "cpu" or plain == (run[0].get("pages_kept") is False))
+    ]
     if not candidates:
         return None
     run, rows = max(candidates, key=rank)
@@ -108,30 +123,48 @@ def markdown(header: list[str], rows: list[list[str]], numbers: int) -> list[str
     return ["| " + " | ".join(cells) + " |" if cells else rule for cells in [header, [], *rows]]
 
 
-def operators(device: str, suite: str, folder: Path) -> list[str]:
+def operators(device: str, suite: str, folder: Path, plain: bool = False) -> list[str]:
     """Our operators' times, against a copy of the same bytes and against the others."""
-    chosen = best_run(folder, device, suite)
+    chosen = best_run(folder, device, suite, plain)
     if chosen is None:
-        return missing(device, suite)
+        return missing(device, suite, plain)
     run, everything, cases = chosen
     header = ["operator", "case", "one call", "time", "GB/s", "of copy"]
-    header += [f"{name} takes" for name in RIVALS.values()]
-    rows = []
+    header += [f"{wording.contestant(name)} takes" for name in RIVALS[device]]
+    rows, failures = [], []
     for case in cases:
         by_name = {row.contestant: row for row in everything if row.case == case.name}
-        ours, copy = by_name.get("ours"), by_name.get("copy")
-        if ours is None or ours.seconds is None:
+        ours = by_name.get("ours")
+        if ours is None:
             continue
-        cells = [f"`{case.operator}`", case.shape, case.work, seconds(ours.seconds)]
-        moved = copy is not None and copy.seconds is not None
-        cells.append(f"{ours.bandwidth / 1e9:.1f}" if moved and ours.bandwidth else "–")
-        cells.append(f"{100 * copy.seconds / ours.seconds:.0f} %" if moved else "–")
-        for name in RIVALS:
-            rival = by_name.get(name)
-            timed = rival is not None and rival.seconds is not None
-            cells.append(f"{rival.seconds / ours.seconds:.1f} ×" if timed else "–")
+        cells = [f"`{case.operator}`", case.shape, case.work]
+        if ours.seconds is None:
+            rows.append([*cells, ours.status, *["–"] * (2 + len(RIVALS[device]))])
+            failures.append(f"`{case.operator}` {case.shape}, {case.work}: {ours.reason}")
+            continue
+        copy = _seconds_of(by_name.get("copy"))
+        cells.append(seconds(ours.seconds))
+        cells.append(f"{ours.bandwidth / 1e9:.1f}" if copy and ours.bandwidth else "–")
+        cells.append(f"{100 * copy / ours.seconds:.0f} %" if copy else "–")
+        for name in RIVALS[device]:
+            rival = _seconds_of(by_name.get(name))
+            cells.append(_times(rival / ours.seconds) if rival else "–")
         rows.append(cells)
-    return [*markdown(header, rows, numbers=5), "", origin(run, everything)]
+    table = markdown(header, rows, numbers=3 + len(RIVALS[device]))
+    return [*table, "", origin(run, everything), *(f"- Failed: {one}" for one in failures)]
+
+
+def plain(device: str, suite: str, folder: Path) -> list[str]:
+    """:func:`operators` in a process that gives freed memory back."""
+    return operators(device, suite, folder, plain=True)
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.{1 if ratio >= 2 else 2}f} ×"
+
+
+def _seconds_of(row: Any) -> float | None:
+    return None if row is None else row.seconds
 
 
 def origin(record: dict[str, Any], rows: Iterable[Any] = ()) -> str:
@@ -140,13 +173,17 @@ def origin(record: dict[str, Any], rows: Iterable[Any] = ()) -> str:
     where = f"{wording.processor(record)}{threads}, torch {record['versions']['torch']}"
     command = wording.command(record)
     shared, timed = results.shared_cores(rows)
-    busy = f" In this run {wording.shared_cores(shared, timed)}." if shared else ""
-    return f"`{command}`, {record['date'][:10]}, {version(record)}; {where}.{busy}"
+    words = [f"`{command}`, {record['date'][:10]}, {version(record)}; {where}"]
+    words[0] += f", {memory}." if (memory := wording.memory(record)) else "."
+    if shared:
+        words.append(f"In this run {wording.shared_cores(shared, timed)}.")
+    return " ".join([*words, *filter(None, [record.get("note")])])
 
 
-def missing(device: str, suite: str) -> list[str]:
+def missing(device: str, suite: str, plain: bool = False) -> list[str]:
     """In the place of a table that nothing was measured for."""
-    command = f"attnres bench --device {device} --suite {suite} --out benchmarks/results"
+    options = " --allocator system" if plain else ""
+    command = f"attnres bench --device {device} --suite {suite}{options} --out benchmarks/results"
     return [f"Nothing is measured yet; `{command}` does it."]
 
 
@@ -238,7 +275,9 @@ def training(folder: Path) -> list[str]:
         "",
         f"`{record['command']}`: {record['steps']} steps of {record['tokens_per_step']:,} tokens "
         f"on {record['text']}, {record['date'][:10]}, {version(record)}; "
-        f"{machine['processor']}, torch {record['versions']['torch']}. Time over standard is the "
+        f"{machine['processor']}, torch {record['versions']['torch']}, "
+        f"{wording.memory({'device': 'cpu', 'pages_kept': False, **record})}. "
+        "Time over standard is the "
         "median over steps of the ratio within a step, with its 95 % interval.",
     ]
 
@@ -299,56 +338,85 @@ def kernel_set(run: dict[str, Any]) -> str:
 #: Operators that run the kernels of another one.
 SHARING = {"depth_attention": ("accumulate_depth_attention", "merge_partial", "block_cache")}
 CHECKERS = ("memcheck", "racecheck", "synccheck")
+DIRECTIONS = ("forward", "backward")
 
 
-def tests_of(record: dict[str, Any], operator: str) -> str | None:
-    """How the tests that run the operator's kernels went on the GPU.
+def tests_of(record: dict[str, Any], operator: str, direction: str) -> str | None:
+    """How the tests that run the operator's kernels in a direction went on the GPU.
 
     Returns:
         "passed", "failed", "passed in part" where time was over before all were run; None if none
         was run.
     """
     operators = (operator, *SHARING.get(operator, ()))
-    prefixes = tuple(f"tests/ops/test_{name}.py::" for name in operators)
-    prefixes += (f"tests/ops/test_every_kernel.py::test_{operator}",)
-    outcomes: set[str] = set()
+    each_way = f"tests/ops/test_every_kernel.py::test_{operator}"
+    prefixes = (*(f"tests/ops/test_{name}.py::" for name in operators), each_way)
+    others = tuple(f"-{other}]" for other in DIRECTIONS if other != direction)
+    found: dict[str, str] = {}
     not_reached = False
     for part in ("kernels", "tests"):
         entry = record["parts"].get(part, {})
         tests = entry.get("tests", {})
-        outcomes |= {outcome for name, outcome in tests.items() if name.startswith(prefixes)}
         not_reached |= len(tests) < entry.get("collected", 0)
-    if "failed" in outcomes:
-        return "failed"
-    if "passed" not in outcomes:
+        found |= {
+            name: outcome
+            for name, outcome in tests.items()
+            if name.startswith(prefixes) and not name.endswith(others)
+        }
+    failed = [name for name, outcome in found.items() if outcome == "failed"]
+    if failed:
+        ways = [name for name in found if name.startswith(each_way)]
+        bad = [name for name in ways if name in failed]
+        if not ways:
+            return "failed"
+        said = f"failed in {len(bad)} of {len(ways)} ways of launching it" if bad else ""
+        other = f"{len(failed) - len(bad)} other tests failed" if len(failed) > len(bad) else ""
+        return ", ".join(filter(None, [said or "passed in every way of launching it", other]))
+    if "passed" not in found.values():
         return None
-    return "passed in part" if not_reached or "unfinished" in outcomes else "passed"
+    return "passed in part" if not_reached or "unfinished" in found.values() else "passed"
 
 
-def last_check(records: list[dict[str, Any]], kernels: str, operator: str) -> str:
+def ships(record: dict[str, Any]) -> bool:
+    """Whether the library that was checked held every set of kernels, as one that ships does."""
+    sets = {f"sm{number}" for number in record.get("library_sets", ())}
+    return "library_sets" not in record or sets >= {path.name for path in _sets()}
+
+
+def _sets() -> list[Path]:
+    return sorted((ROOT / "csrc" / "cuda").glob("sm*/"))
+
+
+def last_check(records: list[dict[str, Any]], kernels: str, operator: str, direction: str) -> str:
     """When the kernels of a set ("sm90") last ran on a GPU, and whether that still stands."""
     ran = [
-        record
+        (record, outcome)
         for record in records
-        if kernel_set(record) == kernels and tests_of(record, operator) is not None
+        if kernel_set(record) == kernels
+        and (outcome := tests_of(record, operator, direction)) is not None
     ]
     if not ran:
         return "never"
     name = f"{kernels}/{operator}"
-    record = ran[-1]
-    when = f"{record['date'][:10]}, {version(record)}, {record['machine']['gpu']}"
-    if record["kernels"].get(name) != sources.kernel_hashes(ROOT).get(name):
-        return f"unverified: changed since {when}"
-    found = [name for name in CHECKERS if record["parts"].get(name, {}).get("errors")]
-    but = f", but {' and '.join(found)} found errors" if found else ""
-    return f"{tests_of(record, operator)}{but}, {when}"
+    said = []
+    for whole in (True, False):
+        for record, outcome in [one for one in ran if ships(one[0]) == whole][-1:]:
+            found = [tool for tool in CHECKERS if record["parts"].get(tool, {}).get("errors")]
+            outcome += f", but {' and '.join(found)} found errors" if found else ""
+            when = f"{record['date'][:10]}, {version(record)}, {record['machine']['gpu']}"
+            if record["kernels"].get(name) != sources.kernel_hashes(ROOT).get(name):
+                then = f"unverified: changed since {when}; then {outcome}"
+            else:
+                then = f"{outcome}, {when}"
+            said.append(then if whole else f"in a library of {kernels} alone, {then}")
+    return "; ".join(said)
 
 
 def verification(folder: Path) -> list[str]:
     """Every CUDA kernel, and how it was last checked."""
     records = gpu_checks(folder)
     rows = []
-    for source in sorted((ROOT / "csrc" / "cuda").glob("sm*/*.cu")):
+    for source in (path for folder in _sets() for path in sorted(folder.glob("*.cu"))):
         operator = source.stem
         body = (ROOT / "tests" / "simt" / f"test_{operator}.py").is_file()
         launchers = re.findall(rf"launch_{operator}_(\w+)<", source.read_text())
@@ -358,7 +426,7 @@ def verification(folder: Path) -> list[str]:
                 source.parent.name,
                 "every test run*" if body else "no",
                 "every test run*",
-                last_check(records, source.parent.name, operator),
+                last_check(records, source.parent.name, operator, direction),
             ]
             for direction in launchers
         ]
@@ -366,10 +434,29 @@ def verification(folder: Path) -> list[str]:
     return markdown(header, rows, numbers=0)
 
 
+def checks(folder: Path) -> list[str]:
+    """Every part of every check on a GPU, the newest first."""
+    rows = []
+    for record in reversed(gpu_checks(folder)):
+        sets = ", ".join(f"sm{number}" for number in record.get("library_sets", ()))
+        first = [record["date"][:16].replace("T", " "), record["machine"]["gpu"]]
+        first += [version(record), sets or "–"]
+        for name, part in record["parts"].items():
+            counts = part.get("counts", {})
+            of = part.get("collected", sum(counts.values()))
+            tests = f"{counts.get('passed', 0):,} of {of:,} passed" if of else ""
+            failed = f"{counts['failed']:,} failed" if counts.get("failed") else ""
+            rows.append([*first, name, part["status"], ", ".join(filter(None, [tests, failed]))])
+    if not rows:
+        return ["Nothing has run on a GPU yet; `make gpu-check` does it."]
+    header = ["when", "GPU", "of", "sets in the library", "part", "outcome", "tests"]
+    return markdown(header, rows, numbers=0)
+
+
 TABLES = {
     table.__name__: table
     for table in (
-        operators, training, evidence, verification, limits, host, models, build,
+        operators, plain, training, evidence, verification, checks, limits, host, models, build,
         traffic, intensity, table1,
     )
 }  # fmt: skip
@@ -394,7 +481,7 @@ def write(path: Path, text: str) -> None:
 
 def add_training(run_folder: Path, folder: Path) -> Path:
     """Keeps the summary of a training run, with the machine that made it."""
-    from attnres_ext.benchmarks import machine
+    from attnres_ext.benchmarks import machine, memory
 
     description = json.loads((run_folder / "run.json").read_text())
     summary = json.loads((run_folder / "summary.json").read_text())
@@ -412,6 +499,7 @@ def add_training(run_folder: Path, folder: Path) -> Path:
         "tokens_per_step": settings["batch_size"] * settings["sequence_length"],
         "device": settings["device"],
         **machine.code(),
+        "pages_kept": memory.pages_kept(keep=False),
         "machine": machine.describe(),
         "versions": machine.versions(),
         "arms": summary["arms"],

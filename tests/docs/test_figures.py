@@ -145,6 +145,7 @@ def keep_check(
     capability: int = 90,
     outcome: str = "passed",
     parts: dict[str, Any] | None = None,
+    library_sets: list[str] | None = None,
     **changes: str,
 ) -> None:
     """A record of ``make gpu-check`` for the kernels as they are, with ``changes`` to them."""
@@ -155,6 +156,7 @@ def keep_check(
         "commit": "0123456789abcdef",
         "modified": False,
         "machine": {"gpu": "NVIDIA X", "compute_capability": capability},
+        **({} if library_sets is None else {"library_sets": library_sets}),
         "kernels": {**tool.sources.kernel_hashes(ROOT), **changes},
         "parts": {
             "tests": {"tests": {"tests/ops/test_depth_attention.py::test_a[cuda]": outcome}},
@@ -216,7 +218,40 @@ def test_verification_shows_failures_of_whoever_runs_the_kernel(tmp_path: Path, 
     tests = {"tests/ops/test_depth_attention.py::test_a[cuda]": "passed"}
     failing = {"kernels": {"tests": {f"tests/ops/{test}": "failed"}}, "tests": {"tests": tests}}
     keep_check(tmp_path, DATES[0], parts=failing)
-    assert verified(tmp_path)["sm90"].startswith("failed, 2026-01-01")
+    ways = " in 1 of 1 ways of launching it" if "every_kernel" in test else ""
+    assert verified(tmp_path)["sm90"].startswith(f"failed{ways}, 2026-01-01")
+
+
+def test_verification_tells_forward_from_backward_and_what_ships_from_what_does_not(
+    tmp_path: Path,
+) -> None:
+    way = "tests/ops/test_every_kernel.py::test_depth_attention[cuda-ring-"
+    for date, sets, backward in ((DATES[0], ["80", "90"], "failed"), (DATES[1], ["90"], "passed")):
+        outcomes = {f"{way}forward]": "passed", f"{way}backward]": backward}
+        parts = {"kernels": {"tests": outcomes}, "tests": {}}
+        keep_check(tmp_path, date, parts=parts, library_sets=sets)
+    where = "commit 0123456789, NVIDIA X"
+    alone = f"; in a library of sm90 alone, passed, 2026-02-01, {where}"
+    assert verified(tmp_path)["sm90"] == f"passed, 2026-01-01, {where}{alone}"
+    (line,) = [
+        one for one in tool.verification(tmp_path) if "`depth_attention` backward | sm90" in one
+    ]
+    assert f"| failed in 1 of 1 ways of launching it, 2026-01-01, {where}{alone} |" in line
+
+
+def test_checks_are_listed_part_by_part(tmp_path: Path) -> None:
+    assert "`make gpu-check` does it" in tool.checks(tmp_path)[0]
+    part = {"status": "failed", "counts": {"passed": 1200, "failed": 3}, "collected": 1210}
+    parts = {"kernels": part, "tests": {"status": "unavailable"}, "bench": {"status": "passed"}}
+    keep_check(tmp_path, DATES[0], parts=parts, library_sets=["80", "90"])
+    assert tool.checks(tmp_path)[2:] == [
+        f"| 2026-01-01 00:00 | NVIDIA X | commit 0123456789 | sm80, sm90 | {row} |"
+        for row in (
+            "tests | unavailable | ",
+            "bench | passed | ",
+            "kernels | failed | 1,200 of 1,210 passed, 3 failed",
+        )
+    ]
 
 
 def test_verification_shows_what_was_not_reached(tmp_path: Path) -> None:
