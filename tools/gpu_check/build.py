@@ -36,6 +36,21 @@ def kernel_set(capability: int) -> str:
     return "90" if capability >= 90 else "80"
 
 
+def ask(library: Path, python: Python, run: Run, logs: Path) -> tuple[str, str]:
+    """The sets of CUDA kernels in ``_ops.so`` ("80,90") and the hash of the sources behind it.
+
+    Raises:
+        CannotCheckError: it is not there, or that Python's torch cannot load it.
+    """
+    if not library.exists():
+        raise CannotCheckError("it is not built")
+    asked = run([python.path, "-c", _ASK_LIBRARY, str(library)], 120, logs / "library.log", {})
+    lines = asked.output.strip().splitlines() or ["no output"]
+    if asked.code != 0:
+        raise CannotCheckError(f"torch {python.facts['torch']} cannot load it ({lines[-1]})")
+    return tuple(json.loads(lines[-1]))
+
+
 def complaint(
     library: Path, python: Python, needed: str | None, run: Run, logs: Path
 ) -> str | None:
@@ -48,15 +63,10 @@ def complaint(
         run: starts programs.
         logs: where their output goes.
     """
-    if not library.exists():
-        return "it is not built"
-    asked = run([python.path, "-c", _ASK_LIBRARY, str(library)], 120, logs / "library.log", {})
-    lines = asked.output.strip().splitlines()
-    if asked.code != 0 or not lines:
-        return (
-            f"torch {python.facts['torch']} cannot load it ({lines[-1] if lines else 'no output'})"
-        )
-    architectures, built_from = json.loads(lines[-1])
+    try:
+        architectures, built_from = ask(library, python, run, logs)
+    except CannotCheckError as error:
+        return str(error)
     if needed is not None and needed not in architectures.split(","):
         return f'it holds the kernels "{architectures}", and this GPU takes those of set {needed}'
     if built_from != sources().source_hash(ROOT):
@@ -64,10 +74,8 @@ def complaint(
     return None
 
 
-def build_operators(
-    python: Python, package: Path, needed: str | None, run: Run, logs: Path
-) -> None:
-    """Compiles ``_ops.so``, with the kernels of this GPU alone, into ``package``.
+def build_operators(python: Python, package: Path, cuda: bool, run: Run, logs: Path) -> None:
+    """Compiles ``_ops.so`` as it ships, with all its sets of kernels, into ``package``.
 
     Raises:
         CannotCheckError: it cannot be compiled here.
@@ -75,23 +83,22 @@ def build_operators(
     tree = package.parent / "build"
     configure = [
         "cmake", "-S", str(ROOT), "-B", str(tree),
-        f"-DPython_EXECUTABLE={python.path}",
-        f"-DATTNRES_CUDA={'OFF' if needed is None else 'ON'}",
-        *([] if needed is None else [f"-DATTNRES_CUDA_ARCHS={needed}"]),
+        f"-DPython_EXECUTABLE={python.path}", f"-DATTNRES_CUDA={'ON' if cuda else 'OFF'}",
     ]  # fmt: skip
     jobs = ["cmake", "--build", str(tree), "--target", "attnres_ops", "--parallel"]
+    if shutil.which("cmake") is None:
+        raise CannotCheckError("building _ops.so needs cmake, which is not on the PATH")
     for step, command in (("configure", configure), ("build", jobs)):
-        if shutil.which(command[0]) is None:
-            raise CannotCheckError("building _ops.so needs cmake, which is not on the PATH")
         log = logs / f"{step}.log"
-        finished = run(command, _BUILD_SECONDS, log, {})
-        if finished.code != 0:
+        if run(command, _BUILD_SECONDS, log, {}).code != 0:
             raise CannotCheckError(f"building _ops.so failed; {log} says why")
     _put(tree / "_ops.so", package / "_ops.so")
 
 
-def build_bindings(python: Python, package: Path, architectures: str, run: Run, logs: Path) -> None:
+def build_bindings(python: Python, package: Path, run: Run, logs: Path) -> None:
     """Compiles ``_C`` for this Python into ``package``; a minute on one core, without cmake.
+
+    It says which kernels the ``_ops.so`` beside it holds.
 
     Raises:
         CannotCheckError: it cannot be compiled here.
@@ -99,6 +106,7 @@ def build_bindings(python: Python, package: Path, architectures: str, run: Run, 
     compiler = next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
     if compiler is None:
         raise CannotCheckError("building _C needs a C++ compiler, and none is on the PATH")
+    architectures, _ = ask(package / "_ops.so", python, run, logs)
     versions = (ROOT / "python" / "attnres_ext" / "version.py").read_text()
     version = re.search(r'__version__ = "(.+)"', versions)[1]
     built = package.parent / f"_C{python.facts['suffix']}"

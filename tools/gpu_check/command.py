@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
 import re
 import shlex
+import shutil
 import sys
 import tempfile
 import time
@@ -15,11 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tools.gpu_check import build, parts, process, python
+from tools.gpu_check import build, parts, process, python, record
 from tools.gpu_check.process import ROOT, Run
+from tools.gpu_check.python import CannotCheckError
+from tools.gpu_check.setting import Setting
 
-#: Raised when a reader of older records would misread newer ones.
-FORMAT = 1
 RESULTS = ROOT / "benchmarks" / "results"
 _LOGS = ROOT / "build" / "gpu-check"
 
@@ -27,29 +26,34 @@ _FACTS = """
 import json, torch
 from attnres_ext.benchmarks import machine
 print(json.dumps({**machine.commit(), "machine": machine.describe(DEVICE), "versions":
-                  machine.versions(), "library_sha256": torch.ops.attnres.source_hash()}))
+                  machine.versions(), "library_sha256": torch.ops.attnres.source_hash(),
+                  "library_sets": torch.ops.attnres.cuda_architectures().split(",")}))
 """
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    names = [part.name for part in parts.PARTS]
+    """The command line; its ``parts`` are those to do, its ``seconds`` never None."""
+    by_name = {part.name: part for part in parts.PARTS}
     parser = argparse.ArgumentParser(
         prog="gpu-check",
-        description="Checks the operators on an NVIDIA GPU and writes one JSON record. Exit code: "
-        "0 if everything passed, 1 if something did not, 2 if it cannot be run here.",
+        description="Checks this library on an NVIDIA GPU and writes one JSON record, and one "
+        "archive of logs beside it. Exit code: 0 if everything passed, 1 if something did not, 2 "
+        "if it cannot be run here.",
     )
     parser.add_argument(
         "--python", metavar="PROGRAM", help="with torch and pytest (default: the first that has)"
     )
     parser.add_argument(
         "--parts",
-        default=",".join(names),
+        default=",".join(by_name),
         metavar="NAMES",
-        help=f"of {', '.join(names)}; separated by commas",
+        help=f"of {', '.join(by_name)}, separated by commas; 'first' stands for "
+        f"{' and '.join(parts.FIRST)}",
     )
     parser.add_argument(
-        "--seconds", type=float, default=510.0, help="for all parts together (default: 510)"
+        "--seconds",
+        type=float,
+        help="for all parts together (default: their own times, 510 for all of them)",
     )
     parser.add_argument(
         "--build",
@@ -61,7 +65,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--device",
         choices=["cuda", "cpu"],
         default="cuda",
-        help="cpu rehearses the same tests without a GPU",
+        help="cpu rehearses the same without a GPU",
     )
     parser.add_argument(
         "--commit", metavar="HASH", help="what these files are, on a machine without their git"
@@ -70,12 +74,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--out", type=Path, default=RESULTS, metavar="DIR", help="folder for the record"
     )
     chosen = parser.parse_args(arguments)
-    chosen.parts = chosen.parts.split(",")
     if chosen.commit is not None and not re.fullmatch(r"[0-9a-f]{40}", chosen.commit):
         parser.error(f"--commit is '{chosen.commit}', expected 40 hexadecimal digits")
-    unknown = [name for name in chosen.parts if name not in names]
+    names = list(parts.FIRST) if chosen.parts == "first" else chosen.parts.split(",")
+    unknown = [name for name in names if name not in by_name]
     if unknown:
-        parser.error(f"--parts names '{unknown[0]}', expected some of {', '.join(names)}")
+        parser.error(f"--parts names '{unknown[0]}', expected some of {', '.join(by_name)}")
+    chosen.parts = [part for part in parts.PARTS if part.name in names]
+    if chosen.seconds is None:
+        chosen.seconds = sum(part.seconds for part in chosen.parts)
     if not chosen.seconds > 0:
         parser.error(f"--seconds is {chosen.seconds:g}, expected more than 0")
     return chosen
@@ -93,45 +100,64 @@ def main(arguments: Sequence[str] | None = None, run: Run = process.run) -> int:
     """
     chosen = parse(arguments)
     try:
+        make_folder(chosen.out, "--out")
         setting = prepare(chosen, run)
-        facts = describe(setting)
-        if facts["commit"] is None:
-            # Whether files differ from it nobody knows there; the hash of csrc/ says what ran.
-            facts["commit"] = chosen.commit
-    except python.CannotCheckError as error:
+        facts = describe(setting, chosen.commit)
+    except CannotCheckError as error:
         print(f"gpu-check: {error}", file=sys.stderr)
         return 2
-    path = chosen.out / file_name(facts)
+    path = chosen.out / record.file_name(facts)
+    command = shlex.join(["python", "-m", "tools.gpu_check", *(arguments or sys.argv[1:])])
     entries: dict[str, dict[str, Any]] = {}
     end = time.monotonic() + chosen.seconds
-    waiting = [part for part in parts.PARTS if part.name in chosen.parts]
-    while waiting:
-        part = waiting[0]
-        seconds = share_of(end - time.monotonic(), part, waiting)
+    for number, part in enumerate(chosen.parts):
+        seconds = share_of(end - time.monotonic(), chosen.parts[number:])
         print(f"{part.name}: {part.about}, at most {seconds:.0f} s ...", flush=True)
         entries[part.name] = part.check(setting, seconds)
-        print(f"  {summary(entries[part.name])}", flush=True)
+        print(f"  {record.summary(entries[part.name])}", flush=True)
         # After each part: a check that is interrupted keeps what it has.
-        write(path, record(chosen, facts, entries))
-        waiting.pop(0)
-    print(f"written: {path}")
+        record.write(path, record.make(command, chosen.device, facts, entries), setting.logs)
+    print(f"written: {path} and {record.archive(path).name}")
     good = all(entry["status"] in ("passed", "unavailable") for entry in entries.values())
     return 0 if good else 1
 
 
-def prepare(chosen: argparse.Namespace, run: Run) -> parts.Setting:
+def share_of(seconds: float, waiting: Sequence[parts.Part]) -> float:
+    """How much of the time that is left the first part in ``waiting`` may take."""
+    return max(1.0, seconds * waiting[0].seconds / sum(part.seconds for part in waiting))
+
+
+def make_folder(path: Path, name: str) -> None:
+    """Finds out before anything runs that nothing can be written there.
+
+    Raises:
+        CannotCheckError: nothing can.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        what = "written to" if path.is_dir() else "made"
+        raise CannotCheckError(f"{name} {path} cannot be {what}: {error.strerror}") from None
+
+
+def prepare(chosen: argparse.Namespace, run: Run) -> Setting:
     """Finds a Python and the libraries, or builds them.
 
     Raises:
         CannotCheckError: there is no GPU, no suitable Python, or no library and no compiler.
     """
+    make_folder(_LOGS, "the folder of logs")
+    for old in (path for path in _LOGS.iterdir() if path.name not in ("package", "build")):
+        shutil.rmtree(old) if old.is_dir() else old.unlink()
     candidates = [chosen.python] if chosen.python else python.candidates()
     found = python.find(candidates, chosen.device, run, _LOGS)
     needed = None
     if chosen.device == "cuda":
         capability = found.gpus[0]["capability"]
         if capability < 80:
-            raise python.CannotCheckError(
+            raise CannotCheckError(
                 f"{found.gpus[0]['name']} has compute capability {capability // 10}."
                 f"{capability % 10}, expected 8.0 or later"
             )
@@ -141,90 +167,34 @@ def prepare(chosen: argparse.Namespace, run: Run) -> parts.Setting:
     why = build.complaint(package / "_ops.so", found, needed, run, _LOGS)
     if why is not None:
         if chosen.build == "never":
-            raise python.CannotCheckError(
+            raise CannotCheckError(
                 f"_ops.so cannot be taken: {why}; leave --build at 'auto' to build it"
             )
         print(f"building _ops.so (minutes): {why}", flush=True)
-        build.build_operators(found, package, needed, run, _LOGS)
+        build.build_operators(found, package, needed is not None, run, _LOGS)
     if not (package / f"_C{found.facts['suffix']}").exists():
         print(f"building _C for Python {'.'.join(map(str, found.facts['python']))}", flush=True)
-        build.build_bindings(found, package, needed or "", run, _LOGS)
-    return parts.Setting(found, chosen.device, package, _LOGS, run)
+        build.build_bindings(found, package, run, _LOGS)
+    return Setting(found, chosen.device, package, _LOGS, run)
 
 
-def describe(setting: parts.Setting) -> dict[str, Any]:
-    """Where and with what: the same facts as in the benchmark's results."""
+def describe(setting: Setting, commit: str | None) -> dict[str, Any]:
+    """Where and with what: the same facts as in the benchmark's results.
+
+    Args:
+        setting: what all parts share.
+        commit: what the files are, if somebody has said so.
+
+    Raises:
+        CannotCheckError: the package cannot be imported.
+    """
     code = _FACTS.replace("DEVICE", repr(setting.device))
     finished = setting.start("facts", [setting.python.path, "-c", code], 120)
     if finished.code != 0:
         last = finished.output.strip().splitlines()[-1:]
-        raise python.CannotCheckError(f"the package cannot be imported: {' '.join(last)}")
-    return json.loads(finished.output.strip().splitlines()[-1])
-
-
-def share_of(seconds: float, part: parts.Part, waiting: Sequence[parts.Part]) -> float:
-    """How much of the time that is left the part may take: its share among those still waiting."""
-    return max(1.0, seconds * part.share / sum(other.share for other in waiting))
-
-
-def record(
-    chosen: argparse.Namespace, facts: dict[str, Any], entries: dict[str, dict[str, Any]]
-) -> dict[str, Any]:
-    """The record as it is written; benchmarks/README.md documents it."""
-    sources = build.sources()
-    return {
-        "kind": "gpu-check",
-        "format": FORMAT,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", "tools.gpu_check", *sys.argv[1:]]),
-        "device": chosen.device,
-        **sources.hashes(ROOT),
-        "kernels": sources.kernel_hashes(ROOT),
-        **facts,
-        "passed": all(entry["status"] == "passed" for entry in entries.values()),
-        "parts": entries,
-    }
-
-
-def file_name(facts: dict[str, Any]) -> str:
-    """``gpu-check-nvidia-h100-80gb-hbm3-2026-01-31T120000Z.json``."""
-    name = facts["machine"].get("gpu") or "cpu"
-    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    now = datetime.datetime.now(datetime.timezone.utc)
-    return f"gpu-check-{slug}-{now:%Y-%m-%dT%H%M%SZ}.json"
-
-
-def write(path: Path, content: dict[str, Any]) -> None:
-    """Replaces the file at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(json.dumps(content, indent=1, allow_nan=False) + "\n")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-#: So many failures are printed; the record has all of them.
-_SHOWN = 12
-
-
-def summary(entry: dict[str, Any]) -> str:
-    """One line for people, then each failure, then all that the first one said."""
-    counts = ", ".join(f"{n} {outcome}" for outcome, n in sorted(entry.get("counts", {}).items()))
-    reached = sum(entry.get("counts", {}).values())
-    if reached < entry.get("collected", 0):
-        counts += f", {entry['collected'] - reached} not reached"
-    words = [f"{entry['status']} in {entry['seconds']:.0f} s", counts, entry["reason"]]
-    lines = ["; ".join(word for word in words if word)]
-    failed = [test for test, outcome in entry.get("tests", {}).items() if outcome == "failed"]
-    lines += [f"  {test}: {entry['reasons'].get(test, '')}" for test in failed[:_SHOWN]]
-    if len(failed) > _SHOWN:
-        lines.append(f"  and {len(failed) - _SHOWN} more")
-    lines += [f"  {case}: {why}" for case, why in entry.get("lost", {}).items()]
-    for test, text in list(entry.get("texts", {}).items())[:1]:
-        lines += [f"  {test} said:", *(f"    {line}" for line in text.splitlines()[-30:])]
-    return "\n  ".join(lines)
+        raise CannotCheckError(f"the package cannot be imported: {' '.join(last)}")
+    facts = json.loads(finished.output.strip().splitlines()[-1])
+    if commit is not None and commit != facts["commit"]:
+        # Nobody knows whether files differ from it; the hash of csrc/ says what ran.
+        facts |= {"commit": commit, "modified": None}
+    return facts

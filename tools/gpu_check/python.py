@@ -25,7 +25,7 @@ _NEEDED = {
 _OLDEST_TORCH = (2, 10)
 
 _PROBE = f"""
-import importlib.util, json, sys, sysconfig
+import importlib.util, json, sys, sysconfig, warnings
 needed = {_NEEDED!r}
 found = {{
     "python": list(sys.version_info[:2]),
@@ -37,14 +37,20 @@ found = {{
 if "torch" not in found["missing"]:
     import torch
     found["torch"] = torch.__version__
+    found["cuda"] = torch.version.cuda
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    # A driver that is too old for this torch is a warning.
+    found["warning"] = str(caught[0].message).splitlines()[0] if caught else ""
     found["gpus"] = [
         {{
             "name": torch.cuda.get_device_name(i),
             "capability": 10 * torch.cuda.get_device_capability(i)[0]
             + torch.cuda.get_device_capability(i)[1],
         }}
-        for i in range(torch.cuda.device_count())
-    ] if torch.cuda.is_available() else []
+        for i in range(count)
+    ]
     # torch carries pybind11's headers, for Pythons that lack it.
     found["includes"].append(torch.__path__[0] + "/include")
 if importlib.util.find_spec("pybind11") is not None:
@@ -74,6 +80,15 @@ class Python:
     def gpus(self) -> list[dict[str, Any]]:
         """Name and compute capability (10 * major + minor) of every GPU that torch sees."""
         return self.facts.get("gpus", [])
+
+    @property
+    def blindness(self) -> str:
+        """Why its torch sees no GPU."""
+        torch = f"{self.path} has torch {self.facts['torch']}, which"
+        if self.facts["cuda"] is None:
+            return f"{torch} was built without CUDA; one from pytorch.org for CUDA is needed"
+        why = f" ({self.facts['warning']})" if self.facts["warning"] else ""
+        return f"{torch} sees no NVIDIA GPU{why}"
 
     @property
     def complaint(self) -> str | None:
@@ -107,8 +122,7 @@ def find(candidates: Sequence[str], device: str, run: Run, logs: Path) -> Python
         # Whatever torch warns about comes before the last line.
         python = Python(path, json.loads(lines[-1]))
         if device == "cuda" and "torch" in python.facts and not python.gpus:
-            why = f"{path} has torch {python.facts['torch']}, which sees no NVIDIA GPU"
-            complaints.append((1, why))
+            complaints.append((1, python.blindness))
         elif python.complaint is not None:
             complaints.append((0 if "torch" in python.facts else 2, python.complaint))
         else:

@@ -13,13 +13,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tools.gpu_check.outcomes import LOST, append, read_lines, summary
 from tools.gpu_check.process import ROOT, Finished
-
-if TYPE_CHECKING:
-    from tools.gpu_check.parts import Setting
+from tools.gpu_check.setting import Setting
 
 
 @dataclass(frozen=True)
