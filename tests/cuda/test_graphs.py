@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attnres_ext import AttentionResiduals
-from attnres_ext.models.kimi_linear import KimiLinearForCausalLM, presets
+from attnres_ext.models.kimi_linear import KimiLinearForCausalLM, fla_kernels, presets
 from attnres_ext.models.kimi_linear.mla import KimiLatentState
 from tests.cuda.calls import CALLS, DIRECTIONS, make_arguments, refill
 from tests.helpers import assert_same_bits
@@ -104,8 +104,10 @@ def test_a_decoding_step(two_phase: bool, beside: bool) -> None:
 
 @pytest.mark.parametrize("two_phase", [False, True], ids=["single-pass", "two-phase"])
 @torch.inference_mode()
-def test_a_model_s_decoding_step(two_phase: bool) -> None:
+def test_a_model_s_decoding_step(two_phase: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kimi Linear's next token: replayed with another one, and other states of its layers."""
+    # Kernels of other people, where they are installed, would be compiled for longer than all this.
+    monkeypatch.setattr(fla_kernels, "_kernels", lambda: None)
     config = presets("tiny", residual="block", sublayers_per_block=3)
     config = config.replace(first_k_dense_replace=config.num_hidden_layers)
     model = KimiLinearForCausalLM(config).to("cuda", torch.bfloat16).eval()
