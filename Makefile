@@ -24,7 +24,7 @@ help:
 	@echo "make test     build everything and run all tests and lints"
 	@echo "make wheel    build a wheel into dist/"
 	@echo "make bench    benchmark the operators on the CPU; results in runs/bench"
-	@echo "make gpu-check  tests, checkers and benchmark on an NVIDIA GPU; a record in benchmarks/results"
+	@echo "make gpu-check  everything on an NVIDIA GPU, in nine minutes; a record in benchmarks/results"
 	@echo "make results    measure everything that documents show, on a quiet machine (some 40 minutes); into benchmarks/results"
 	@echo "make kernels  registers, memory and instructions of each CUDA kernel"
 	@echo "make lint     ruff and clang-format, without changing anything"

@@ -253,8 +253,12 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
         try:
             parts = json.loads(text)["parts"].values()
             figures = [part["figures"] for part in parts if "figures" in part]
-            # One process measured each part, on one machine: the first run speaks for all.
-            records = [figures[0]["run"], *(row for one in figures for row in one["results"])]
+            # All on one machine: the first run speaks for all, and the first row of a contestant in
+            # a case for the copies beside others.
+            rows = {}
+            for row in (row for one in figures for row in one["results"]):
+                rows.setdefault((row["case"], row["contestant"], row.get("residual")), row)
+            records = [figures[0]["run"], *rows.values()]
         except (ValueError, KeyError, TypeError, AttributeError, IndexError):
             raise ValueError(f"{path}: not a GPU check with figures") from None
         for number, record in enumerate(records, start=1):

@@ -151,7 +151,8 @@ def operators(device: str, suite: str, folder: Path, plain: bool = False) -> lis
             cells.append(_times(rival / ours.seconds) if rival else "–")
         rows.append(cells)
     table = markdown(header, rows, numbers=3 + len(RIVALS[device]))
-    return [*table, "", origin(run, everything), *(f"- Failed: {one}" for one in failures)]
+    listed = ["", *(f"- Failed: {one}" for one in failures)] if failures else []
+    return [*table, "", origin(run, everything), *listed]
 
 
 def plain(device: str, suite: str, folder: Path) -> list[str]:

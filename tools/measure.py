@@ -64,6 +64,13 @@ PARTS = (
         (*_ATTNRES, "bench", "--device", "cpu", "--suite", "all", "--out", _RESULTS, "--resume"),
     ),
     Part(
+        "plain",
+        "the headline figures in a process that gives freed memory back",
+        1,
+        (*_ATTNRES, "bench", "--device", "cpu", "--allocator", "system", "--out", _RESULTS,
+         "--resume"),
+    ),
+    Part(
         "training",
         "the demo's training run",
         5,

@@ -29,12 +29,14 @@ class ReportError(ValueError):
 
 @dataclass(frozen=True)
 class Place:
-    """Where figures may be compared: one device, with as many threads and the same caches."""
+    """Where figures may be compared: one device, as many threads, the same state of the caches, and
+    the same way with freed memory."""
 
     device: str
     processor: str
     threads: int | None
     cache: str
+    memory: str
 
     @property
     def label(self) -> str:
@@ -42,7 +44,8 @@ class Place:
         if self.device.startswith("cuda"):
             return f"{self.processor}, inputs {self.cache}"
         threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
-        return f"{self.processor}, {threads}, caches {self.cache}"
+        words = [self.processor, threads, f"caches {self.cache}", self.memory]
+        return ", ".join(filter(None, words))
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class Run:
             wording.processor(self.facts),
             self.facts.get("threads"),
             self.facts.get("cache", "warm"),
+            wording.memory(self.facts),
         )
 
     @cached_property

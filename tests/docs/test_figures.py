@@ -29,7 +29,13 @@ def test_documents_show_what_was_measured(name: str) -> None:
 
 
 def keep(
-    folder: Path, date: str, suite: str, device: str = "cpu", cases: int = 1, **extra: object
+    folder: Path,
+    date: str,
+    suite: str,
+    device: str = "cpu",
+    cases: int = 1,
+    pages_kept: bool = True,
+    **extra: object,
 ) -> None:
     """A run of a few cases in which we take 2 ms, a copy 1 ms and plain PyTorch 7 ms."""
     times = {"ours": 2e-3, "copy": 1e-3, "eager": 7e-3, "compile": None}
@@ -53,6 +59,7 @@ def keep(
         "suite": suite,
         "device": device,
         "threads": 2,
+        "pages_kept": pages_kept,
         "commit": "0123456789abcdef",
         "modified": False,
         "machine": {"processor": "A Processor", **extra},
@@ -100,6 +107,34 @@ def test_the_run_with_most_cases_is_shown_and_then_the_newest(tmp_path: Path) ->
     assert (run["suite"], run["date"]) == ("quick", DATES[0])
     assert {row.case for row in rows} == {case.name for case in QUICK[:2]}
     assert tool.best_run(tmp_path, "cuda", "quick") is None
+
+
+def test_figures_with_memory_kept_and_given_back_are_two_tables(tmp_path: Path) -> None:
+    assert "--allocator system" in tool.plain("cpu", "quick", tmp_path)[0]
+    for date, kept in zip(DATES, (True, False), strict=True):
+        keep(tmp_path, date, "quick", pages_kept=kept)
+    for table, date, words in (
+        (tool.operators, DATES[0], "freed memory kept."),
+        (tool.plain, DATES[1], "freed memory given back."),
+    ):
+        last = table("cpu", "quick", tmp_path)[-1]
+        assert date[:10] in last
+        assert last.endswith(words)
+
+
+def test_a_table_of_a_gpu_shows_who_failed_and_who_is_faster(tmp_path: Path) -> None:
+    first, second = tool.registry.select("quick", device="cuda")[:2]
+    rows = [result(first, "ours", 4e-4), result(first, "copy", 3e-4), result(first, "fla", 2e-4)]
+    lost = {"status": "failed", "seconds": None, "bytes": None, "reason": "no image"}
+    rows.append(dataclasses.replace(result(second, "ours", 1.0), **lost))
+    run = {"date": DATES[0], "suite": "quick", "device": "cuda", "note": "By hand.",
+           "commit": None, "machine": {"gpu": "X"}, "versions": {"torch": "2.13"}}  # fmt: skip
+    tool.results.write(tmp_path / "cuda-quick.jsonl", run, rows)
+    table = "\n".join(tool.operators("cuda", "quick", tmp_path))
+    assert "| 400 µs | 20.0 | 75 % | 0.50 × | – |" in table
+    assert f"{second.work} | failed | – | – | – | – |" in table
+    assert f"- Failed: `{second.operator}` {second.shape}, {second.work}: no image" in table
+    assert "X, torch 2.13. By hand." in table
 
 
 def test_without_results_the_table_says_how_to_get_them(tmp_path: Path) -> None:

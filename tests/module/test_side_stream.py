@@ -1,6 +1,6 @@
 """Phase 1 on a side stream, which here runs as late as it may: only when somebody waits for it.
 
-Not yet run on a GPU; what is tested is who waits for whom.
+What is tested is who waits for whom.
 """
 
 import pytest
