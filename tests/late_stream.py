@@ -61,6 +61,7 @@ def late_phase1(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Stream, list[
 
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
     monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.ops.attnres, "block_cache_inter", late)
     monkeypatch.setattr(
         torch.Tensor, "record_stream", lambda self, stream: stream.used.append(self)

@@ -142,7 +142,11 @@ class BlockCache:
         return [slot.view(self.shape) for slot in self._slots[: self._state.num_sources].unbind(0)]
 
     def reset(self) -> None:
-        """Opens slot 0 again. Contents are left to be overwritten."""
+        """Opens slot 0 again. Contents are left to be overwritten.
+
+        What phase 1 was started is waited for: a CUDA graph of a forward that stops before its last
+        read has to end with this, or the capture ends with work that nobody waits for.
+        """
         self._side.join()
         self._state.reset()
         self._begin()

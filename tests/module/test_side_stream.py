@@ -79,6 +79,23 @@ def test_what_was_started_is_waited_for_before_its_memory_is_used_again(fake):
         assert log[0] == "main waits for side"
 
 
+@pytest.mark.parametrize("captured", [False, True])
+def test_what_a_capture_cannot_wait_for_is_forgotten(captured, fake, monkeypatch):
+    """A forward stopped with phase 1 under way; the next one is on the other side of a capture's
+    begin or end."""
+    side, log = fake
+    cache = BlockCache(3, 4, D, side_stream=side)
+    cache.write(torch.randn(4, D))
+    cache.close()
+    for then in (not captured, captured):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captured)
+        cache.inter(torch.randn(2, D))
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda then=then: then)
+        log.clear()
+        cache.inter(torch.randn(2, D))
+        assert ("main waits for side" in log) == (then == captured)
+
+
 def test_a_stream_of_another_device(fake):
     side, _ = fake
     side.device = torch.device("cuda", 1)
