@@ -18,6 +18,7 @@ from torch import Tensor
 
 from attnres_ext import _native  # noqa: F401  (the operators must exist before their derivatives)
 from attnres_ext.first_order import first_order_only, raise_second_derivative
+from attnres_ext.side_stream import current_stream
 from attnres_ext.torch_internals import BelowAutograd
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ def _deposit(
         gradient, and for every source what autograd is handed.
     """
     gradients, accumulate, returned = [], [], []
+    stream = current_stream(sources[0].device) if sources else None
     for source, buffer, need in zip(sources, buffers, needs, strict=True):
         own = None
         if need:
@@ -77,7 +79,7 @@ def _deposit(
                 )
                 gradients.append(own)
             else:
-                slot, add = buffer.slot(source)
+                slot, add = buffer.slot(source, stream)
                 # Below autograd nobody else tells who saved the slot that it changes.
                 torch.autograd.graph.increment_version(slot)
                 gradients.append(slot)

@@ -13,8 +13,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from attnres_ext import side_stream
 from attnres_ext.first_order import refuse_second_derivative
 from attnres_ext.recomputation import keep
+from attnres_ext.side_stream import follow
 from attnres_ext.torch_internals import backward_pass, is_transformed, may_have_hooks
 
 __all__ = ["GradientBuffer", "can_gather", "can_tap", "tap"]
@@ -26,36 +28,49 @@ class GradientBuffer:
     A deposit belongs to the backward pass (autograd calls it a graph task) that made it. What an
     aborted pass left behind, or a pass that never reached the tap because its gradient was not
     asked for, is dropped when the next one begins. One graph takes one backward pass at a time.
+
+    Deposits do not travel along autograd's edges, so the buffer itself sees to it that streams
+    which deposit, and the one that takes, follow one another.
     """
 
-    __slots__ = ("_gradient", "_task")
+    __slots__ = ("_gradient", "_stream", "_task")
 
     def __init__(self) -> None:
         self._gradient: Tensor | None = None
+        self._stream: torch.cuda.Stream | None = None
         self._task = -1
 
-    def slot(self, like: Tensor) -> tuple[Tensor, bool]:
+    def slot(self, like: Tensor, stream: torch.cuda.Stream | None = None) -> tuple[Tensor, bool]:
         """The tensor to write a gradient of ``like`` into, and whether to add to what it holds.
 
         Call it in a backward, and write before the next call.
+
+        Args:
+            like: What the gradient is one of.
+            stream: The current one, on which it is written; None where a device has none.
 
         Returns:
             ``(gradient, accumulate)``: contiguous, of the shape, dtype and device of ``like``. The
             first call of a backward pass gets uninitialised memory and ``False``.
         """
-        task = backward_pass()
+        task, last = backward_pass(), self._stream
+        self._stream = stream
         if self._gradient is not None and self._task == task:
+            follow(stream, last, (self._gradient,))
             return self._gradient, True
         self._gradient = torch.empty(like.shape, dtype=like.dtype, device=like.device)
         self._task = task
         return self._gradient, False
 
     def take(self) -> Tensor | None:
-        """The gradient that this backward pass collected, or None; the buffer is empty
-        afterwards."""
-        gradient, task = self._gradient, self._task
-        self._gradient, self._task = None, -1
-        return gradient if task == backward_pass() else None
+        """The gradient that this backward pass collected, for the current stream, or None; the
+        buffer is empty afterwards."""
+        gradient, last, task = self._gradient, self._stream, self._task
+        self._gradient, self._stream, self._task = None, None, -1
+        if gradient is None or task != backward_pass():
+            return None
+        follow(side_stream.current_stream(gradient.device), last, (gradient,))
+        return gradient
 
 
 class _Tap(torch.autograd.Function):

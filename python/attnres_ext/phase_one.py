@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from attnres_ext import ops
+from attnres_ext import ops, side_stream
 from attnres_ext.autograd import (
     Options,
     below_autograd,
@@ -28,6 +28,7 @@ from attnres_ext.first_order import first_order_only
 from attnres_ext.gradient_buffer import GradientBuffer
 from attnres_ext.recomputation import keep, unseen
 from attnres_ext.reference import compute_dtype
+from attnres_ext.side_stream import follow
 from attnres_ext.torch_internals import backward_pass
 
 if TYPE_CHECKING:
@@ -113,6 +114,9 @@ class PhaseOneResults:
 
     Results can be computed again from the blocks, so they need not be kept from the forward to the
     backward: :meth:`drop` them, and the first merge that runs backward brings them back for all.
+
+    None of this travels along autograd's edges, so streams that work on it are made to follow one
+    another here.
     """
 
     def __init__(
@@ -127,9 +131,12 @@ class PhaseOneResults:
         self._gradients: tuple[Tensor, Tensor] | None = None
         self._written: set[int] = set()
         self._task = -1
+        self._stream: torch.cuda.Stream | None = None
 
     def get(self) -> tuple[Tensor, Tensor, Tensor]:
-        """``(out [S, ..., D], lse [S, ...], statistics)``, computed if they are not there."""
+        """``(out [S, ..., D], lse [S, ...], statistics)``, for the current stream; computed if they
+        are not there."""
+        self._follow()
         if self._results is None:
             blocks, queries, key_weights = self._inputs
             with below_autograd(False), unseen() if self._known else nullcontext():
@@ -144,8 +151,8 @@ class PhaseOneResults:
         self._results = None
 
     def gradient_rows(self, index: int) -> tuple[Tensor, Tensor]:
-        """Where the merge of site ``index`` writes the gradients of its rows of ``out`` and
-        ``lse``."""
+        """Where the merge of site ``index``, which has got the results, writes the gradients of its
+        rows of ``out`` and ``lse``."""
         task = backward_pass()
         if self._gradients is None or self._task != task:
             out, lse, _ = self.get()
@@ -158,6 +165,7 @@ class PhaseOneResults:
     def take_gradients(self) -> tuple[Tensor, Tensor] | None:
         """The gradients that this backward pass collected, zero for sites it did not visit; None
         without any."""
+        self._follow()
         gradients, self._gradients = self._gradients, None
         if gradients is None or self._task != backward_pass():
             return None
@@ -165,6 +173,11 @@ class PhaseOneResults:
             for gradient in gradients:
                 gradient[index].zero_()
         return gradients
+
+    def _follow(self) -> None:
+        """What the current stream is given from here on runs after what was done here before."""
+        last, self._stream = self._stream, side_stream.current_stream(self._inputs[1].device)
+        follow(self._stream, last, (*(self._results or ()), *(self._gradients or ())))
 
 
 class _PhaseOne(torch.autograd.Function):

@@ -5,7 +5,9 @@ import weakref
 import pytest
 import torch
 
+from attnres_ext import gradient_buffer, phase_one, side_stream
 from attnres_ext.gradient_buffer import GradientBuffer, can_tap, tap
+from attnres_ext.phase_one import PhaseOneResults
 
 
 class Scale(torch.autograd.Function):
@@ -157,3 +159,63 @@ def test_where_taps_are_possible():
     seen = []
     torch.func.grad(lambda x: (seen.append(can_tap(x)), x.sum())[1])(torch.zeros(2))
     assert seen == [False]
+
+
+class Late:
+    """A stream that does what it is given only when another one waits for it."""
+
+    current = None
+
+    def __init__(self):
+        self.work = []
+
+    def wait_stream(self, other):
+        work, other.work = other.work, []
+        self.work.extend(work)
+
+    def synchronize(self):
+        for call in self.work:
+            call()
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """Three of them, in a backward pass; ``record_stream`` is noted."""
+    monkeypatch.setattr(side_stream, "current_stream", lambda device: Late.current)
+    used = []
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda *use: used.append(use))
+    for module in (gradient_buffer, phase_one):
+        monkeypatch.setattr(module, "backward_pass", lambda: 1)
+    yield Late(), Late(), Late(), used
+    Late.current = None
+
+
+def test_streams_that_deposit_follow_one_another(streams):
+    """A read on a stream of its own has its backward there; autograd orders nothing here."""
+    first, second, last, used = streams
+    buffer, like = GradientBuffer(), torch.zeros(3)
+    gradient, _ = buffer.slot(like, first)
+    first.work.append(lambda: gradient.fill_(1))
+    gradient, accumulate = buffer.slot(like, second)
+    assert accumulate
+    second.work.append(lambda: gradient.add_(1))
+    Late.current = last
+    assert buffer.take() is gradient
+    last.synchronize()
+    assert gradient.tolist() == [2, 2, 2]
+    assert [stream for _, stream in used] == [second, last]
+
+
+def test_streams_that_merge_follow_one_another(streams):
+    first, second, last, _ = streams
+    Late.current = first
+    results = PhaseOneResults([torch.randn(4, 8)], torch.randn(3, 8), torch.ones(3, 8), 1e-6)
+    for index, stream in ((0, first), (2, second)):
+        Late.current = stream
+        results.get()
+        rows = results.gradient_rows(index)
+        stream.work.append(lambda rows=rows, value=index + 1: [row.fill_(value) for row in rows])
+    Late.current = last
+    mixes, weights = results.take_gradients()
+    last.synchronize()
+    assert mixes[:, 0, 0].tolist() == weights[:, 0].tolist() == [1, 0, 3]
