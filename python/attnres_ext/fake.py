@@ -2,18 +2,53 @@
 symbolic.
 
 Only what decides a result's shape and dtype is written here: arguments are checked by the operators
-themselves, which run on real tensors before anything is traced through them.
+themselves, which run on real tensors before anything is traced through them. But for devices: one
+tensor on the meta device among others is enough to end up here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
 
 import torch
 from torch import Tensor
 
 from attnres_ext import _native  # noqa: F401  (the operators must exist before their shapes)
 from attnres_ext.reference import compute_dtype, result_dtype
+
+
+def _shapes_of(name: str) -> Callable[[Callable], Callable]:
+    """Registers the shapes of an operator's results, for tensors of one device."""
+    arguments = getattr(torch.ops.attnres, name).default._schema.arguments
+
+    def register(shapes: Callable) -> Callable:
+        @wraps(shapes)
+        def checked(*args, **kwargs):
+            given = zip((a.name for a in arguments), args, strict=False)
+            _check_one_device(name, [*given, *kwargs.items()])
+            return shapes(*args, **kwargs)
+
+        return torch.library.register_fake(f"attnres::{name}", checked)
+
+    return register
+
+
+def _check_one_device(op: str, arguments: Iterable[tuple[str, object]]) -> None:
+    first: tuple[str, torch.device] | None = None
+    for name, value in arguments:
+        listed = isinstance(value, (list, tuple))
+        for index, tensor in enumerate(value if listed else (value,)):
+            if not isinstance(tensor, Tensor):
+                continue
+            label = f"{name}[{index}]" if listed else name
+            if first is None:
+                first = label, tensor.device
+            elif tensor.device != first[1]:
+                raise RuntimeError(
+                    f"{op}: {label} is on {tensor.device}, expected {first[1]} like {first[0]}; "
+                    "move all tensors to one device"
+                )
 
 
 def _empty(like: Tensor, shape: Sequence, dtype: torch.dtype) -> Tensor:
@@ -55,12 +90,12 @@ def _saved(
     return stats, mix
 
 
-@torch.library.register_fake("attnres::depth_attention")
+@_shapes_of("depth_attention")
 def _(sources, query, key_weight=None, out_weight=None, eps=1e-6, out_eps=None, scale=1.0):
     return _empty(sources[0], sources[0].shape, result_dtype(sources))
 
 
-@torch.library.register_fake("attnres::depth_attention_with_stats")
+@_shapes_of("depth_attention_with_stats")
 def _(
     sources, query, key_weight=None, out_weight=None, eps=1e-6, out_eps=None, scale=1.0,
     return_weights=False, save_stats=True, save_mix=False,
@@ -82,7 +117,7 @@ def _weight_gradients(query, key_weight, out_weight, like, dtype, needs):
     )
 
 
-@torch.library.register_fake("attnres::depth_attention_backward")
+@_shapes_of("depth_attention_backward")
 def _(
     grad_out, grad_weights, sources, query, key_weight, out_weight, stats, mix, eps, out_eps,
     scale, needs
@@ -92,7 +127,7 @@ def _(
     return _source_gradients(sources, needs[:-3]), *weights
 
 
-@torch.library.register_fake("attnres::depth_attention_backward_")
+@_shapes_of("depth_attention_backward_")
 def _(
     grad_out, grad_weights, sources, query, key_weight, out_weight, stats, mix, eps, out_eps,
     scale, needs,
@@ -103,7 +138,7 @@ def _(
     )
 
 
-@torch.library.register_fake("attnres::accumulate_depth_attention")
+@_shapes_of("accumulate_depth_attention")
 def _(
     partial,
     delta,
@@ -119,7 +154,7 @@ def _(
     return hidden, _empty(partial, partial.shape, partial.dtype)
 
 
-@torch.library.register_fake("attnres::accumulate_depth_attention_with_stats")
+@_shapes_of("accumulate_depth_attention_with_stats")
 def _(
     partial, delta, blocks, query, key_weight=None, out_weight=None, eps=1e-6, out_eps=None,
     scale=1.0,
@@ -132,7 +167,7 @@ def _(
     return hidden, _empty(partial, partial.shape, partial.dtype), *saved
 
 
-@torch.library.register_fake("attnres::accumulate_depth_attention_backward")
+@_shapes_of("accumulate_depth_attention_backward")
 def _(
     grad_hidden, grad_new_partial, blocks, new_partial, query, key_weight, out_weight, stats, mix,
     eps, out_eps, scale, needs,
@@ -143,7 +178,7 @@ def _(
     return gradients, partial, *weights
 
 
-@torch.library.register_fake("attnres::accumulate_depth_attention_backward_")
+@_shapes_of("accumulate_depth_attention_backward_")
 def _(
     grad_hidden, grad_new_partial, blocks, new_partial, query, key_weight, out_weight, stats, mix,
     eps, out_eps, scale, needs, grad_blocks, accumulate,
@@ -153,14 +188,14 @@ def _(
     return _gradient(new_partial, new_partial, new_partial.dtype, needs[-4]), *weights
 
 
-@torch.library.register_fake("attnres::inter_block_attention")
+@_shapes_of("inter_block_attention")
 def _(blocks, queries, key_weights=None, eps=1e-6, scale=1.0):
     like, count = blocks[0], queries.shape[0]
     out = _empty(like, (count, *like.shape), result_dtype(blocks))
     return out, _empty(like, (count, *like.shape[:-1]), compute_dtype(blocks))
 
 
-@torch.library.register_fake("attnres::inter_block_attention_with_stats")
+@_shapes_of("inter_block_attention_with_stats")
 def _(blocks, queries, key_weights=None, eps=1e-6, scale=1.0):
     like, count, dtype = blocks[0], queries.shape[0], compute_dtype(blocks)
     out = _empty(like, (count, *like.shape), result_dtype(blocks))
@@ -168,7 +203,7 @@ def _(blocks, queries, key_weights=None, eps=1e-6, scale=1.0):
     return out, lse, _empty(like, (len(blocks) * (1 + count), *like.shape[:-1]), dtype)
 
 
-@torch.library.register_fake("attnres::inter_block_attention_backward")
+@_shapes_of("inter_block_attention_backward")
 def _(grad_out, grad_lse, blocks, queries, key_weights, stats, eps, scale, needs):
     dtype = compute_dtype(blocks)
     weights = (
@@ -178,7 +213,7 @@ def _(grad_out, grad_lse, blocks, queries, key_weights, stats, eps, scale, needs
     return _source_gradients(blocks, needs[:-2]), *weights
 
 
-@torch.library.register_fake("attnres::inter_block_attention_backward_")
+@_shapes_of("inter_block_attention_backward_")
 def _(
     grad_out,
     grad_lse,
@@ -199,7 +234,7 @@ def _(
     )
 
 
-@torch.library.register_fake("attnres::merge_partial")
+@_shapes_of("merge_partial")
 def _(
     out,
     lse,
@@ -219,7 +254,7 @@ def _(
     return hidden, _nothing(out, compute_dtype([out, *merged]))
 
 
-@torch.library.register_fake("attnres::merge_partial_backward")
+@_shapes_of("merge_partial_backward")
 def _(
     grad_hidden, grad_new_partial, out, lse, value, query, key_weight, out_weight, eps, out_eps,
     scale, needs
@@ -236,7 +271,7 @@ def _(
     )
 
 
-@torch.library.register_fake("attnres::merge_partial_backward_")
+@_shapes_of("merge_partial_backward_")
 def _(
     grad_hidden, grad_new_partial, out, lse, value, query, key_weight, out_weight, eps, out_eps,
     scale, needs, grad_out, grad_lse,
@@ -246,22 +281,22 @@ def _(
     return _gradient(value, out, dtype, needs[0]), *weights
 
 
-@torch.library.register_fake("attnres::block_cache_write")
+@_shapes_of("block_cache_write")
 def _(slots, rstd, delta, slot, add, eps=1e-6):
     return None
 
 
-@torch.library.register_fake("attnres::block_cache_attend")
+@_shapes_of("block_cache_attend")
 def _(slots, rstd, delta, slot, add, query, key_weight, out_weight, eps, out_eps, scale, out):
     return None
 
 
-@torch.library.register_fake("attnres::block_cache_inter")
+@_shapes_of("block_cache_inter")
 def _(slots, rstd, count, queries, key_weights, scale, out, lse):
     return None
 
 
-@torch.library.register_fake("attnres::block_cache_merge")
+@_shapes_of("block_cache_merge")
 def _(
     slots, rstd, out, lse, delta, slot, add, query, key_weight, out_weight, eps, out_eps, scale,
     hidden

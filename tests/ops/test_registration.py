@@ -352,6 +352,21 @@ def test_meta_tensors(function: Any) -> None:
             assert (a.shape, a.dtype) == (b.shape, b.dtype)
 
 
+@pytest.mark.parametrize("name", forward_calls("cpu", False))
+def test_one_tensor_without_data_among_others_is_refused(name: str) -> None:
+    """It makes every result one, and nobody would know before the first look at a value."""
+    op, call = getattr(torch.ops.attnres, name.split()[0]), forward_calls("cpu", False)[name]
+    for position, value in enumerate(call):
+        changes = []
+        if isinstance(value, Tensor):
+            changes = [value.to("meta")]
+        elif isinstance(value, list):
+            changes = [[*value[:i], t.to("meta"), *value[i + 1 :]] for i, t in enumerate(value)]
+        for changed in changes:
+            with pytest.raises(RuntimeError, match=r": \w+(\[\d\])? is on (meta|cpu), expected"):
+                op(*call[:position], changed, *call[position + 1 :])
+
+
 def right_or_refused(call: Callable[[], Any], expected: Callable[[], Any]) -> None:
     """A clear error or the right number, never a wrong one."""
     try:

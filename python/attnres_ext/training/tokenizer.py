@@ -135,11 +135,15 @@ def load_tokenizer(path: Path) -> Tokenizer:
         if data["kind"] == ByteTokenizer.kind:
             return ByteTokenizer()
         if data["kind"] == BpeTokenizer.kind:
-            return BpeTokenizer(json.dumps(data["tokenizer"]))
+            serialized = json.dumps(data["tokenizer"])
+            try:
+                return BpeTokenizer(serialized)
+            # What tokenizers raises on JSON that is not its own has no class but this.
+            except Exception as error:
+                raise ValueError(error) from error
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
-    # tokenizers raises bare Exception on JSON that is not its own.
-    except Exception as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read as a tokenizer: {error}") from error
     raise UserError(f"{path} holds a tokenizer of kind {data['kind']!r}, expected byte or bpe")
 
