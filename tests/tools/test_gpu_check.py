@@ -637,8 +637,10 @@ def bench_machine(machine: Machine, hostile: str, how: dict[str, Any]) -> Any:
                 code = how.get("code", -9)
                 if "rows" in how:
                     lines.append({**row, "status": "failed", "reason": "lost"})
+                    said.append(f"{len(lines) - 1}/4  {case}: 1 s; about 0 s left")
                 break
             lines.append(row)
+            said.append(f"{len(lines) - 1}/4  {case}: 1 s; about 0 s left")
         if len(lines) > 1:
             (out / "cuda-ops.jsonl").write_text("\n".join(map(json.dumps, lines)))
         return Finished(code, "\n".join(said), 1.0, stuck=how.get("stuck", code < 0))
@@ -650,8 +652,7 @@ def bench_machine(machine: Machine, hostile: str, how: dict[str, Any]) -> Any:
     ("part", "how", "lost", "code"),
     [
         ("headline", {}, {"b/N2": "nothing happened any more while checking ours"}, 1),
-        ("headline", {"stuck": False, "code": -6}, {"b/N2": "it ended with -6 while checking ours"},
-         1),
+        ("headline", {"code": 1}, {"b/N2": "it ended with 1 while checking ours"}, 1),
         # The case could still be written, and says what went wrong.
         ("headline", {"code": 1, "rows": True}, {}, 1),
         # Somebody else's kernel hangs, or takes too long to compile: noted, and no failure of ours.
@@ -677,9 +678,15 @@ def test_a_case_takes_its_own_process_along(
 def test_a_benchmark_that_cannot_begin_is_not_begun_for_ever(
     machine: Machine, tmp_path: Path
 ) -> None:
-    run = bench_machine(machine, "a/N1", {"code": 1})
+    def run(arguments: Sequence[str], *rest: Any) -> Finished:
+        finished = machine(arguments, *rest)
+        return Finished(2, "attnres bench: no", 1.0) if "bench" in arguments else finished
+
+    machine.rows = []
     assert command.main(["--parts", "headline", "--out", str(tmp_path / "out")], run) == 1
     assert len(machine.ran("bench")) == 1
+    entry = kept(tmp_path / "out")["parts"]["headline"]
+    assert entry["reason"] == "ended with code 2: attnres bench: no"
 
 
 @pytest.mark.slow

@@ -88,11 +88,11 @@ PARTS = (
     Part(
         "uses",
         "models, training, the transformers library, the command line",
-        70.0,
-        # Other people's kernels are compiled within a test.
-        partial(_tests, testing.Suite("uses", ["tests/uses"], patience=60.0, processes=3)),
+        80.0,
+        # Other people's kernels are compiled within a test, and sublayers in the last ones.
+        partial(_tests, testing.Suite("uses", ["tests/uses"], patience=75.0, processes=4)),
     ),
-    Part("others", "other people's kernels in the headline's cases", 100.0, _others),
+    Part("others", "other people's kernels in the headline's cases", 90.0, _others),
     Part("models", "a decoding step, its reads, a training step", 50.0, _models),
     *(
         Part(tool, about, seconds, partial(sanitizer.check, tool))

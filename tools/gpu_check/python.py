@@ -13,49 +13,37 @@ from typing import Any
 
 from tools.gpu_check.process import ROOT, Run
 
-#: What tests and benchmark import beside the package, by the name to install.
-_NEEDED = {
-    "torch": "torch",
-    "numpy": "numpy",
-    "pytest": "pytest",
-    "hypothesis": "hypothesis",
-    "expecttest": "expecttest",
-    "rich": "rich",
-}
+#: What tests and benchmark import beside the package.
+_NEEDED = ("torch", "numpy", "pytest", "hypothesis", "expecttest", "rich")
 _OLDEST_TORCH = (2, 10)
 
 _PROBE = f"""
 import importlib.util, json, sys, sysconfig, warnings
-needed = {_NEEDED!r}
 found = {{
     "python": list(sys.version_info[:2]),
     "suffix": sysconfig.get_config_var("EXT_SUFFIX"),
     "includes": [sysconfig.get_path("include")],
     "packages": sysconfig.get_path("purelib"),
-    "missing": [n for m, n in needed.items() if importlib.util.find_spec(m) is None],
+    "missing": [name for name in {_NEEDED!r} if importlib.util.find_spec(name) is None],
 }}
+if importlib.util.find_spec("pybind11") is not None:
+    import pybind11
+    found["includes"].append(pybind11.get_include())
 if "torch" not in found["missing"]:
     import torch
-    found["torch"] = torch.__version__
-    found["cuda"] = torch.version.cuda
+    # torch carries pybind11's headers, for Pythons that lack it.
+    found["includes"].append(torch.__path__[0] + "/include")
+    found |= {{"torch": torch.__version__, "cuda": torch.version.cuda}}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     # A driver that is too old for this torch is a warning.
     found["warning"] = str(caught[0].message).splitlines()[0] if caught else ""
-    found["gpus"] = [
-        {{
-            "name": torch.cuda.get_device_name(i),
-            "capability": 10 * torch.cuda.get_device_capability(i)[0]
-            + torch.cuda.get_device_capability(i)[1],
-        }}
-        for i in range(count)
-    ]
-    # torch carries pybind11's headers, for Pythons that lack it.
-    found["includes"].append(torch.__path__[0] + "/include")
-if importlib.util.find_spec("pybind11") is not None:
-    import pybind11
-    found["includes"].insert(1, pybind11.get_include())
+    found["gpus"] = []
+    for i in range(count):
+        major, minor = torch.cuda.get_device_capability(i)
+        name = torch.cuda.get_device_name(i)
+        found["gpus"].append({{"name": name, "capability": 10 * major + minor}})
 print(json.dumps(found))
 """
 
@@ -81,27 +69,23 @@ class Python:
         """Name and compute capability (10 * major + minor) of every GPU that torch sees."""
         return self.facts.get("gpus", [])
 
-    @property
-    def blindness(self) -> str:
-        """Why its torch sees no GPU."""
-        torch = f"{self.path} has torch {self.facts['torch']}, which"
-        if self.facts["cuda"] is None:
-            return f"{torch} was built without CUDA; one from pytorch.org for CUDA is needed"
-        why = f" ({self.facts['warning']})" if self.facts["warning"] else ""
-        return f"{torch} sees no NVIDIA GPU{why}"
-
-    @property
-    def complaint(self) -> str | None:
-        """Why tests cannot run with it at all, or None."""
-        if "torch" in self.facts:
-            numbers = self.facts["torch"].split("+")[0].split(".")[:2]
-            if tuple(map(int, numbers)) < _OLDEST_TORCH:
-                oldest = ".".join(map(str, _OLDEST_TORCH))
-                return f"{self.path} has torch {self.facts['torch']}, expected {oldest} or later"
-        missing = self.facts["missing"]
-        if missing:
+    def complaint(self, device: str) -> tuple[int, str] | None:
+        """How far it is from being able to check ``device``, and why it cannot; None if it can."""
+        torch = self.facts.get("torch")
+        if torch is not None and device == "cuda" and not self.gpus:
+            has = f"{self.path} has torch {torch}, which"
+            if self.facts["cuda"] is None:
+                return 1, f"{has} was built without CUDA; one for CUDA from pytorch.org is needed"
+            why = f" ({self.facts['warning']})" if self.facts["warning"] else ""
+            return 1, f"{has} sees no NVIDIA GPU{why}"
+        if torch is not None and tuple(map(int, torch.split(".")[:2])) < _OLDEST_TORCH:
+            oldest = ".".join(map(str, _OLDEST_TORCH))
+            return 0, f"{self.path} has torch {torch}, expected {oldest} or later"
+        if self.facts["missing"]:
+            missing = self.facts["missing"]
             command = f"{self.path} -m pip install {' '.join(missing)}"
-            return f"{self.path} lacks {', '.join(missing)}; `{command}` gets them"
+            distance = 2 if torch is None else 0
+            return distance, f"{self.path} lacks {', '.join(missing)}; `{command}` gets them"
         return None
 
 
@@ -111,24 +95,19 @@ def find(candidates: Sequence[str], device: str, run: Run, logs: Path) -> Python
     Raises:
         CannotCheckError: none can; the message says why, for the one that is nearest to it.
     """
-    complaints: list[tuple[int, str]] = []  # how far from a Python that can, and why it cannot
+    complaints = [(4, "there is no Python to check with")]
     for path in candidates:
         finished = run([path, "-c", _PROBE], 120, logs / "probe.log", {})
-        lines = finished.output.strip().splitlines()
-        if finished.code != 0 or not lines:
-            why = lines[-1] if lines else "no output"
-            complaints.append((3, f"{path} cannot be asked: {why}"))
+        lines = finished.output.strip().splitlines() or ["no output"]
+        if finished.code != 0:
+            complaints.append((3, f"{path} cannot be asked: {lines[-1]}"))
             continue
         # Whatever torch warns about comes before the last line.
         python = Python(path, json.loads(lines[-1]))
-        if device == "cuda" and "torch" in python.facts and not python.gpus:
-            complaints.append((1, python.blindness))
-        elif python.complaint is not None:
-            complaints.append((0 if "torch" in python.facts else 2, python.complaint))
-        else:
+        complaint = python.complaint(device)
+        if complaint is None:
             return python
-    if not complaints:
-        raise CannotCheckError("there is no Python to check with")
+        complaints.append(complaint)
     raise CannotCheckError(min(complaints)[1])
 
 

@@ -109,5 +109,6 @@ def _figures(rows: Any) -> list[str]:
         if not seconds or row["contestant"] == "copy":
             continue
         of_copy = f", {copy / seconds:.2f} of copy" if copy else ""
-        lines.append(f"  {row['case']} {row['contestant']}: {1e6 * seconds:.1f} µs{of_copy}")
+        who = " ".join(filter(None, [row.get("residual"), row["contestant"]]))
+        lines.append(f"  {row['case']} {who}: {1e6 * seconds:.1f} µs{of_copy}")
     return lines

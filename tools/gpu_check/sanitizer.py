@@ -29,13 +29,11 @@ def find(packages: Path) -> str | None:
     Args:
         packages: where the Python's packages lie.
     """
-    homes = [os.environ.get(name, "") for name in ("CUDA_HOME", "CUDA_PATH")]
-    homes += _TOOLKITS
-    places = os.get_exec_path()
-    places += [str(Path(home) / folder) for home in homes if home
-               for folder in ("bin", "compute-sanitizer")]  # fmt: skip
-    places += map(str, packages.glob("nvidia/*/bin"))
-    return shutil.which("compute-sanitizer", path=os.pathsep.join(places))
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), *_TOOLKITS]
+    places = [Path(home) / folder for home in homes if home
+              for folder in ("bin", "compute-sanitizer")]  # fmt: skip
+    places = [*os.get_exec_path(), *places, *packages.glob("nvidia/*/bin")]
+    return shutil.which("compute-sanitizer", path=os.pathsep.join(map(str, places)))
 
 
 def check(tool: str, setting: Setting, seconds: float) -> dict[str, Any]:
