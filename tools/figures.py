@@ -131,7 +131,8 @@ def operators(device: str, suite: str, folder: Path, plain: bool = False) -> lis
     run, everything, cases = chosen
     header = ["operator", "case", "one call", "time", "GB/s", "of copy"]
     header += [f"{wording.contestant(name)} takes" for name in RIVALS[device]]
-    rows, failures = [], []
+    rows: list[list[str]] = []
+    failures: dict[str, list[str]] = {}
     for case in cases:
         by_name = {row.contestant: row for row in everything if row.case == case.name}
         ours = by_name.get("ours")
@@ -140,7 +141,9 @@ def operators(device: str, suite: str, folder: Path, plain: bool = False) -> lis
         cells = [f"`{case.operator}`", case.shape, case.work]
         if ours.seconds is None:
             rows.append([*cells, ours.status, *["–"] * (2 + len(RIVALS[device]))])
-            failures.append(f"`{case.operator}` {case.shape}, {case.work}: {ours.reason}")
+            # Before it, an error names the shapes, which stand here anyway.
+            why = ours.reason.rsplit(": ", 1)[-1]
+            failures.setdefault(why, []).append(f"`{case.operator}` {case.shape} {case.work}")
             continue
         copy = _seconds_of(by_name.get("copy"))
         cells.append(seconds(ours.seconds))
@@ -151,8 +154,8 @@ def operators(device: str, suite: str, folder: Path, plain: bool = False) -> lis
             cells.append(_times(rival / ours.seconds) if rival else "–")
         rows.append(cells)
     table = markdown(header, rows, numbers=3 + len(RIVALS[device]))
-    listed = ["", *(f"- Failed: {one}" for one in failures)] if failures else []
-    return [*table, "", origin(run, everything), *listed]
+    said = [f"Failed: {', '.join(which)}: {why}." for why, which in failures.items()]
+    return [*table, "", " ".join([origin(run, everything), *said])]
 
 
 def plain(device: str, suite: str, folder: Path) -> list[str]:

@@ -41,6 +41,7 @@ def source(record: dict[str, Any], name: str) -> Html:
             "span",
             f"{record['date'][:10]}, {wording.version(record)}, {name}",
         ),
+        tag("span", f" {record['note']}") if record.get("note") else None,
         class_="source",
     )
 

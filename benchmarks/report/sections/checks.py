@@ -33,6 +33,8 @@ def _check(record: dict[str, Any]) -> Html:
         caption=f"Parts of {record['name']}",
     )
     outcome = "everything passed" if record.get("passed") else "not everything passed"
+    if "library_sets" in record:
+        outcome += f", in a library of {' and '.join(f'sm{one}' for one in record['library_sets'])}"
     heading = [wording.processor(record), tag("small", outcome)]
     return figure(heading, drawn, source(record, record["name"]))
 
