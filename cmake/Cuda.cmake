@@ -57,7 +57,7 @@ function(attnres_add_cuda target)
     add_library(${library} OBJECT ${sources})
     target_include_directories(${library} PRIVATE csrc/include csrc/cuda)
     # Compressed for size: every driver that CUDA 13 runs on can unpack it.
-    target_compile_options(${library} PRIVATE -lineinfo -Xcompiler=-Wall,-Wextra
+    target_compile_options(${library} PRIVATE -lineinfo -Xcompiler=-Wall,-Wextra,-Werror=switch-enum
                                               $<$<VERSION_GREATER_EQUAL:$<CUDA_COMPILER_VERSION>,12.8>:--compress-mode=size>)
     set_target_properties(${library} PROPERTIES CUDA_ARCHITECTURES "${ATTNRES_CUDA_TARGETS_${set}}"
                                                 CUDA_RUNTIME_LIBRARY Static)

@@ -86,7 +86,9 @@ class Buffer {
 };
 
 template <DType kDType>
-struct ValueOf {
+struct ValueOf;
+template <>
+struct ValueOf<DType::kFloat32> {
   using type = float;
 };
 template <>
@@ -169,7 +171,7 @@ void finish_score_gradient(const A* grad_score, const ConstRows& queries,
 
 template <typename F>
 void with_compute(DType compute, F&& f) {
-  if (compute == DType::kFloat64) {
+  if (is_double(compute)) {
     f(double{});
   } else {
     f(float{});

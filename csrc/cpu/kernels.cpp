@@ -14,43 +14,32 @@ using Storage = typename StorageOf<kDType>::type;
 
 // f(Access*) for the way to read a set of rows: by a storage type known when compiled if they share
 // one, else row by row.
-struct RowTypes {
-  DType first;
-  bool uniform = true;
-
-  template <typename Void>
-  void add(const RowsOf<Void>& rows) {
-    if (rows.data != nullptr && rows.dtype != first) uniform = false;
+template <typename F>
+void dispatch_access(DType compute, const SharedDType& shared, F&& f) {
+  if (is_double(compute)) {
+    if (shared.get() == DType::kFloat64) return f(static_cast<Uniform<double, double>*>(nullptr));
+    return f(static_cast<Mixed<double>*>(nullptr));
   }
-  template <typename Void>
-  void add(const RowsOf<Void>* rows, int count) {
-    for (int i = 0; i < count; ++i) add(rows[i]);
+  switch (shared.get()) {
+    case DType::kBFloat16:
+      return f(static_cast<Uniform<float, BFloat16>*>(nullptr));
+    case DType::kFloat16:
+      return f(static_cast<Uniform<float, Float16>*>(nullptr));
+    case DType::kFloat32:
+      return f(static_cast<Uniform<float, float>*>(nullptr));
+    case DType::kNone:
+      return f(static_cast<Mixed<float>*>(nullptr));
+    case DType::kFloat64:
+      break;
   }
-
-  template <typename F>
-  void dispatch(DType compute, F&& f) const {
-    if (compute == DType::kFloat64) {
-      if (uniform && first == DType::kFloat64)
-        return f(static_cast<Uniform<double, double>*>(nullptr));
-      return f(static_cast<Mixed<double>*>(nullptr));
-    }
-    if (!uniform) return f(static_cast<Mixed<float>*>(nullptr));
-    switch (first) {
-      case DType::kBFloat16:
-        return f(static_cast<Uniform<float, BFloat16>*>(nullptr));
-      case DType::kFloat16:
-        return f(static_cast<Uniform<float, Float16>*>(nullptr));
-      default:
-        return f(static_cast<Uniform<float, float>*>(nullptr));
-    }
-  }
-};
+  no_such_dtype();
+}
 
 template <template <typename> typename Scratch, typename Params>
 int64_t scratch_size(const Params& p) {
   // Counted on a made-up base address: nothing is dereferenced.
   Arena arena(nullptr);
-  if (p.compute == DType::kFloat64) {
+  if (is_double(p.compute)) {
     Scratch<double> scratch(arena, p);
   } else {
     Scratch<float> scratch(arena, p);
@@ -61,11 +50,12 @@ int64_t scratch_size(const Params& p) {
 void run_depth_attention_forward(const DepthAttentionForward& p, const SharedVectors& shared,
                                  TokenRange range) {
   [[maybe_unused]] const DenormalsAreZero mode;
-  RowTypes types{p.out.dtype};
+  SharedDType types;
+  types.add(p.out);
   types.add(p.sources, p.num_sources);
   types.add(p.delta);
   types.add(p.new_partial);
-  types.dispatch(p.compute, [&]<typename Access>(Access*) {
+  dispatch_access(p.compute, types, [&]<typename Access>(Access*) {
     depth_attention_forward<Access>(p, shared, range);
   });
 }
@@ -73,11 +63,12 @@ void run_depth_attention_forward(const DepthAttentionForward& p, const SharedVec
 void run_depth_attention_backward(const DepthAttentionBackward& p, const SharedVectors& shared,
                                   TokenRange range, void* part) {
   [[maybe_unused]] const DenormalsAreZero mode;
-  RowTypes types{p.grad_out.dtype};
+  SharedDType types;
+  types.add(p.grad_out);
   types.add(p.sources, p.num_sources);
   types.add(p.grad_sources, p.num_sources);
   types.add(p.grad_base, p.num_sources);
-  types.dispatch(p.compute, [&]<typename Access>(Access*) {
+  dispatch_access(p.compute, types, [&]<typename Access>(Access*) {
     depth_attention_backward<Access>(p, shared, range, part);
   });
 }
@@ -85,32 +76,33 @@ void run_depth_attention_backward(const DepthAttentionBackward& p, const SharedV
 void run_inter_block_forward(const InterBlockForward& p, const SharedVectors& shared,
                              TokenRange range) {
   [[maybe_unused]] const DenormalsAreZero mode;
-  RowTypes types{p.out.dtype};
+  SharedDType types;
+  types.add(p.out);
   types.add(p.sources, p.num_sources);
-  types.dispatch(p.compute,
-                 [&]<typename Access>(Access*) { inter_block_forward<Access>(p, shared, range); });
+  dispatch_access(p.compute, types,
+                  [&]<typename Access>(Access*) { inter_block_forward<Access>(p, shared, range); });
 }
 
 void run_inter_block_backward(const InterBlockBackward& p, const SharedVectors& shared,
                               TokenRange range, void* part) {
   [[maybe_unused]] const DenormalsAreZero mode;
-  RowTypes types{p.sources[0].dtype};
+  SharedDType types;
   types.add(p.grad_out);
   types.add(p.sources, p.num_sources);
   types.add(p.grad_sources, p.num_sources);
   types.add(p.grad_base, p.num_sources);
-  types.dispatch(p.compute, [&]<typename Access>(Access*) {
+  dispatch_access(p.compute, types, [&]<typename Access>(Access*) {
     inter_block_backward<Access>(p, shared, range, part);
   });
 }
 
 void run_block_cache_write(const BlockCacheWrite& p, int64_t begin, int64_t end) {
   [[maybe_unused]] const DenormalsAreZero mode;
-  RowTypes types{p.slot.dtype};
+  SharedDType types;
+  types.add(p.slot);
   types.add(p.delta);
-  const bool wide = p.slot.dtype == DType::kFloat64 || p.delta.dtype == DType::kFloat64;
-  types.dispatch(wide ? DType::kFloat64 : DType::kFloat32,
-                 [&]<typename Access>(Access*) { block_cache_write<Access>(p, begin, end); });
+  dispatch_access(p.compute, types,
+                  [&]<typename Access>(Access*) { block_cache_write<Access>(p, begin, end); });
 }
 
 }  // namespace

@@ -9,12 +9,12 @@ namespace {
 
 // A row of a tensor as the inner loops see it.
 struct Row {
-  const void* data;
-  DType dtype;
+  const void* data = nullptr;
+  DType dtype = DType::kNone;
 };
 struct MutableRow {
-  void* data;
-  DType dtype;
+  void* data = nullptr;
+  DType dtype = DType::kNone;
   bool streamed = false;  // written past the caches, see `streams`
 };
 
@@ -34,9 +34,9 @@ constexpr int64_t kStreamedBytes = 16 << 20;
 // Whether to write rows past the caches, given the bytes of all results of a call.
 ATTNRES_INLINE bool streams(const Rows& rows, int64_t result_bytes) {
   const auto at_line = [](int64_t bytes) __attribute__((always_inline)) { return bytes % 64 == 0; };
+  if (!kCanStream || rows.data == nullptr || result_bytes < kStreamedBytes) return false;
   const int64_t item = size_of(rows.dtype);
-  return kCanStream && result_bytes >= kStreamedBytes &&
-         at_line(reinterpret_cast<intptr_t>(rows.data)) && at_line(rows.inner_stride * item) &&
+  return at_line(reinterpret_cast<intptr_t>(rows.data)) && at_line(rows.inner_stride * item) &&
          at_line(rows.outer_stride * item);
 }
 
@@ -79,9 +79,11 @@ ATTNRES_INLINE auto with_storage(DType dtype, F&& f) {
     case DType::kFloat16:
       return f(static_cast<Float16*>(nullptr));
     case DType::kFloat32:
+      return f(static_cast<float*>(nullptr));
+    case DType::kNone:
       break;
   }
-  return f(static_cast<float*>(nullptr));
+  no_such_dtype();
 }
 
 template <typename Compute>
@@ -137,8 +139,9 @@ struct WholeTile {
     for (int k = 0; k + 1 < kVectors; k += 2) Access::store_pair(row, c + step(k), v[k], v[k + 1]);
     if constexpr (kVectors % 2 == 1) store(row, kVectors - 1, v[kVectors - 1]);
   }
-  // Asks for the tile's cache lines of a row that will be read later.
+  // Asks for the tile's cache lines of a row that will be read later, if there is one.
   void prefetch(Row row) const {
+    if (row.data == nullptr) return;
     const char* first = static_cast<const char*>(row_at(row.data, row.dtype, c));
     for (int64_t byte = 0; byte < step(kVectors) * size_of(row.dtype); byte += kCacheLine) {
       __builtin_prefetch(first + byte, 0, 2);
@@ -158,7 +161,9 @@ struct TailTile {
   Vec<A> load(Row row, int) const { return Access::load_tail(row, c, count); }
   void store(MutableRow row, int, Vec<A> v) const { Access::store_tail(row, c, v, count); }
   void store_all(MutableRow row, const Vec<A>* v) const { store(row, 0, v[0]); }
-  void prefetch(Row row) const { __builtin_prefetch(row_at(row.data, row.dtype, c), 0, 2); }
+  void prefetch(Row row) const {
+    if (row.data != nullptr) __builtin_prefetch(row_at(row.data, row.dtype, c), 0, 2);
+  }
   Vec<A> load(const A* p, int) const { return cpu::load_tail<A>(p + c, count); }
   void store(A* p, int, Vec<A> v) const { cpu::store_tail<A>(p + c, v, count); }
 };

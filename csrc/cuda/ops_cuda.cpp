@@ -173,8 +173,7 @@ void block_cache_write(const BlockCacheWrite& write, int index) {
   p.delta = write.delta;
   p.new_partial = write.slot;
   p.last_rstd = write.rstd;
-  const bool wide = write.slot.dtype == DType::kFloat64 || write.delta.dtype == DType::kFloat64;
-  p.compute = wide ? DType::kFloat64 : DType::kFloat32;
+  p.compute = write.compute;
   depth_attention_forward(p, index);
 }
 

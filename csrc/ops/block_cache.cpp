@@ -97,6 +97,7 @@ void block_cache_write(const Tensor& slots, const Tensor& rstd, const Tensor& de
   p.hidden = slots.size(2);
   p.delta = inputs.rows(delta);
   p.slot = slot_rows(slots, slot);
+  p.compute = compute_dtype(p.slot.dtype, p.delta.dtype);
   p.add = add;
   p.eps = eps;
   p.rstd = rstd_of(rstd, slot);

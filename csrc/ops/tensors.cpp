@@ -1,5 +1,7 @@
 #include "tensors.hpp"
 
+#include <algorithm>
+
 namespace attnres::ops {
 namespace {
 
@@ -12,9 +14,11 @@ int32_t dtype_code(DType dtype) {
     case DType::kFloat16:
       return aoti_torch_dtype_float16();
     case DType::kFloat32:
+      return aoti_torch_dtype_float32();
+    case DType::kNone:
       break;
   }
-  return aoti_torch_dtype_float32();
+  no_such_dtype();
 }
 
 template <typename R>
@@ -79,9 +83,11 @@ ScalarType scalar_type_of(DType dtype) {
     case DType::kFloat16:
       return ScalarType::Half;
     case DType::kFloat32:
+      return ScalarType::Float;
+    case DType::kNone:
       break;
   }
-  return ScalarType::Float;
+  no_such_dtype();
 }
 
 DType promote(DType a, DType b) {
@@ -90,7 +96,9 @@ DType promote(DType a, DType b) {
 }
 
 DType compute_dtype(DType a, DType b) {
-  return a == DType::kFloat64 || b == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+  // Of floating dtypes the float64 alone is wider than float32.
+  return std::max(size_of(a), size_of(b)) > size_of(DType::kFloat32) ? DType::kFloat64
+                                                                     : DType::kFloat32;
 }
 
 Shape shape_of(const Tensor& tensor) {

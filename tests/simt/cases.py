@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .build import Runner
 
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+#: attnres::DType; what is absent has none, 0.
+DTYPES = {torch.float32: 1, torch.float64: 2, torch.bfloat16: 3, torch.float16: 4}
 RINGS = {"cp_async": 0, "bulk": 1}
 ORDERS = {"forward": 0, "backward": 1, "random": 2}
 #: Kinds of cases, in the order of the runner's functions.
@@ -162,7 +163,7 @@ class Case(Sources):
         parts = [self.encode_head(seed, "forward"), struct.pack("=2q", known, self.in_place)]
         parts += [encode_rows(source) for source in self.sources]
         if self.absent_partial:
-            parts[-1] = encode_absent(self.sources[-1].view.dtype)
+            parts[-1] = encode_absent()
         for vector in (self.query, self.key_weight, self.out_weight):
             parts.append(encode_absent() if vector is None else encode_tensor(vector, 1, 0, 0))
         parts.append(encode_absent() if self.delta is None else encode_rows(self.delta))
@@ -192,9 +193,9 @@ def encode_head(case: Any, seed: int, kind: str, out_eps: float = 0.0) -> bytes:
     )
 
 
-def encode_absent(dtype: torch.dtype = torch.float32) -> bytes:
-    """A tensor that is not there."""
-    return struct.pack("=6q", DTYPES[dtype], 1, 0, 0, 0, -1)
+def encode_absent() -> bytes:
+    """A tensor that is not there: it has no dtype."""
+    return struct.pack("=6q", 0, 1, 0, 0, 0, -1)
 
 
 def encode_rows(rows: Rows) -> bytes:
@@ -217,7 +218,9 @@ def encode_output(
 ) -> bytes:
     """An output of contiguous rows; one of no elements is absent."""
     size = torch.Size(shape).numel() * dtype.itemsize
-    return struct.pack("=6q", DTYPES[dtype], 1 << 40, 0, hidden, offset, size or -1)
+    if size == 0:
+        return encode_absent()
+    return struct.pack("=6q", DTYPES[dtype], 1 << 40, 0, hidden, offset, size)
 
 
 @dataclass

@@ -16,15 +16,39 @@
 
 namespace attnres::cuda::inline ATTNRES_CUDA_SET {
 
-__device__ __forceinline__ constexpr int bytes_of(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+// f(T{}) for the storage type T of the dtype of something that is there. A float computation meets
+// float64 only among gains.
+template <typename F>
+__device__ __forceinline__ decltype(auto) with_storage(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return f(double{});
+    case DType::kBFloat16:
+      return f(__nv_bfloat16{});
+    case DType::kFloat16:
+      return f(__half{});
+    case DType::kFloat32:
+      return f(float{});
+    case DType::kNone:
+      break;
+  }
+  never();
+}
+
+__device__ __forceinline__ int bytes_of(DType dtype) {
+  return with_storage(dtype, [](auto type) { return static_cast<int>(sizeof(type)); });
 }
 
 template <typename T>
-constexpr DType kDTypeOf = std::is_same_v<T, double>          ? DType::kFloat64
-                           : std::is_same_v<T, __nv_bfloat16> ? DType::kBFloat16
-                           : std::is_same_v<T, __half>        ? DType::kFloat16
-                                                              : DType::kFloat32;
+constexpr DType kDTypeOf = DType::kNone;
+template <>
+inline constexpr DType kDTypeOf<double> = DType::kFloat64;
+template <>
+inline constexpr DType kDTypeOf<float> = DType::kFloat32;
+template <>
+inline constexpr DType kDTypeOf<__nv_bfloat16> = DType::kBFloat16;
+template <>
+inline constexpr DType kDTypeOf<__half> = DType::kFloat16;
 
 // Bytes that threads of this CTA may still be writing to, or that arrived in shared memory.
 struct SharedView {
@@ -134,22 +158,6 @@ __device__ __forceinline__ T narrow(Compute x) {
   } else {
     return static_cast<T>(x);
   }
-}
-
-// f(T{}) for the storage type T of `dtype`. A float computation meets float64 only among gains.
-template <typename F>
-__device__ __forceinline__ void with_storage(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return f(double{});
-    case DType::kBFloat16:
-      return f(__nv_bfloat16{});
-    case DType::kFloat16:
-      return f(__half{});
-    case DType::kFloat32:
-      break;
-  }
-  f(float{});
 }
 
 template <int kCount, typename Compute>

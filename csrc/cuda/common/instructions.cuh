@@ -12,6 +12,10 @@
 
 namespace attnres::cuda::inline ATTNRES_CUDA_SET {
 
+// Where nothing comes that the host has let pass. The simulator stops here; a trap would cost some
+// 20 registers.
+[[noreturn]] __device__ __forceinline__ void never() { __builtin_unreachable(); }
+
 // Where am I.
 __device__ __forceinline__ int thread_rank() { return static_cast<int>(threadIdx.x); }
 __device__ __forceinline__ int cta_rank() { return static_cast<int>(blockIdx.x); }

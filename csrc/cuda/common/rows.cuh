@@ -30,9 +30,17 @@ __device__ __forceinline__ Byte* row_at(const ByteRowsOf<Byte>& rows, int64_t ro
   return rows.data + (m / rows.inner) * rows.outer_bytes + (m % rows.inner) * rows.inner_bytes;
 }
 
+// Of rows or a vector, as kernels get it: what is there has one, kernels count on that.
+template <typename Tensor>
+DType dtype_of(const Tensor& tensor) {
+  if (tensor.data != nullptr && tensor.dtype == DType::kNone) no_such_dtype();
+  return tensor.dtype;
+}
+
 // On the host, for `num_tokens` < 2^31 rows.
 template <typename Byte, typename Void>
 ByteRowsOf<Byte> byte_rows(const RowsOf<Void>& rows, int64_t num_tokens) {
+  if (rows.data == nullptr) return {};
   const int64_t size = size_of(rows.dtype);
   // Rows evenly spaced over both levels need only one.
   const bool one_level =
@@ -46,16 +54,23 @@ inline bool is_aligned(const void* p, int64_t bytes) {
 }
 template <typename Void>
 bool is_aligned(const RowsOf<Void>& rows, int64_t bytes) {
+  if (rows.data == nullptr) return true;
   const int64_t size = size_of(rows.dtype);
   return is_aligned(rows.data, bytes) && rows.outer_stride * size % bytes == 0 &&
          rows.inner_stride * size % bytes == 0;
+}
+
+// Bytes of a value of rows, or 0 where they are absent.
+template <typename Void>
+int64_t value_bytes(const RowsOf<Void>& rows) {
+  return rows.data == nullptr ? 0 : size_of(rows.dtype);
 }
 
 // Bytes of a value of the widest of an operator's sources.
 template <typename Params>
 int64_t widest_source(const Params& p) {
   int64_t widest = 0;
-  for (int i = 0; i < p.num_sources; ++i) widest = std::max(widest, size_of(p.sources[i].dtype));
+  for (int i = 0; i < p.num_sources; ++i) widest = std::max(widest, value_bytes(p.sources[i]));
   return widest;
 }
 

@@ -23,16 +23,14 @@ inline bool rows_are_aligned(const DepthAttentionBackward& p) {
   return aligned;
 }
 
-inline bool one_dtype(const DepthAttentionBackward& p) {
-  const DType dtype = p.grad_out.dtype;
-  const auto fits = [dtype](const auto& rows) {
-    return rows.data == nullptr || rows.dtype == dtype;
-  };
-  bool same = true;
-  for (int i = 0; i < p.num_sources; ++i) {
-    same = same && fits(p.sources[i]) && fits(p.grad_sources[i]) && fits(p.grad_base[i]);
-  }
-  return same;
+// Of all rows that are there, or kNone.
+inline DType shared_dtype(const DepthAttentionBackward& p) {
+  SharedDType shared;
+  shared.add(p.sources, p.num_sources);
+  shared.add(p.grad_out);
+  shared.add(p.grad_sources, p.num_sources);
+  shared.add(p.grad_base, p.num_sources);
+  return shared.get();
 }
 
 template <typename Compute, int kCapacity, typename Team>
@@ -58,7 +56,7 @@ auto make_backward_args(const DepthAttentionBackward& p, int width, const DepthA
 template <typename Compute, typename Launch>
 auto launch_weight_gradients(const DepthAttentionBackward& p, int num_parts, Launch&& launch) {
   const auto gradient = [](const Vector& v) {
-    return GainGradient{static_cast<std::byte*>(v.data), v.dtype};
+    return GainGradient{static_cast<std::byte*>(v.data), dtype_of(v)};
   };
   const WeightGradientArgs<Compute> args = {static_cast<const Compute*>(p.parts),
                                             num_parts,
@@ -165,7 +163,7 @@ auto launch_depth_attention_backward(const DepthAttentionBackward& p, const Devi
                                      Launch&& launch) {
   // 16 values of a row a thread: see depth_attention_backward_registers().
   constexpr int kMostInOneSpan = 16 * kMaxComputeThreads;
-  if (p.compute == DType::kFloat64) {
+  if (is_double(p.compute)) {
     using Policy = DepthAttentionPolicy<Mixed<double, 1>, Direct, 4>;
     return launch_backward_with<Policy, kMaxSources>(p, limits, launch);
   }
@@ -187,21 +185,24 @@ auto launch_depth_attention_backward(const DepthAttentionBackward& p, const Devi
     using Policy = DepthAttentionPolicy<Mixed<float, 8>, Direct, 2>;
     return launch_backward_with<Policy, kMaxSources>(p, limits, launch);
   }
-  if (!one_dtype(p) || p.num_sources > kShortTable) {
-    using Policy = DepthAttentionPolicy<Mixed<float, 8>, Ring, 2>;
-    return launch_backward_with<Policy, kMaxSources>(p, limits, launch);
-  }
-  switch (p.grad_out.dtype) {
+  const DType dtype = p.num_sources > kShortTable ? DType::kNone : shared_dtype(p);
+  switch (dtype) {
+    case DType::kNone:
+      return launch_backward_with<DepthAttentionPolicy<Mixed<float, 8>, Ring, 2>, kMaxSources>(
+          p, limits, launch);
     case DType::kBFloat16:
       return launch_backward_with<DepthAttentionPolicy<Uniform<__nv_bfloat16>, Ring, 2>,
                                   kShortTable>(p, limits, launch);
     case DType::kFloat16:
       return launch_backward_with<DepthAttentionPolicy<Uniform<__half>, Ring, 2>, kShortTable>(
           p, limits, launch);
-    default:
+    case DType::kFloat32:
       return launch_backward_with<DepthAttentionPolicy<Uniform<float>, Ring, 4>, kShortTable>(
           p, limits, launch);
+    case DType::kFloat64:
+      break;
   }
+  no_such_dtype();
 }
 
 }  // namespace attnres::cuda::inline ATTNRES_CUDA_SET

@@ -24,12 +24,14 @@ inline bool rows_are_aligned(const DepthAttentionForward& p) {
   return aligned;
 }
 
-inline bool one_dtype(const DepthAttentionForward& p) {
-  const DType dtype = p.sources[0].dtype;
-  bool same = (p.out.data == nullptr || p.out.dtype == dtype) &&
-              (p.delta.data == nullptr || (p.delta.dtype == dtype && p.new_partial.dtype == dtype));
-  for (int i = 0; i < p.num_sources; ++i) same = same && p.sources[i].dtype == dtype;
-  return same;
+// Of all rows that are there, or kNone.
+inline DType shared_dtype(const DepthAttentionForward& p) {
+  SharedDType shared;
+  shared.add(p.sources, p.num_sources);
+  shared.add(p.delta);
+  shared.add(p.new_partial);
+  shared.add(p.out);
+  return shared.get();
 }
 
 // Rows that the first sweep over a token loads.
@@ -39,7 +41,7 @@ inline int num_forward_steps(const DepthAttentionForward& p) {
 }
 
 inline GainVector gain_vector(const ConstVector& v) {
-  return {static_cast<const std::byte*>(v.data), v.dtype};
+  return {static_cast<const std::byte*>(v.data), dtype_of(v)};
 }
 
 static_assert(depth_attention_team_bytes(2, 3, 5) ==
@@ -94,7 +96,7 @@ DepthAttentionShape forward_shape(const DepthAttentionForward& p) {
   using Args = DepthAttentionForwardArgs<Compute, 1, typename Policy::Team>;
   using Thread = DepthAttentionThread<Policy, Args>;
   const int64_t widest =
-      std::max(widest_source(p), p.delta.data == nullptr ? 0 : size_of(p.delta.dtype));
+      std::max({widest_source(p), value_bytes(p.delta), value_bytes(p.new_partial)});
   return {.row_chunks = p.hidden / Elements::kWidth,
           .chunk_bytes = Elements::kWidth * static_cast<int>(widest),
           .chunks_per_thread = Policy::kChunks,
@@ -208,7 +210,7 @@ auto launch_forward_through(const DepthAttentionForward& p, const DeviceLimits& 
 template <template <typename, int, typename> class Ring, typename Team, typename Launch>
 auto launch_depth_attention_forward(const DepthAttentionForward& p, const DeviceLimits& limits,
                                     Launch&& launch) {
-  if (p.compute == DType::kFloat64) {
+  if (is_double(p.compute)) {
     using Policy = DepthAttentionPolicy<Mixed<double, 1>, Direct, 4>;
     return launch_forward_with<Policy, kMaxSources>(p, limits, launch);
   }
@@ -216,19 +218,22 @@ auto launch_depth_attention_forward(const DepthAttentionForward& p, const Device
     using Policy = DepthAttentionPolicy<Mixed<float, 1>, Direct, 8>;
     return launch_forward_with<Policy, kMaxSources>(p, limits, launch);
   }
-  if (!one_dtype(p)) {
-    using Alone = DepthAttentionPolicy<Mixed<float, 8>, Ring, 2>;
-    using Shared = DepthAttentionPolicy<Mixed<float, 8>, Ring, 2, Team>;
-    return launch_forward_alone_or_shared<Alone, Shared, kMaxSources>(p, limits, launch);
-  }
-  switch (p.out.dtype) {
+  switch (shared_dtype(p)) {
+    case DType::kNone: {
+      using Alone = DepthAttentionPolicy<Mixed<float, 8>, Ring, 2>;
+      using Shared = DepthAttentionPolicy<Mixed<float, 8>, Ring, 2, Team>;
+      return launch_forward_alone_or_shared<Alone, Shared, kMaxSources>(p, limits, launch);
+    }
     case DType::kBFloat16:
       return launch_forward_through<Uniform<__nv_bfloat16>, Ring, Team>(p, limits, launch);
     case DType::kFloat16:
       return launch_forward_through<Uniform<__half>, Ring, Team>(p, limits, launch);
-    default:
+    case DType::kFloat32:
       return launch_forward_through<Uniform<float>, Ring, Team>(p, limits, launch);
+    case DType::kFloat64:
+      break;
   }
+  no_such_dtype();
 }
 
 }  // namespace attnres::cuda::inline ATTNRES_CUDA_SET

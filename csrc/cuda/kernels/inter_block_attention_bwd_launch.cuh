@@ -23,16 +23,14 @@ inline bool rows_are_aligned(const InterBlockBackward& p) {
   return aligned;
 }
 
-// Of all rows that are there.
-inline bool have_dtype(const InterBlockBackward& p, DType dtype) {
-  const auto fits = [dtype](const auto& rows) {
-    return rows.data == nullptr || rows.dtype == dtype;
-  };
-  bool same = fits(p.grad_out);
-  for (int i = 0; i < p.num_sources; ++i) {
-    same = same && fits(p.sources[i]) && fits(p.grad_sources[i]) && fits(p.grad_base[i]);
-  }
-  return same;
+// Of all rows that are there, or kNone.
+inline DType shared_dtype(const InterBlockBackward& p) {
+  SharedDType shared;
+  shared.add(p.sources, p.num_sources);
+  shared.add(p.grad_out);
+  shared.add(p.grad_sources, p.num_sources);
+  shared.add(p.grad_base, p.num_sources);
+  return shared.get();
 }
 
 // Whether a gradient is added to what another source's has left: those two have an order.
@@ -50,7 +48,7 @@ template <typename Compute, typename Launch>
 auto launch_inter_block_weight_gradients(const InterBlockBackward& p, int num_parts,
                                          Launch&& launch) {
   const auto gradient = [](const Rows& rows) {
-    return GradientRows{static_cast<std::byte*>(rows.data), rows.dtype};
+    return GradientRows{static_cast<std::byte*>(rows.data), dtype_of(rows)};
   };
   const InterBlockWeightGradientArgs<Compute> args = {
       static_cast<const Compute*>(p.parts),
@@ -84,8 +82,8 @@ auto launch_inter_block_backward_with(const InterBlockBackward& p, const DeviceL
   if (p.num_parts > 0) most_teams = std::min(most_teams, p.num_parts);
   const bool has_out = p.grad_out.data != nullptr;
   const InterBlockShape shape = inter_block_shape<Products, kUsesSlots>(
-      p, has_out ? size_of(p.grad_out.dtype) : 0,
-      p.num_sources + (has_out ? static_cast<int>(p.num_queries) : 0), p.num_parts > 0);
+      p, value_bytes(p.grad_out), p.num_sources + (has_out ? static_cast<int>(p.num_queries) : 0),
+      p.num_parts > 0);
   const InterBlockGrid grid =
       inter_block_grid<kKernel, Policy, Args>(shape, p.num_tokens, most_teams, limits, launch);
   if constexpr (kUsesSlots) {
@@ -121,9 +119,9 @@ auto launch_inter_block_attention_backward(const InterBlockBackward& p, const De
     using Policy = InterBlockPolicy<ScalarProducts<Mixed<float, 8>, kMatrices>, Ring, Team>;
     return launch_inter_block_backward_with<Policy, kMaxSources>(p, limits, launch, in_place_float);
   };
-  if (p.compute == DType::kFloat64) return in_place(double{});
+  if (is_double(p.compute)) return in_place(double{});
   if (!rows_are_aligned(p)) return in_place_float();
-  if (!have_dtype(p, DType::kBFloat16) || share_gradients(p)) return by_ordinary_arithmetic();
+  if (shared_dtype(p) != DType::kBFloat16 || share_gradients(p)) return by_ordinary_arithmetic();
   using Policy = InterBlockPolicy<TensorProducts<__nv_bfloat16, kMatrices>, Ring, Team>;
   return dispatch_bool(p.num_sources <= kShortTable, [&](auto is_short) {
     return launch_inter_block_backward_with<Policy, is_short.value ? kShortTable : kMaxSources>(

@@ -21,10 +21,12 @@ inline bool rows_are_aligned(const InterBlockForward& p) {
   return aligned;
 }
 
-inline bool one_dtype(const InterBlockForward& p) {
-  bool same = true;
-  for (int i = 0; i < p.num_sources; ++i) same = same && p.sources[i].dtype == p.out.dtype;
-  return same;
+// Of all rows that are there, or kNone.
+inline DType shared_dtype(const InterBlockForward& p) {
+  SharedDType shared;
+  shared.add(p.sources, p.num_sources);
+  shared.add(p.out);
+  return shared.get();
 }
 
 static_assert(inter_block_team_bytes(2, 24) == Exchange::bytes(24));
@@ -138,21 +140,29 @@ auto launch_inter_block_attention_forward(const InterBlockForward& p, const Devi
     return launch_inter_block_with<Policy, kMaxSources>(p, limits, launch, nullptr);
   };
   const auto in_place_float = [&] { return in_place(float{}); };
-  if (p.compute == DType::kFloat64) return in_place(double{});
+  if (is_double(p.compute)) return in_place(double{});
   if (!rows_are_aligned(p)) return in_place_float();
-  if (one_dtype(p) && p.out.dtype != DType::kFloat32) {
-    const auto on_tensor_cores = [&]<typename T>(T) {
-      using Policy = InterBlockPolicy<TensorProducts<T, 1>, Ring, Team>;
-      return dispatch_bool(p.num_sources <= kShortTable, [&](auto is_short) {
-        return launch_inter_block_with<Policy, is_short.value ? kShortTable : kMaxSources>(
-            p, limits, launch, in_place_float);
-      });
-    };
-    return p.out.dtype == DType::kBFloat16 ? on_tensor_cores(__nv_bfloat16{})
-                                           : on_tensor_cores(__half{});
+  const auto on_tensor_cores = [&]<typename T>(T) {
+    using Policy = InterBlockPolicy<TensorProducts<T, 1>, Ring, Team>;
+    return dispatch_bool(p.num_sources <= kShortTable, [&](auto is_short) {
+      return launch_inter_block_with<Policy, is_short.value ? kShortTable : kMaxSources>(
+          p, limits, launch, in_place_float);
+    });
+  };
+  switch (shared_dtype(p)) {
+    case DType::kBFloat16:
+      return on_tensor_cores(__nv_bfloat16{});
+    case DType::kFloat16:
+      return on_tensor_cores(__half{});
+    case DType::kFloat32:
+    case DType::kNone: {
+      using Policy = InterBlockPolicy<ScalarProducts<Mixed<float, 8>, 1>, Ring, Team>;
+      return launch_inter_block_with<Policy, kMaxSources>(p, limits, launch, in_place_float);
+    }
+    case DType::kFloat64:
+      break;
   }
-  using Policy = InterBlockPolicy<ScalarProducts<Mixed<float, 8>, 1>, Ring, Team>;
-  return launch_inter_block_with<Policy, kMaxSources>(p, limits, launch, in_place_float);
+  no_such_dtype();
 }
 
 }  // namespace attnres::cuda::inline ATTNRES_CUDA_SET

@@ -24,9 +24,11 @@ decltype(auto) dispatch_dtype(DType dtype, F&& f) {
     case DType::kFloat16:
       return f(std::integral_constant<DType, DType::kFloat16>{});
     case DType::kFloat32:
+      return f(std::integral_constant<DType, DType::kFloat32>{});
+    case DType::kNone:
       break;
   }
-  return f(std::integral_constant<DType, DType::kFloat32>{});
+  no_such_dtype();
 }
 
 }  // namespace attnres

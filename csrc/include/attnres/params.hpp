@@ -4,12 +4,49 @@
 
 #include <cstdint>
 
+// The CPU kernels are compiled for several instruction sets, and a linker must find nothing of
+// theirs to merge.
+#define ATTNRES_ALWAYS_INLINE __attribute__((always_inline)) constexpr
+
 namespace attnres {
 
-enum class DType : int8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+// kNone is the dtype of what is absent. Every switch names all of them and has no default, so that
+// a new one does not compile before each of them knows it; asking for the dtype of what is absent
+// is a mistake in this library, which must not pass for a dtype.
+enum class DType : int8_t { kNone, kFloat32, kFloat64, kBFloat16, kFloat16 };
 
-constexpr int64_t size_of(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+// Ends the program: nothing sensible can follow.
+[[noreturn]] __attribute__((always_inline)) inline void no_such_dtype() { __builtin_trap(); }
+
+// Bytes of a value.
+ATTNRES_ALWAYS_INLINE int64_t size_of(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return 8;
+    case DType::kFloat32:
+      return 4;
+    case DType::kBFloat16:
+    case DType::kFloat16:
+      return 2;
+    case DType::kNone:
+      break;
+  }
+  no_such_dtype();
+}
+
+// Whether a computation, which is in float32 or float64, is in float64.
+ATTNRES_ALWAYS_INLINE bool is_double(DType compute) {
+  switch (compute) {
+    case DType::kFloat64:
+      return true;
+    case DType::kFloat32:
+      return false;
+    case DType::kBFloat16:
+    case DType::kFloat16:
+    case DType::kNone:
+      break;
+  }
+  no_such_dtype();
 }
 
 // Longest list of sources an operator takes: the table of a CUDA kernel's parameters holds this
@@ -24,9 +61,9 @@ struct RowsOf {
   int64_t inner = 1;
   int64_t outer_stride = 0;
   int64_t inner_stride = 0;
-  DType dtype = DType::kFloat32;
+  DType dtype = DType::kNone;
 
-  constexpr int64_t offset(int64_t m) const {
+  ATTNRES_ALWAYS_INLINE int64_t offset(int64_t m) const {
     return (m / inner) * outer_stride + (m % inner) * inner_stride;
   }
 };
@@ -37,10 +74,31 @@ using ConstRows = RowsOf<const void>;
 template <typename Void>
 struct VectorOf {
   Void* data = nullptr;
-  DType dtype = DType::kFloat32;
+  DType dtype = DType::kNone;
 };
 using Vector = VectorOf<void>;
 using ConstVector = VectorOf<const void>;
+
+// The dtype that all rows added so far have which are there; kNone where they differ, or where none
+// is there.
+class SharedDType {
+ public:
+  template <typename Void>
+  ATTNRES_ALWAYS_INLINE void add(const RowsOf<Void>& rows) {
+    if (rows.data == nullptr) return;
+    dtype_ = is_first_ || dtype_ == rows.dtype ? rows.dtype : DType::kNone;
+    is_first_ = false;
+  }
+  template <typename Void>
+  ATTNRES_ALWAYS_INLINE void add(const RowsOf<Void>* rows, int count) {
+    for (int i = 0; i < count; ++i) add(rows[i]);
+  }
+  ATTNRES_ALWAYS_INLINE DType get() const { return dtype_; }
+
+ private:
+  DType dtype_ = DType::kNone;
+  bool is_first_ = true;
+};
 
 // out = softmax-weighted mix of N sources, optionally RMS-normalised.
 //
@@ -56,8 +114,7 @@ struct DepthAttentionForward {
   int64_t num_tokens = 0;
   int64_t hidden = 0;
   int num_sources = 0;
-  DType compute =
-      DType::kFloat32;  // kFloat32 or kFloat64: dtype of logits, sums, weights and stats
+  DType compute = DType::kNone;  // kFloat32 or kFloat64: dtype of logits, sums, weights and stats
 
   const ConstRows* sources = nullptr;  // [N] on the host
   ConstVector query;                   // [D]
@@ -86,7 +143,7 @@ struct DepthAttentionBackward {
   int64_t num_tokens = 0;
   int64_t hidden = 0;
   int num_sources = 0;
-  DType compute = DType::kFloat32;
+  DType compute = DType::kNone;
 
   const ConstRows* sources =
       nullptr;  // [N]; block summation has been done: the last one is the new partial
@@ -122,7 +179,7 @@ struct InterBlockForward {
   int64_t hidden = 0;
   int num_sources = 0;
   int64_t num_queries = 0;
-  DType compute = DType::kFloat32;
+  DType compute = DType::kNone;
 
   const ConstRows* sources = nullptr;  // [N]
   ConstRows queries;                   // [S, D]
@@ -143,7 +200,7 @@ struct InterBlockBackward {
   int64_t hidden = 0;
   int num_sources = 0;
   int64_t num_queries = 0;
-  DType compute = DType::kFloat32;
+  DType compute = DType::kNone;
 
   const ConstRows* sources = nullptr;  // [N]
   ConstRows queries;                   // [S, D]
@@ -169,6 +226,7 @@ struct BlockCacheWrite {
   const char* op = "";  // the operator that was called, for error messages
   int64_t num_tokens = 0;
   int64_t hidden = 0;
+  DType compute = DType::kNone;
   ConstRows delta;
   Rows slot;
   bool add = false;

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 
 #include "common/set.cuh"
@@ -25,6 +26,8 @@
 #endif
 
 namespace attnres::cuda {
+
+[[noreturn]] inline void never() { std::abort(); }
 
 inline int thread_rank() { return simt::thread_rank(); }
 inline int cta_rank() { return simt::cta_rank(); }
