@@ -284,6 +284,16 @@ def assert_same_bits(name: str, a: Tensor | None, b: Tensor | None) -> None:
     assert bool(same.all()), f"{name}: {int((~same).sum())} of {a.numel()} elements differ"
 
 
+def assert_same_sums(name: str, a: Tensor, b: Tensor, terms: int) -> None:
+    """Equal up to the order in which ``terms`` products are summed, and the rounding of a result
+    that this order may turn over."""
+    assert a.dtype == b.dtype, f"{name}: {a.dtype} and {b.dtype}"
+    compute = torch.promote_types(a.dtype, torch.float32)
+    order = 2 * math.sqrt(terms) * torch.finfo(compute).eps
+    allowed = (torch.finfo(a.dtype).eps + order) * magnitude(b)
+    assert distance(a, b) <= allowed, f"{name}: apart by {distance(a, b):.3e} > {allowed:.3e}"
+
+
 def assert_all_same_bits(a: Mapping[str, Tensor | None], b: Mapping[str, Tensor | None]) -> None:
     assert a.keys() == b.keys()
     for name in a:

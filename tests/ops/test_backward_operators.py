@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import attnres_ext
-from tests.helpers import assert_same_bits
+from tests.helpers import assert_same_bits, assert_same_sums
 from tests.ops.cases import LAYOUTS, make_sources, make_weights
 
 TOKENS, HIDDEN, COUNT = 6, 40, 3
@@ -80,6 +80,14 @@ def backward(op: str, arguments: dict[str, Any]) -> list[Any]:
     return list(getattr(ops(), f"{op}_backward")(**arguments))
 
 
+def assert_same(name: str, a: Tensor, b: Tensor, *, bits: bool) -> None:
+    """The same bits; or the same sums, by kernels that take them in different orders."""
+    if bits:
+        assert_same_bits(name, a, b)
+    else:
+        assert_same_sums(name, a, b, TOKENS * COUNT * HIDDEN)
+
+
 def in_place(
     op: str, arguments: dict[str, Any], gradients: list[Tensor], add: list[bool]
 ) -> list[Tensor]:
@@ -139,13 +147,15 @@ def test_accumulation(device: str, op: str, dtype: torch.dtype, layout: str) -> 
     arguments = make(op, dtype, device)
     sources, *rest = backward(op, arguments)
     add = [False, True, True]
+    # Rows that cannot be copied 16 bytes at a time have a kernel of their own on CUDA.
+    bits = device == "cpu" or layout in ("contiguous", "sliced_tokens")
     gradients = make_sources(COUNT, (TOKENS, HIDDEN), dtype=dtype, layout=layout, device=device)
     gradients[0].fill_(torch.nan)
     before = [g.clone() for g in gradients]
     same = in_place(op, arguments, gradients, add)
     for i, gradient in enumerate(rest):
-        assert_same_bits(f"weight gradient {i}", same[i], gradient)
-    assert_same_bits("overwritten", gradients[0], sources[0])
+        assert_same(f"weight gradient {i}", same[i], gradient, bits=bits)
+    assert_same("overwritten", gradients[0], sources[0], bits=bits)
     for i in (1, 2):
         # Rounded once, after the addition: half an ulp of the sum away from the exact one, where
         # the fresh gradient itself was rounded by half an ulp.
@@ -162,8 +172,10 @@ def test_accumulation_rounds_once(device: str, op: str) -> None:
     wide = [torch.zeros(TOKENS, HIDDEN, device=device) for _ in range(COUNT)]
     in_place(op, arguments, wide, [False] * COUNT)
     sources, *_ = backward(op, arguments)
+    # Phase 1 over rows of two dtypes does without tensor cores.
+    bits = device == "cpu" or op != "inter_block_attention"
     for i in range(COUNT):
-        assert_same_bits("rounded", wide[i].bfloat16(), sources[i])
+        assert_same("rounded", wide[i].bfloat16(), sources[i], bits=bits)
         assert not torch.equal(wide[i], sources[i].float())
     twice = [w.clone() for w in wide]
     in_place(op, arguments, twice, [True] * COUNT)
