@@ -30,6 +30,7 @@ __all__ = [
     "InterBlockAttention",
     "MergePartial",
     "Options",
+    "accumulate_gradients",
     "below_autograd",
     "inter_block_gradients",
     "like",
@@ -215,7 +216,7 @@ def _zero_gradient(sources: Sequence[Tensor]) -> Tensor:
 # accumulate_depth_attention
 
 
-def _accumulate_gradients(
+def accumulate_gradients(
     saved: Sequence[Tensor | None],
     options: Options,
     needs: list[bool],
@@ -291,7 +292,7 @@ class AccumulateDepthAttention(torch.autograd.Function):
         needs = ctx.needs_input_grad
         saved = ctx.saved_tensors  # unpacking may recompute them, which wants autograd
         with below_autograd(False):
-            blocks, partial, weights = _accumulate_gradients(
+            blocks, partial, weights = accumulate_gradients(
                 saved,
                 ctx.options,
                 [*needs[6:], needs[4] or needs[5], *needs[1:4]],
@@ -324,7 +325,7 @@ def _setup_accumulate(ctx, inputs, output) -> None:
 
 @_registered
 def _accumulate_backward(ctx, needs, grad_hidden, grad_new_partial, *_):
-    blocks, partial, weights = _accumulate_gradients(
+    blocks, partial, weights = accumulate_gradients(
         ctx.saved_tensors,
         ctx.options,
         [*needs[2], needs[0] or needs[1], *needs[3:6]],

@@ -19,7 +19,7 @@ from attnres_ext.recomputation import keep
 from attnres_ext.side_stream import follow
 from attnres_ext.torch_internals import backward_pass, is_transformed, may_have_hooks
 
-__all__ = ["GradientBuffer", "can_gather", "can_tap", "tap"]
+__all__ = ["GradientBuffer", "after", "can_gather", "can_tap", "tap", "tap_with_end"]
 
 
 class GradientBuffer:
@@ -75,15 +75,15 @@ class GradientBuffer:
 
 class _Tap(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, tensor: Tensor, buffer: GradientBuffer) -> Tensor:
+    def forward(ctx, tensor: Tensor, buffer: GradientBuffer) -> tuple[Tensor, Tensor]:
         # No reader but our operators: the incoming gradient is None, not zeros.
         ctx.set_materialize_grads(False)
         ctx.buffer = buffer
         ctx.save_for_backward(tensor)
-        return tensor.view_as(tensor)
+        return tensor.view_as(tensor), tensor.view_as(tensor)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor | None) -> tuple[Tensor | None, None]:
+    def backward(ctx, gradient: Tensor | None, _) -> tuple[Tensor | None, None]:
         collected = ctx.buffer.take()
         if collected is None:
             return gradient, None
@@ -93,9 +93,31 @@ class _Tap(torch.autograd.Function):
         return refuse_second_derivative(collected, ctx.saved_tensors), None
 
 
+class _After(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor: Tensor, earlier: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor | None) -> tuple[Tensor | None, None]:
+        return gradient, None
+
+
+def after(tensor: Tensor, earlier: Tensor) -> Tensor:
+    """``tensor`` itself; in the backward it comes before whatever made ``earlier``."""
+    return _After.apply(tensor, earlier)
+
+
 def tap(tensor: Tensor, buffer: GradientBuffer) -> Tensor:
     """``tensor`` itself in value; in the backward, its gradient plus whatever ``buffer``
     collected."""
+    return tap_with_end(tensor, buffer)[0]
+
+
+def tap_with_end(tensor: Tensor, buffer: GradientBuffer) -> tuple[Tensor, Tensor]:
+    """:func:`tap`, and the same in value once more, for readers that add to ``buffer`` alone: the
+    tap comes after them, and takes no gradient from them."""
     # Kept as it is under a checkpoint too: a block stays in memory anyway, and recomputation does
     # not come by here again.
     with keep(None):

@@ -34,7 +34,7 @@ from attnres_ext.torch_internals import backward_pass
 if TYPE_CHECKING:
     from attnres_ext.residual_state import Reading
 
-__all__ = ["FunctionalPhaseOne", "GatheringPhaseOne"]
+__all__ = ["FunctionalPhaseOne", "GatheringPhaseOne", "PhaseOneResults", "merge_gradients"]
 
 _ops = torch.ops.attnres
 
@@ -162,6 +162,28 @@ class PhaseOneResults:
         self._written.add(index)
         return self._gradients[0][index], self._gradients[1][index]
 
+    def differentiate(
+        self, options: Options, needs: Sequence[bool], inputs: Sequence[Tensor] | None = None
+    ) -> tuple[list[Tensor | None], list[Tensor | None]] | None:
+        """Gradients of the blocks, and of queries and key gains, once all merges have run backward;
+        None if none of them has.
+
+        Args:
+            options: Where blocks' gradients go.
+            needs: For each block, then for queries and key gains.
+            inputs: Queries, key gains and blocks as autograd saved them.
+        """
+        gradients = self.take_gradients()
+        if gradients is None:
+            return None
+        blocks, queries, key_weights = self._inputs
+        if inputs is not None:
+            queries, key_weights, *blocks = inputs
+        saved = (queries, key_weights, self.get()[2], *blocks)
+        self.drop()
+        with below_autograd(False):
+            return inter_block_gradients(saved, options, list(needs), *gradients)
+
     def take_gradients(self) -> tuple[Tensor, Tensor] | None:
         """The gradients that this backward pass collected, zero for sites it did not visit; None
         without any."""
@@ -197,18 +219,13 @@ class _PhaseOne(torch.autograd.Function):
     @first_order_only
     def backward(ctx, _):
         needs = ctx.needs_input_grad
-        results = ctx.results()
-        gradients = results.take_gradients()
+        gradients = ctx.results().differentiate(
+            ctx.options, [*needs[4:], *needs[2:4]], ctx.saved_tensors
+        )
         if gradients is None:
             return (None,) * len(needs)
-        queries, key_weights, *blocks = ctx.saved_tensors
-        saved = (queries, key_weights, results.get()[2], *blocks)
-        results.drop()
-        with below_autograd(False):
-            grad_blocks, weights = inter_block_gradients(
-                saved, ctx.options, [*needs[4:], *needs[2:4]], *gradients
-            )
-        return None, None, *weights, *grad_blocks
+        blocks, weights = gradients
+        return None, None, *weights, *blocks
 
 
 class _Merge(torch.autograd.Function):
@@ -245,30 +262,61 @@ class _Merge(torch.autograd.Function):
                     "attnres: phase 1 has run backward and its graph is freed; to go through it "
                     "again, pass retain_graph=True the first time"
                 )
-            out, lse, _ = results.get()
-            arguments = (
-                grad_hidden, grad_value, out[index], lse[index], value, query, key_weight,
-                out_weight, options.eps, options.out_eps, options.scale,
-            )  # fmt: skip
             wants = [needs[7] or needs[8], *needs[4:7]]
-            if needs[3]:
-                grad_out, grad_lse = results.gradient_rows(index)
-                dtype = compute_dtype([out, value])
-                written = grad_lse if dtype == lse.dtype else grad_lse.to(dtype)
-                with below_autograd(False):
-                    grad_value, *weights = _ops.merge_partial_backward_.default(
-                        *arguments, wants, grad_out, written
-                    )
-                if written is not grad_lse:
-                    grad_lse.copy_(written)
-            else:
-                with below_autograd(False):
-                    _, _, grad_value, *weights = _ops.merge_partial_backward.default(
-                        *arguments, [False, False, *wants]
-                    )
-            weights = wanted(weights, needs[4:7])
+            saved = query, key_weight, out_weight
+            grad_value, weights = merge_gradients(
+                results, index, value, saved, options, wants, grad_hidden, grad_value, needs[3]
+            )
         # The sum's gradient is that of both its terms: one tensor, handed out twice.
         terms = [
             like(grad_value, dtype, need) for dtype, need in zip(ctx.dtypes, needs[7:], strict=True)
         ]
         return None, None, None, None, *weights, *terms
+
+
+def merge_gradients(
+    results: PhaseOneResults,
+    index: int,
+    value: Tensor,
+    weights: tuple[Tensor, Tensor | None, Tensor | None],
+    options: Options,
+    wants: Sequence[bool],
+    grad_hidden: Tensor,
+    grad_value: Tensor | None,
+    learns_phase: bool = True,
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Gradients of what was merged at site ``index``, and of query, key gain and output gain;
+    those of phase 1's rows go into ``results``.
+
+    Args:
+        results: Phase 1's.
+        index: Which of its rows.
+        value: ``[..., D]``, the sum that was merged.
+        weights: Query, key gain and output gain.
+        options: Epsilons of keys and output.
+        wants: Which gradients are needed: of the sum and of each of the weights.
+        grad_hidden: Of the merge's result.
+        grad_value: Of the sum, from elsewhere.
+        learns_phase: Whether phase 1 needs gradients.
+    """
+    out, lse, _ = results.get()
+    arguments = (
+        grad_hidden, grad_value, out[index], lse[index], value, *weights,
+        options.eps, options.out_eps, options.scale,
+    )  # fmt: skip
+    if learns_phase:
+        grad_out, grad_lse = results.gradient_rows(index)
+        dtype = compute_dtype([out, value])
+        written = grad_lse if dtype == lse.dtype else grad_lse.to(dtype)
+        with below_autograd(False):
+            grad_value, *gradients = _ops.merge_partial_backward_.default(
+                *arguments, wants, grad_out, written
+            )
+        if written is not grad_lse:
+            grad_lse.copy_(written)
+    else:
+        with below_autograd(False):
+            _, _, grad_value, *gradients = _ops.merge_partial_backward.default(
+                *arguments, [False, False, *wants]
+            )
+    return grad_value, wanted(gradients, wants[1:])

@@ -233,6 +233,12 @@ class AttentionResiduals(nn.Module):
             f"block {last}" if finished else "partial",
         ]
 
+    def num_sources_at(self, site: int) -> int:
+        """``len(sources_at(site))``."""
+        if self.mode == "standard":
+            return 1
+        return 1 + -(-site // self.sublayers_per_block)
+
     def start(self, embedding: Tensor, cache: BlockCache | None = None) -> ResidualState:
         """Begins a forward pass.
 

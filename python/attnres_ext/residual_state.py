@@ -4,17 +4,20 @@ added."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, NoReturn, TypedDict
 
 import torch
 from torch import Tensor
 
 from attnres_ext import ops
+from attnres_ext.residual_graph import Reads
 
 if TYPE_CHECKING:
     from attnres_ext.residual import AttentionResiduals
 
 __all__ = ["Reading", "ResidualState"]
+
+_graph = torch.ops.attnres_residual
 
 
 class Reading(TypedDict):
@@ -31,7 +34,15 @@ class ResidualState(ABC):
 
     What is written stays pending: the next read adds it to the open block in the kernel that also
     reads. The embedding is the first thing written, and a block of its own.
+
+    A layer may be compiled by itself, with its reads and writes. What is called there is the same
+    for every site (see :mod:`attnres_ext.residual_graph`): no number of a site is looked at, and
+    nothing but what a graph may see.
     """
+
+    # What graphs see, beside what waits to be written. None in a forward that is a single graph.
+    _cursor: Tensor | None = None
+    _width: torch.dtype  # of what is read
 
     def __init__(self, residual: AttentionResiduals, embedding: Tensor) -> None:
         self._residual = residual
@@ -39,6 +50,39 @@ class ResidualState(ABC):
         self._device = embedding.device
         self._site = 0  # the next to read
         self._pending: Tensor | None = embedding
+        self._width = embedding.dtype
+        if not torch.compiler.is_compiling():
+            self._reads = Reads(self)
+            self._cursor = self._reads.cursor()
+
+    def __reduce_ex__(self, protocol: int) -> NoReturn:
+        raise TypeError(
+            "a residual state cannot be copied or pickled: it belongs to one forward pass, whose "
+            "blocks two states would share; call start for each"
+        )
+
+    @property
+    def pending(self) -> Tensor | None:
+        """What was written and waits to be read, ``[..., D]``."""
+        return self._pending
+
+    def pass_on(self, x: Tensor) -> None:
+        """Puts ``x`` ``[..., D]`` in the place of what waits to be read.
+
+        For models whose layers hand on what they wrote, so that hooks and wrappers, which look for
+        tensors among arguments and results, see it: ``x`` is what became of it on the way.
+
+        Raises:
+            RuntimeError: If nothing waits.
+        """
+        if self._pending is None:
+            raise RuntimeError("pass_on: nothing was written since the last read")
+        self._pending = None
+        self._wait(x)
+
+    def _in_graph(self) -> bool:
+        """Whether a layer is being compiled that does not begin the forward pass itself."""
+        return torch.compiler.is_compiling() and self._cursor is not None
 
     @property
     def site(self) -> int:
@@ -54,6 +98,11 @@ class ResidualState(ABC):
                 point dtype.
             TypeError: If ``x`` is no tensor.
         """
+        if self._in_graph():
+            if self._pending is not None:
+                raise RuntimeError("write: called twice before the next site was read")
+            self._pending = x
+            return
         if self._site == self._residual.num_sites:
             raise RuntimeError(
                 "write: the output is read, this forward pass is over; call start for another one"
@@ -65,6 +114,15 @@ class ResidualState(ABC):
                 f"write: called twice before site {self._site} was read; "
                 "sites are read in turn, each followed by one write"
             )
+        self._wait(x)
+
+    def _wait(self, x: Tensor) -> None:
+        """Checks and keeps what waits to be read; a graph's is checked when it is read."""
+        if not self._in_graph():
+            self._check_written(x)
+        self._pending = x
+
+    def _check_written(self, x: Tensor) -> None:
         if not isinstance(x, Tensor):
             raise TypeError(f"write: x is a {type(x).__name__}, expected a tensor")
         if x.shape != self._shape:
@@ -76,7 +134,6 @@ class ResidualState(ABC):
             raise ValueError(f"write: x is on {x.device}, expected {self._device} as the embedding")
         if not x.is_floating_point():
             raise ValueError(f"write: x has dtype {x.dtype}, expected a floating point dtype")
-        self._pending = x
 
     def read(
         self, site: int, norm_weight: Tensor | None = None, norm_eps: float | None = None
@@ -93,6 +150,8 @@ class ResidualState(ABC):
             RuntimeError: If it is another site's turn, or nothing was written since the last read.
             TypeError: If ``norm_weight`` is no tensor, but the norm itself, say.
         """
+        if self._in_graph():
+            return self._read_in_graph(norm_weight, norm_eps)
         num_sublayers = self._residual.num_sublayers
         if not 0 <= site < num_sublayers:
             raise ValueError(
@@ -106,6 +165,8 @@ class ResidualState(ABC):
     ) -> Tensor:
         """The model's output: the mix over all blocks, ``[..., D]``. Arguments and errors as for
         :meth:`read`."""
+        if self._in_graph():
+            return self._read_in_graph(norm_weight, norm_eps)
         return self._take_turn(self._residual.num_sublayers, norm_weight, norm_eps)
 
     def _take_turn(self, site: int, norm_weight: Tensor | None, norm_eps: float | None) -> Tensor:
@@ -123,17 +184,9 @@ class ResidualState(ABC):
                 f"read: nothing was written since site {site - 1} was read; "
                 "write its sublayer's output first"
             )
-        if norm_weight is not None and not isinstance(norm_weight, Tensor):
-            raise TypeError(
-                f"read: norm_weight is a {type(norm_weight).__name__}, expected its weight, a "
-                "tensor"
-            )
-        if norm_weight is not None and norm_weight.shape != (self._residual.hidden_size,):
-            raise ValueError(
-                f"read: norm_weight has shape {tuple(norm_weight.shape)}, "
-                f"expected ({self._residual.hidden_size},)"
-            )
+        self._check_norm(norm_weight)
         delta, self._pending = self._pending, None
+        self._widen(delta)
         self._site += 1
         residual = self._residual
         if residual.mode == "standard":
@@ -144,6 +197,74 @@ class ResidualState(ABC):
             query=query, key_weight=key_weight, out_weight=norm_weight, out_eps=norm_eps
         )
         return self._read(site, delta, reading)
+
+    def _check_norm(self, norm_weight: Tensor | None) -> None:
+        if norm_weight is not None and not isinstance(norm_weight, Tensor):
+            raise TypeError(
+                f"read: norm_weight is a {type(norm_weight).__name__}, expected its weight, a "
+                "tensor"
+            )
+        if norm_weight is not None and norm_weight.shape != (self._residual.hidden_size,):
+            raise ValueError(
+                f"read: norm_weight has shape {tuple(norm_weight.shape)}, "
+                f"expected ({self._residual.hidden_size},)"
+            )
+
+    def _widen(self, delta: Tensor) -> None:
+        if delta.dtype != self._width:
+            self._width = torch.promote_types(self._width, delta.dtype)
+
+    def read_counting(
+        self,
+        site: int,
+        norm_weight: Tensor | None = None,
+        norm_eps: float | None = None,
+        *,
+        scale: str = "",
+    ) -> Tensor:
+        """As :meth:`read`, or the output's site, for readers who count the sources ``n``.
+
+        Args:
+            site: Which site, the output's included.
+            norm_weight: As for :meth:`read`.
+            norm_eps: As for :meth:`read`.
+            scale: ``"eps"`` takes ``norm_eps / n²``, ``"mix"`` returns ``n`` times the mix.
+        """
+        if self._in_graph():
+            return self._read_in_graph(norm_weight, norm_eps, scale)
+        count = self._residual.num_sources_at(site)
+        if scale == "eps":
+            norm_eps /= count**2
+        hidden = self._take_turn(site, norm_weight, norm_eps)
+        return hidden * count if scale == "mix" and count > 1 else hidden
+
+    def _read_in_graph(
+        self, norm_weight: Tensor | None, norm_eps: float | None, scale: str = ""
+    ) -> Tensor:
+        """The next read, as one operator that is the same for every site."""
+        self._check_norm(norm_weight)
+        hidden, self._cursor = _graph.infer.default(
+            self._cursor, self._take_pending(), norm_weight, norm_eps, scale, self._width
+        )
+        return hidden
+
+    def _take_pending(self) -> Tensor:
+        """What was written, for a read in a graph."""
+        delta, self._pending = self._pending, None
+        if delta is None:
+            raise RuntimeError("read: nothing was written since the last read")
+        self._widen(delta)
+        return delta
+
+    def _infer_in_graph(
+        self, delta: Tensor, norm_weight: Tensor | None, norm_eps: float | None, scale: str
+    ) -> Tensor:
+        """What a graph's read without gradients does."""
+        self._check_written(delta)
+        # A graph reuses the memory of its tensors.
+        self._pending = delta.clone()
+        with torch.no_grad():
+            return self.read_counting(self._site, norm_weight, norm_eps, scale=scale)
 
     @abstractmethod
     def _read(self, site: int, delta: Tensor, reading: Reading) -> Tensor:

@@ -11,10 +11,17 @@ import torch
 from torch import Tensor
 
 from attnres_ext import ops
-from attnres_ext.gradient_buffer import GradientBuffer, can_gather, can_tap, tap
+from attnres_ext.gradient_buffer import (
+    GradientBuffer,
+    after,
+    can_gather,
+    can_tap,
+    tap_with_end,
+)
 from attnres_ext.phase_one import FunctionalPhaseOne, GatheringPhaseOne, PhaseOneResults
 from attnres_ext.randomness import go_back_to, register_as_argument, where_it_stands
 from attnres_ext.recomputation import Region, Snapshot, keep, unseen, unselected
+from attnres_ext.residual_graph import ReadInGraph
 from attnres_ext.residual_state import Reading, ResidualState
 from attnres_ext.torch_internals import StopRecomputation, backward_pass, saving_hook
 
@@ -22,6 +29,8 @@ if TYPE_CHECKING:
     from attnres_ext.residual import AttentionResiduals
 
 __all__ = ["TrainingState"]
+
+_graph = torch.ops.attnres_residual
 
 
 class _BlockState(ResidualState):
@@ -35,9 +44,9 @@ class _BlockState(ResidualState):
         # Phase 1 of the open block; None while sites read in a single pass.
         self._phase: GatheringPhaseOne | FunctionalPhaseOne | None = None
 
-    def _append_block(self, block: Tensor) -> None:
+    def _append_block(self, block: Tensor, buffer: GradientBuffer | None = None) -> None:
         self._blocks.append(block)
-        self._buffers.append(None)
+        self._buffers.append(buffer)
 
     @abstractmethod
     def _begin_phase(self, block: int) -> None:
@@ -96,7 +105,13 @@ class TrainingState(_BlockState):
 
     def __init__(self, residual: AttentionResiduals, embedding: Tensor) -> None:
         super().__init__(residual, embedding)
-        self._needs_gradient = embedding.requires_grad and torch.is_grad_enabled()
+        self._has_gradients = torch.is_grad_enabled()
+        self._embedding_learns = embedding.requires_grad
+        # For graphs: what makes the reads' order, and who hands gradients to the parameters.
+        self._last: Tensor | None = None  # the open sum, or in the place of it the last block
+        self._ticket: Tensor | None = None
+        self._read_by_graph = False  # whether a graph made the last read
+        self._open = False  # whether a sum was open after it
         self._region: Region | None = None  # where the last read under a checkpoint was
         self._recomputes_block = False  # whether the open block was read under one
         self._snapshots: dict[int, weakref.ref[Snapshot]] = {}  # by site
@@ -109,8 +124,11 @@ class TrainingState(_BlockState):
 
         Arguments and errors as for :meth:`ResidualState.write`.
         """
+        self._check_gradients("write")
         repetition = self._repetition
-        if repetition is not None and repetition.region.contains(saving_hook()):
+        if self._in_graph():
+            super().write(x)
+        elif repetition is not None and repetition.region.contains(saving_hook()):
             repetition.write(x)
         elif self._expects_write() or not _recomputing():
             super().write(x)
@@ -125,14 +143,35 @@ class TrainingState(_BlockState):
             repetition = self._repeat(site)
             if repetition is not None:
                 return repetition._take_turn(site, norm_weight, norm_eps)
-        if self._needs_gradient and not torch.is_grad_enabled():
-            raise RuntimeError(
-                f"read: gradients are off at site {site}, but this forward pass began with an "
-                "embedding that requires one, which would get none. torch.utils.checkpoint does "
-                "this with use_reentrant=True: pass use_reentrant=False. To run without gradients, "
-                "call start without them as well"
-            )
+        self._check_gradients("read")
+        if self._read_by_graph:
+            self._leave_graph()
         return super()._take_turn(site, norm_weight, norm_eps)
+
+    def _check_gradients(self, call: str) -> None:
+        """Refuses a stretch without gradients in a forward pass with them, and the reverse:
+        autograd cannot follow what goes in and out of it inside of the state."""
+        enabled = torch.is_grad_enabled()
+        if enabled == self._has_gradients:
+            return
+        if enabled:
+            raise RuntimeError(
+                f"{call}: gradients are on, but this forward pass began without them, and the "
+                "embedding gets none. torch.utils.checkpoint does this with use_reentrant=True: "
+                "pass use_reentrant=False. Call start with gradients as well"
+            )
+        if self._learns():
+            raise RuntimeError(
+                f"{call}: gradients are off at site {self._site}, but this forward pass began with "
+                "them, and what is read and written here would get none. torch.utils.checkpoint "
+                "does this with use_reentrant=True: pass use_reentrant=False. To run without "
+                "gradients, call start without them as well"
+            )
+
+    def _learns(self) -> bool:
+        """Whether anything of this forward pass requires a gradient so far."""
+        tensors = [*self._residual.parameters(), *self._blocks, self._partial, self._pending]
+        return self._embedding_learns or any(t is not None and t.requires_grad for t in tensors)
 
     def _repeat(self, site: int) -> _Repetition | None:
         """Who repeats the read of ``site``; None if nobody can."""
@@ -172,9 +211,92 @@ class TrainingState(_BlockState):
         self._recomputes_block |= self._in_region()
         if self._residual._record is not None:
             self._record(site, self._sources(), reading)
+        if self._partial is not None:
+            self._last = self._partial
         if site == self._residual.num_sublayers:
             self._forget()
         return hidden
+
+    def _read_in_graph(
+        self, norm_weight: Tensor | None, norm_eps: float | None, scale: str = ""
+    ) -> Tensor:
+        if not torch.is_grad_enabled():
+            return super()._read_in_graph(norm_weight, norm_eps, scale)
+        self._check_norm(norm_weight)
+        residual = self._residual
+        if self._ticket is None and residual.mode != "standard":
+            parameters = list(residual.queries), list(residual.key_weights)
+            self._ticket = _graph.sites.default(self._cursor, *parameters)
+        hidden, self._last, self._cursor = _graph.read.default(
+            self._cursor, self._ticket, self._last, self._take_pending(), norm_weight, norm_eps,
+            scale, self._width,
+        )  # fmt: skip
+        return hidden
+
+    def next_in_graph(self, delta: Tensor) -> ReadInGraph:
+        """What a graph's read needs of the state, which moves on; ``delta`` ``[..., D]`` was
+        written."""
+        self._check_written(delta)
+        residual, site = self._residual, self._site
+        if site == residual.num_sites:
+            raise RuntimeError("read: every site is read; sites are read once and in order")
+        begins = not self._open if self._read_by_graph else self._partial is None
+        if begins and site > 0:
+            self._end_phase()
+            if residual.reads_in_two_phases(len(self._blocks), delta, training=True):
+                results = PhaseOneResults(self._blocks, *self._phase_weights(len(self._blocks)))
+                results.needs_gradient = True
+                self._phase = GatheringPhaseOne.again(results)
+        phase, index = self._phase, 0
+        if phase is not None:
+            index = site - residual.sites_of_block(len(self._blocks))[0]
+        needs = [block.requires_grad for block in self._blocks]
+        gathers = all(buffer for buffer, need in zip(self._buffers, needs, strict=True) if need)
+        if not gathers or isinstance(phase, FunctionalPhaseOne):
+            raise RuntimeError(
+                "read: a compiled layer follows reads whose gradients could not gather in buffers "
+                "(a function transform, or hooks of saved tensors switched off); compile the whole "
+                "model there, or the sublayers alone"
+            )
+        self._site += 1
+        standard = residual.mode == "standard"
+        return ReadInGraph(
+            site=site,
+            blocks=[block.detach() for block in self._blocks],
+            needs=needs,
+            buffers=tuple(self._buffers),
+            query=(residual.zero_query if standard else residual.queries[site]).detach(),
+            key_weight=None if standard else residual.key_weights[site].detach(),
+            begins=begins,
+            phase=None if phase is None else phase.results,
+            index=index,
+            runs_phase=phase is not None and begins,
+        )
+
+    def after_graph(self, read: ReadInGraph, value: Tensor) -> None:
+        """Notes what a graph read; ``value`` ``[..., D]`` was its last source."""
+        residual = self._residual
+        self._read_by_graph, self._partial, self._open = True, None, read.closed is None
+        if read.closed is not None:
+            # Its gradient goes through the buffer alone.
+            self._blocks.append(read.closed.detach().requires_grad_())
+            self._buffers.append(read.buffer)
+        if residual._record is not None:
+            reading = Reading(
+                query=read.query, key_weight=read.key_weight, out_weight=None, out_eps=None
+            )
+            self._record(read.site, [*read.blocks, value], reading)
+        if read.site == residual.num_sublayers:
+            self._forget()
+
+    def _leave_graph(self) -> None:
+        """Goes on in eager mode from where a graph ended."""
+        self._read_by_graph = False
+        if self._open:
+            self._partial = self._last
+        elif self._pending is not None and self._last.requires_grad:
+            # The next read adds to the buffer of the block that the graph closed.
+            self._pending = after(self._pending, self._last)
 
     def sources_with(self, delta: Tensor) -> list[Tensor]:
         """What the next site would attend over, were ``delta`` ``[..., D]`` written; it is not."""
@@ -208,11 +330,14 @@ class TrainingState(_BlockState):
         """The forward pass is over: what is still needed, the graph keeps."""
         self._end_phase()
         self._blocks, self._buffers, self._partial = [], [], None
+        self._last = self._ticket = None
 
     def _append_block(self, block: Tensor) -> None:
-        buffer = GradientBuffer() if can_tap(block) else None
-        self._blocks.append(block if buffer is None else tap(block, buffer))
-        self._buffers.append(buffer)
+        self._last, buffer = block, None
+        if can_tap(block):
+            buffer = GradientBuffer()
+            block, self._last = tap_with_end(block, buffer)
+        super()._append_block(block, buffer)
 
     def _begin_block(self, site: int, delta: Tensor) -> None:
         if self._partial is None:
@@ -255,7 +380,7 @@ class _Repetition(_BlockState):
 
     def __init__(self, state: TrainingState, region: Region) -> None:
         self._residual = state._residual
-        self._shape, self._device = state._shape, state._device
+        self._shape, self._device, self._width = state._shape, state._device, state._width
         self._of = weakref.ref(state)  # which holds this
         self.region = region
 

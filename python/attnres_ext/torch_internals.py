@@ -28,6 +28,7 @@ __all__ = [
     "at_end_of_backward",
     "backward_pass",
     "is_transformed",
+    "keeps_graph",
     "may_have_hooks",
     "records_selectively",
     "register_pytree_node",
@@ -48,6 +49,9 @@ def _find(name: str) -> Any:
 
 #: Identifies the backward pass under way in this thread; -1 where there is none.
 backward_pass: Callable[[], int] = _find("_C._current_graph_task_id")
+
+#: Whether that pass leaves the graph as it is, for another one.
+keeps_graph: Callable[[], bool] = _find("_C._autograd._get_current_graph_task_keep_graph")
 
 #: Has a function without arguments called when the backward pass under way is over.
 at_end_of_backward: Callable[[Callable[[], None]], None] = _find(
