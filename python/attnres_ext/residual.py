@@ -239,11 +239,11 @@ class AttentionResiduals(nn.Module):
             return 1
         return 1 + -(-site // self.sublayers_per_block)
 
-    def start(self, embedding: Tensor, cache: BlockCache | None = None) -> ResidualState:
+    def start(self, embedding: Tensor | None, cache: BlockCache | None = None) -> ResidualState:
         """Begins a forward pass.
 
         Args:
-            embedding: ``[..., D]``, source 0.
+            embedding: ``[..., D]``, source 0; None if the first write brings it.
             cache: Where blocks are kept in place. Inference only: nothing is differentiable, reads
                 allocate their result, unless they are told where to put it or the cache has a place
                 for it, and nothing else. Without it the state is differentiable.
@@ -254,6 +254,8 @@ class AttentionResiduals(nn.Module):
         Raises:
             ValueError: If ``embedding`` or ``cache`` does not fit the module.
         """
+        if embedding is None and cache is None:
+            return TrainingState(self, None)
         if not isinstance(embedding, Tensor):
             raise TypeError(f"start: embedding is a {type(embedding).__name__}, expected a tensor")
         if not embedding.is_floating_point():

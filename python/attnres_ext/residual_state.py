@@ -42,15 +42,17 @@ class ResidualState(ABC):
 
     # What graphs see, beside what waits to be written. None in a forward that is a single graph.
     _cursor: Tensor | None = None
-    _width: torch.dtype  # of what is read
+    _width: torch.dtype | None = None  # of what is read
 
-    def __init__(self, residual: AttentionResiduals, embedding: Tensor) -> None:
+    _shape: torch.Size | None = None
+    _device: torch.device | None = None
+
+    def __init__(self, residual: AttentionResiduals, embedding: Tensor | None) -> None:
         self._residual = residual
-        self._shape = embedding.shape
-        self._device = embedding.device
         self._site = 0  # the next to read
         self._pending: Tensor | None = embedding
-        self._width = embedding.dtype
+        if embedding is not None:
+            self._fit(embedding)
         if not torch.compiler.is_compiling():
             self._reads = Reads(self)
             self._cursor = self._reads.cursor()
@@ -80,7 +82,7 @@ class ResidualState(ABC):
         self._pending = None
         self._wait(x)
 
-    def _in_graph(self) -> bool:
+    def in_graph(self) -> bool:
         """Whether a layer is being compiled that does not begin the forward pass itself."""
         return torch.compiler.is_compiling() and self._cursor is not None
 
@@ -98,7 +100,7 @@ class ResidualState(ABC):
                 point dtype.
             TypeError: If ``x`` is no tensor.
         """
-        if self._in_graph():
+        if self.in_graph():
             if self._pending is not None:
                 raise RuntimeError("write: called twice before the next site was read")
             self._pending = x
@@ -118,13 +120,25 @@ class ResidualState(ABC):
 
     def _wait(self, x: Tensor) -> None:
         """Checks and keeps what waits to be read; a graph's is checked when it is read."""
-        if not self._in_graph():
+        if not self.in_graph():
             self._check_written(x)
         self._pending = x
+
+    def _fit(self, embedding: Tensor) -> None:
+        """What is written from now on is like ``embedding``."""
+        self._shape, self._device = embedding.shape, embedding.device
+        self._width = embedding.dtype
 
     def _check_written(self, x: Tensor) -> None:
         if not isinstance(x, Tensor):
             raise TypeError(f"write: x is a {type(x).__name__}, expected a tensor")
+        if self._shape is None and x.shape[-1:] == (self._residual.hidden_size,):
+            self._fit(x)
+        if self._shape is None:
+            raise ValueError(
+                f"write: x has shape {tuple(x.shape)}, expected [..., "
+                f"{self._residual.hidden_size}], the embedding"
+            )
         if x.shape != self._shape:
             raise ValueError(
                 f"write: x has shape {tuple(x.shape)}, "
@@ -150,7 +164,7 @@ class ResidualState(ABC):
             RuntimeError: If it is another site's turn, or nothing was written since the last read.
             TypeError: If ``norm_weight`` is no tensor, but the norm itself, say.
         """
-        if self._in_graph():
+        if self.in_graph():
             return self._read_in_graph(norm_weight, norm_eps)
         num_sublayers = self._residual.num_sublayers
         if not 0 <= site < num_sublayers:
@@ -165,7 +179,7 @@ class ResidualState(ABC):
     ) -> Tensor:
         """The model's output: the mix over all blocks, ``[..., D]``. Arguments and errors as for
         :meth:`read`."""
-        if self._in_graph():
+        if self.in_graph():
             return self._read_in_graph(norm_weight, norm_eps)
         return self._take_turn(self._residual.num_sublayers, norm_weight, norm_eps)
 
@@ -211,7 +225,9 @@ class ResidualState(ABC):
             )
 
     def _widen(self, delta: Tensor) -> None:
-        if delta.dtype != self._width:
+        if self._width is None:
+            self._width = delta.dtype
+        elif delta.dtype != self._width:
             self._width = torch.promote_types(self._width, delta.dtype)
 
     def read_counting(
@@ -230,7 +246,7 @@ class ResidualState(ABC):
             norm_eps: As for :meth:`read`.
             scale: ``"eps"`` takes ``norm_eps / n²``, ``"mix"`` returns ``n`` times the mix.
         """
-        if self._in_graph():
+        if self.in_graph():
             return self._read_in_graph(norm_weight, norm_eps, scale)
         count = self._residual.num_sources_at(site)
         if scale == "eps":

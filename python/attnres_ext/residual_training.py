@@ -36,7 +36,7 @@ _graph = torch.ops.attnres_residual
 class _BlockState(ResidualState):
     """Blocks are a list of tensors."""
 
-    def __init__(self, residual: AttentionResiduals, embedding: Tensor) -> None:
+    def __init__(self, residual: AttentionResiduals, embedding: Tensor | None) -> None:
         super().__init__(residual, embedding)
         self._blocks: list[Tensor] = []
         self._buffers: list[GradientBuffer | None] = []
@@ -103,10 +103,10 @@ class TrainingState(_BlockState):
     :mod:`attnres_ext.recomputation`.
     """
 
-    def __init__(self, residual: AttentionResiduals, embedding: Tensor) -> None:
+    def __init__(self, residual: AttentionResiduals, embedding: Tensor | None) -> None:
         super().__init__(residual, embedding)
         self._has_gradients = torch.is_grad_enabled()
-        self._embedding_learns = embedding.requires_grad
+        self._embedding_learns = embedding is not None and embedding.requires_grad
         # For graphs: what makes the reads' order, and who hands gradients to the parameters.
         self._last: Tensor | None = None  # the open sum, or in the place of it the last block
         self._ticket: Tensor | None = None
@@ -126,7 +126,7 @@ class TrainingState(_BlockState):
         """
         self._check_gradients("write")
         repetition = self._repetition
-        if self._in_graph():
+        if self.in_graph():
             super().write(x)
         elif repetition is not None and repetition.region.contains(saving_hook()):
             repetition.write(x)
@@ -134,6 +134,19 @@ class TrainingState(_BlockState):
             super().write(x)
         # Else a checkpointed function that begins with a write is repeated: what it writes is in
         # the snapshot of the read that follows, or nobody reads it again.
+
+    def pass_on(self, x: Tensor) -> None:
+        """Replaces what waits; when the function that does it is repeated, what it repeats.
+
+        Arguments and errors as for :meth:`ResidualState.pass_on`.
+        """
+        repetition = self._repetition
+        if self.in_graph():
+            super().pass_on(x)
+        elif repetition is not None and repetition.region.contains(saving_hook()):
+            repetition.pass_on(x)
+        elif self._pending is not None or not _recomputing():
+            super().pass_on(x)
 
     def _expects_write(self) -> bool:
         return self._pending is None and self._site < self._residual.num_sites

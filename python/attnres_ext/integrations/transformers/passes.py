@@ -34,28 +34,27 @@ class ForwardPass:
         self, residual: AttentionResiduals, hidden_states: bool, outer: ForwardPass | None
     ) -> None:
         self.residual = residual
+        self.state = residual.start(None)
         self.outer = outer
+        self.entered = False  # whether a layer has run
         self._shows_hidden_states = hidden_states
         self._last: Stream | None = None
         self._shown: Tensor | None = None
 
-    @property
-    def entered(self) -> bool:
-        """Whether a layer has run."""
-        return self._last is not None
-
     def enter(self, sites: Sequence[int], hidden: Tensor, repeated: bool = False) -> Stream:
         """The stream for whoever reads one of ``sites`` next and gets ``hidden`` ``[..., D]``."""
-        last = self._last
-        turn = 0 if last is None else last.site
+        if self.state.in_graph():  # which looks at no number of a site
+            return Stream(self.residual, self.state, hidden, hidden.dtype)
+        turn = self.state.site
         if turn not in sites:
             raise RuntimeError(
                 f"Attention Residuals: site {' or '.join(map(str, sites))} is read when site "
                 f"{turn} is next; layers were left out or repeated (layerdrop, early exit), which "
                 "moves every later site"
             )
+        last = self._last
         if last is None:
-            return Stream(self.residual, None, hidden, hidden.dtype, repeated)
+            return Stream(self.residual, self.state, hidden, hidden.dtype, repeated)
         if self._shown is not None:
             changed = hidden is not self._shown
             hidden = last.pending + (hidden - self._shown) if changed else last.pending
@@ -63,6 +62,14 @@ class ForwardPass:
 
     def leave(self, stream: Stream) -> Tensor:
         """What a layer that ends with ``stream`` returns, ``[..., D]``."""
+        self.entered = True
+        if self.state.in_graph():
+            if self._shows_hidden_states:
+                raise RuntimeError(
+                    "hidden states were asked for, which a layer that is compiled by itself does "
+                    "not show: compile the model"
+                )
+            return stream.pending
         self._last = stream
         if not self._shows_hidden_states:
             return stream.pending

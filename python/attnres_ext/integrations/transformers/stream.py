@@ -111,7 +111,7 @@ class Stream(StreamLike):
 
     Args:
         residual: Whose sites read.
-        state: What was written before, or None at the embedding.
+        state: What was written before.
         pending: ``[..., D]``, to be written by the next read.
         dtype: Dtype of the stream. A sublayer's output is brought to it, as ``+`` would do.
         repeated: Whether a layer under activation checkpointing begins here: it reads here once
@@ -121,7 +121,7 @@ class Stream(StreamLike):
     def __init__(
         self,
         residual: AttentionResiduals,
-        state: TrainingState | None,
+        state: TrainingState,
         pending: Tensor,
         dtype: torch.dtype,
         repeated: bool = False,
@@ -132,7 +132,8 @@ class Stream(StreamLike):
         self._read = False
         self._shape, self._dtype, self._device = pending.shape, dtype, pending.device
         self._pending: Tensor | None = pending
-        self.site = 0 if state is None else state.site
+        # A layer that is compiled by itself looks at no number of a site.
+        self.site = None if state.in_graph() else state.site
 
     @property
     def shape(self) -> torch.Size:
@@ -162,7 +163,7 @@ class Stream(StreamLike):
             )
         dtype = torch.promote_types(self._dtype, delta.dtype)
         after = Stream(self._residual, self._state, delta.to(dtype), dtype)
-        after.site = self.site + 1
+        after.site = None if self.site is None else self.site + 1
         return after
 
     def then(self, pending: Tensor, repeated: bool) -> Stream:
@@ -179,22 +180,12 @@ class Stream(StreamLike):
         if self._read and not self.repeated:
             raise MisfitError("reads the same residual stream with two norms (parallel sublayers)")
         if not self._read:
-            if self._state is None:
-                self._state = self._residual.start(self._pending)
-            else:
-                self._state.write(self._pending)
+            self._state.write(self._pending)
             # A checkpoint keeps this object: not what nobody needs again.
             self._read, self._pending = True, None
-        n = num_sources(self._residual, self.site)
         if norm.eps is not None:
-            return self._read_site(norm.gain(), norm.eps / n**2)
-        mix = self._read_site()
-        return norm.original(mix if n == 1 else mix * n)
-
-    def _read_site(self, *norm: Any) -> Tensor:
-        if self.site == self._residual.num_sublayers:
-            return self._state.read_output(*norm)
-        return self._state.read(self.site, *norm)
+            return self._state.read_counting(self.site, norm.gain(), norm.eps, scale="eps")
+        return norm.original(self._state.read_counting(self.site, scale="mix"))
 
     def peek(self) -> Tensor:
         """The usual stream's counterpart, ``[..., D]``: the mix at the next site, times ``n``.
@@ -205,8 +196,3 @@ class Stream(StreamLike):
         sources = self._state.sources_with(self._pending)
         mix = ops.depth_attention(sources, query, key_weight, eps=self._residual.eps)
         return mix * len(sources)
-
-
-def num_sources(residual: AttentionResiduals, site: int) -> int:
-    """Over how many sources ``site`` attends: ``len(residual.sources_at(site))``."""
-    return 1 + -(-site // residual.sublayers_per_block)

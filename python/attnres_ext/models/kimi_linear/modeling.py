@@ -20,6 +20,7 @@ from attnres_ext.models.kimi_linear.mla import KimiLatentState, KimiMLAAttention
 from attnres_ext.models.kimi_linear.moe import KimiMLP, KimiRouter, KimiSparseMoE
 from attnres_ext.models.kimi_linear.packing import Packing
 from attnres_ext.residual import AttentionResiduals
+from attnres_ext.residual_state import ResidualState
 from attnres_ext.side_stream import new_stream
 
 __all__ = ["KimiLinearForCausalLM", "KimiLinearModel", "KimiLinearOutput", "KimiLinearState"]
@@ -65,10 +66,17 @@ class KimiLinearOutput:
 
 
 class KimiDecoderLayer(nn.Module):
-    """The two sublayers of a layer and their norms; the model's residual connects them."""
+    """The two sublayers of a layer and their norms; the model's residual connects them.
+
+    Attributes:
+        attention_site: Where its attention reads.
+        feed_forward_site: Where its feed-forward network reads.
+    """
 
     def __init__(self, config: KimiLinearConfig, index: int) -> None:
         super().__init__()
+        # Not computed with: a layer compiled by itself would get a graph for each number.
+        self.attention_site, self.feed_forward_site = 2 * index, 2 * index + 1
         self.self_attn = (
             KimiDeltaAttention(config) if config.is_kda_layer(index) else KimiMLAAttention(config)
         )
@@ -90,6 +98,43 @@ class KimiDecoderLayer(nn.Module):
     def feed_forward(self) -> nn.Module:
         """The feed-forward sublayer under whichever of its two names."""
         return self.block_sparse_moe if hasattr(self, "block_sparse_moe") else self.mlp
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: ResidualState,
+        state: KimiDeltaState | KimiLatentState | None = None,
+        packing: Packing | None = None,
+        recompute: bool = False,
+    ) -> Tensor:
+        """Both sublayers, each with its read and its write.
+
+        Args:
+            x: ``[B, T, D]``: the embedding, or what the layer before returned.
+            residual: Where ``x`` waits to be read.
+            state: What attention has seen, changed in place.
+            packing: See :meth:`KimiLinearModel.forward`.
+            recompute: Whether each sublayer is computed once more in the backward, with its read.
+
+        Returns:
+            What its feed-forward network wrote, ``[B, T, D]``, which waits in ``residual``.
+        """
+        residual.pass_on(x)
+        step = partial(_checkpoint, _step) if recompute else _step
+        attend = partial(self.self_attn, state=state, packing=packing)
+        step(residual, self.attention_site, self.input_layernorm, attend)
+        step(residual, self.feed_forward_site, self.post_attention_layernorm, self.feed_forward)
+        return residual.pending
+
+
+def _step(
+    residual: ResidualState, site: int, norm: nn.RMSNorm, sublayer: Callable[[Tensor], Tensor]
+) -> None:
+    residual.write(sublayer(residual.read(site, norm.weight, norm.eps)))
+
+
+# Sublayers draw no random numbers, so there is no generator's state to bring back.
+_checkpoint = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 class KimiLinearModel(nn.Module):
@@ -144,27 +189,12 @@ class KimiLinearModel(nn.Module):
             embedding = embedding.to(torch.get_autocast_dtype(device))
         residual = self.residual.start(embedding, cache=self._block_cache(embedding, state))
         recompute = self.checkpoint_sublayers and state is None and torch.is_grad_enabled()
-
-        def step(site: int, norm: nn.RMSNorm, sublayer: Callable[[Tensor], Tensor]) -> None:
-            residual.write(sublayer(residual.read(site, norm.weight, norm.eps)))
-
-        for site, (norm, sublayer) in enumerate(self._sublayers(state, packing)):
-            if recompute:
-                _checkpoint(step, site, norm, sublayer)
-            else:
-                step(site, norm, sublayer)
-        return residual.read_output(self.norm.weight, self.norm.eps)
-
-    def _sublayers(
-        self, state: KimiLinearState | None, packing: Packing | None
-    ) -> Iterator[tuple[nn.RMSNorm, Callable[[Tensor], Tensor]]]:
+        x = embedding
         for index, layer in enumerate(self.layers):
             layer_state = None if state is None else state.layers[index]
-            yield (
-                layer.input_layernorm,
-                partial(layer.self_attn, state=layer_state, packing=packing),
-            )
-            yield layer.post_attention_layernorm, layer.feed_forward
+            x = layer(x, residual, layer_state, packing, recompute)
+        residual.pass_on(x)
+        return residual.read_output(self.norm.weight, self.norm.eps)
 
     def _block_cache(self, embedding: Tensor, state: KimiLinearState | None) -> BlockCache | None:
         if state is None:
@@ -192,8 +222,6 @@ class KimiLinearModel(nn.Module):
 
 # What cross_entropy leaves out of its mean.
 _IGNORED = -100
-# Sublayers draw no random numbers, so there is no generator's state to bring back.
-_checkpoint = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 class KimiLinearForCausalLM(nn.Module):
