@@ -194,9 +194,7 @@ class _ChunkScores(torch.autograd.Function):
             grad_left = _product(grad, right).view(-1, blocks, 2, half, key_dim)
             grad_right = _product(grad.transpose(-1, -2), left).view(-1, blocks, half, key_dim)
             left, right = left.view_as(grad_left), right.view_as(grad_right)
-            exponent = torch.empty_like(decay)
-            torch.mul(grad_right, right, out=exponent[:, :, 0])
-            torch.mul(grad_left[:, :, 0], left[:, :, 0], out=exponent[:, :, 1])
+            exponent = _two_products(grad_right, right, grad_left[:, :, 0], left[:, :, 0])
             exponent[:, :, 1].addcmul_(grad_left[:, :, 1], left[:, :, 1])
             mask = _level_mask(chunk, half, g.dtype, g.device).mT
             grad_g.baddbmm_(mask.expand(g.shape[0], -1, -1), exponent.view_as(g))
@@ -228,11 +226,19 @@ def _level(q: Tensor, k: Tensor, g: Tensor, half: int) -> tuple[Tensor, Tensor, 
         .view(-1, chunk // (2 * half), 2, half, key_dim)
     )
     before, behind = decay.unbind(2)
-    rows = torch.empty_like(decay)
-    torch.mul(_halves(q, half)[1], behind, out=rows[:, :, 0])
-    torch.mul(_halves(k, half)[1], behind, out=rows[:, :, 1])
+    rows = _two_products(_halves(q, half)[1], behind, _halves(k, half)[1], behind)
     columns = _halves(k, half)[0] * before
     return rows.view(-1, 2 * half, key_dim), columns.view(-1, half, key_dim), decay
+
+
+def _two_products(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+    """``a * b`` and ``c * d`` in turn along a new dimension 2."""
+    if torch.compiler.is_compiling():  # a graph takes no result that is a part of another tensor
+        return torch.stack((a * b, c * d), dim=2)
+    out = a.new_empty((*a.shape[:2], 2, *a.shape[2:]))
+    torch.mul(a, b, out=out[:, :, 0])
+    torch.mul(c, d, out=out[:, :, 1])
+    return out
 
 
 def _halves(x: Tensor, half: int) -> tuple[Tensor, Tensor]:
