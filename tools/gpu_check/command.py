@@ -25,9 +25,12 @@ _LOGS = ROOT / "build" / "gpu-check"
 _FACTS = """
 import json, torch
 from attnres_ext.benchmarks import machine
-print(json.dumps({**machine.commit(), "machine": machine.describe(DEVICE), "versions":
-                  machine.versions(), "library_sha256": torch.ops.attnres.source_hash(),
-                  "library_sets": torch.ops.attnres.cuda_architectures().split(",")}))
+library = torch.ops.attnres
+print(json.dumps({
+    **machine.commit(), "machine": machine.describe(DEVICE), "versions": machine.versions(),
+    "library_sha256": library.source_hash(),
+    "library_sets": [*filter(None, library.cuda_architectures().split(","))],
+}))
 """
 
 
