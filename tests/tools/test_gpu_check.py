@@ -156,8 +156,10 @@ def test_everything_passes_and_is_written_down(
     for part in ("kernels", "tests", "uses", "memcheck"):
         assert found["parts"][part]["tests"] == {"tests/ops/test_a.py::test[cuda]": "passed"}
     assert found["parts"]["headline"]["figures"]["results"] == [COPY, CASE]
-    assert "depth_attention/N9 ours: 200.0 µs, 0.50 of copy" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "depth_attention/N9 ours: 200.0 µs, 0.50 of copy" in printed
     assert found["parts"]["racecheck"]["errors"] == 0
+    assert "is not what ships" not in printed
     # Nothing had to be built but the bindings, and everybody could import the package.
     assert not machine.ran("cmake")
     for arguments, environment in zip(machine.commands, machine.environments, strict=True):
@@ -237,6 +239,16 @@ def test_a_copy_without_git_is_told_its_commit(
         assert (found["commit"], found["modified"]) == (given, None)
     with pytest.raises(SystemExit):
         command.parse(["--commit", "main"])
+
+
+def test_a_library_of_one_set_is_checked_and_called_what_it_is(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setitem(FACTS, "library_sets", ["90"])
+    _, found = check(machine, tmp_path / "out", "--parts", "tests")
+    assert found["library_sets"] == ["90"]
+    assert "is not what ships: it lacks the kernels of 80" in capsys.readouterr().out
 
 
 def test_a_folder_that_cannot_be_written_is_found_before_anything_runs(

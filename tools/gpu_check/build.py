@@ -36,6 +36,11 @@ def kernel_set(capability: int) -> str:
     return "90" if capability >= 90 else "80"
 
 
+def shipped_sets() -> list[str]:
+    """The sets of CUDA kernels that a library as it ships holds: ``["80", "90"]``."""
+    return sorted(path.name[2:] for path in (ROOT / "csrc" / "cuda").glob("sm*") if path.is_dir())
+
+
 def ask(library: Path, python: Python, run: Run, logs: Path) -> tuple[str, str]:
     """The sets of CUDA kernels in ``_ops.so`` ("80,90") and the hash of the sources behind it.
 

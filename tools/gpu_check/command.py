@@ -109,6 +109,9 @@ def main(arguments: Sequence[str] | None = None, run: Run = process.run) -> int:
     except CannotCheckError as error:
         print(f"gpu-check: {error}", file=sys.stderr)
         return 2
+    absent = [one for one in build.shipped_sets() if one not in facts["library_sets"]]
+    if absent and chosen.device == "cuda":
+        print(f"note: this _ops.so is not what ships: it lacks the kernels of {', '.join(absent)}")
     path = chosen.out / record.file_name(facts)
     command = shlex.join(["python", "-m", "tools.gpu_check", *(arguments or sys.argv[1:])])
     entries: dict[str, dict[str, Any]] = {}
