@@ -21,7 +21,10 @@ class Record:
         """Adds the weights ``[N, ...]`` of one read."""
         tokens = weights[0].numel()
         weights = weights.detach().reshape(weights.shape[0], tokens)
-        top = torch.bincount(weights.argmax(0), minlength=weights.shape[0])
+        # No bincount: it has the host wait for the device.
+        largest = weights.argmax(0)
+        top = torch.zeros(len(weights), dtype=torch.int64, device=weights.device)
+        top.scatter_add_(0, largest, torch.ones_like(largest))
         # 0 log 0 is 0.
         entropy = torch.special.entr(weights).sum(dtype=torch.float64)
         for sums, value in (

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from attnres_ext.recording import Record
 from attnres_ext.residual import AttentionResiduals
 from tests.module import naive_residual
 from tests.module.naive_residual import (
@@ -247,6 +248,13 @@ def test_recorded_weights_match_the_names(options):
     before = record.weights[3].clone()
     model(embed(3))
     assert torch.equal(record.weights[3], before), "nothing is recorded outside of the with block"
+
+
+def test_recording_waits_for_no_device():
+    """Nothing that is done depends on a value: there are none on the meta device."""
+    record = Record()
+    for _ in range(2):
+        record.add(0, torch.empty(3, 4, device="meta"))
 
 
 def test_sites_share_out_over_blocks():
