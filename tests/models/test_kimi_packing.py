@@ -1,6 +1,7 @@
 """Packed sequences compute what they compute apart; kernels of others are called as they want."""
 
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -124,6 +125,32 @@ def test_kernels_of_others_are_called_as_they_want(monkeypatch):
 
 def test_without_the_package_the_pytorch_form_runs():
     assert not fla_kernels.takes(torch.zeros(1, 1, 1, 8))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision", "takes"),
+    [
+        (torch.bfloat16, "ieee", True),
+        (torch.float16, "ieee", True),
+        (torch.float32, "ieee", False),
+        (torch.float32, "none", False),
+        (torch.float32, "tf32", True),
+        (torch.float64, "tf32", False),
+    ],
+)
+def test_float32_is_multiplied_in_tf32_by_permission_alone(dtype, precision, takes, monkeypatch):
+    monkeypatch.setattr(fla_kernels, "_kernels", lambda: fla_kernels._Kernels(None, None))
+    matmul = SimpleNamespace(fp32_precision=precision)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
+    values = SimpleNamespace(is_cuda=True, dtype=dtype, shape=(1, 1, 1, 8))
+    assert fla_kernels.takes(values) == takes
+
+
+def test_sequences_may_be_told_on_another_device_than_the_tokens():
+    packing = Packing.of(ENDS, torch.Size([1, 44]), torch.device("meta"))
+    assert packing.cu_seqlens.is_meta
+    assert packing.begins.is_meta
+    assert packing.visible.is_meta
 
 
 @pytest.mark.cuda

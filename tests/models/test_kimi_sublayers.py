@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from attnres_ext.models.kimi_linear import presets
+from attnres_ext.models.kimi_linear import moe, presets
 from attnres_ext.models.kimi_linear.kda import KimiDeltaAttention
 from attnres_ext.models.kimi_linear.mla import KimiMLAAttention
 from attnres_ext.models.kimi_linear.moe import KimiExperts, KimiRouter, KimiSparseMoE
@@ -215,6 +215,66 @@ def test_grouped_products_are_those_of_each_expert(favourite):
     for actual, expected in zip(*results, strict=True):
         scale = expected.abs().max().item()
         torch.testing.assert_close(actual, expected, rtol=0, atol=64 * 2**-24 * scale)
+
+
+class Unwritten(torch.autograd.Function):
+    """A weight whose gradient is garbage where an expert has no rows, as grouped products leave it
+    on some devices."""
+
+    @staticmethod
+    def forward(ctx, weight, load):
+        ctx.load = load
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.clone()
+        gradient[ctx.load == 0] = torch.nan
+        return gradient, None
+
+
+def test_gradients_that_nobody_wrote_are_zero(monkeypatch):
+    layer = initialised(KimiSparseMoE(make_config())).float()
+    load = torch.tensor([3, 0, 5, 0])
+    product = F.grouped_mm
+    monkeypatch.setattr(moe, "_skips_empty_groups", lambda device: True)
+    monkeypatch.setattr(
+        F,
+        "grouped_mm",
+        lambda x, w, offs: product(x, Unwritten.apply(w, load), offs=offs),
+    )
+    rows = torch.randn(8, make_config().hidden_size)
+    layer.experts.grouped(rows, load).backward(torch.randn_like(rows))
+    for weight in layer.experts.parameters():
+        assert weight.grad.isfinite().all()
+        assert [bool(expert.any()) for expert in weight.grad] == [True, False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("capability", "has", "skips"),
+    [((8, 0), 0, 0), ((8, 9), 0, 0), ((9, 0), 1, 0), ((10, 3), 1, 1), ((12, 0), 0, 0)],
+)
+def test_devices_of_grouped_products(capability, has, skips, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert moe.has_grouped_products("cuda") == has
+    assert moe._skips_empty_groups(torch.device("cuda")) == skips
+    assert not moe.has_grouped_products("cpu")
+
+
+def test_a_token_s_gradient_is_summed_wide_and_in_the_order_of_its_choices():
+    """In bfloat16, where each rounding in between would show."""
+    tokens, top_k = 5, 3
+    order = torch.randperm(tokens * top_k)
+    inverse = order.argsort()
+    x = torch.randn(tokens, 8, dtype=torch.bfloat16, requires_grad=True)
+    rows = moe._ToExperts.apply(x, order, inverse, top_k)
+    assert torch.equal(rows, x[order // top_k])
+    back = moe._ToTokens.apply(rows, order, inverse)
+    assert torch.equal(back, x.repeat_interleave(top_k, 0))
+    gradient = torch.randn(tokens * top_k, 8, dtype=torch.bfloat16)
+    back.backward(gradient)
+    wide = gradient.float().view(tokens, top_k, 8)
+    assert torch.equal(x.grad, (wide[:, 0] + wide[:, 1] + wide[:, 2]).bfloat16())
 
 
 def test_router_bias_moves_load_towards_balance():

@@ -52,7 +52,7 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     either = group.add_mutually_exclusive_group()
     either.add_argument(
-        "--resume", action="store_true", help="continue the run in DIR, bit for bit"
+        "--resume", action="store_true", help="continue the run in DIR, on a CPU bit for bit"
     )
     either.add_argument(
         "--overwrite", action="store_true", help="start again where DIR already holds a run"

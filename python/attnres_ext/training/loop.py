@@ -2,7 +2,9 @@
 
 All arms are alive at once and take turns within a step. A machine that is busy for a minute then
 slows every arm alike, and the ratio of two arms' times stays honest. Everything random in a step is
-drawn from generators seeded by (seed, step), so a run that is resumed continues bit for bit.
+drawn from generators seeded by (seed, step), so a run that is resumed continues as if nothing had
+happened: on a CPU bit for bit, with as many threads. On a GPU attention and flash-linear-attention
+add in an order, and choose kernels, that differ from run to run.
 """
 
 from __future__ import annotations

@@ -36,9 +36,18 @@ def _kernels() -> _Kernels | None:
 
 
 def takes(values: Tensor) -> bool:
-    """Whether the kernels are there, for values ``[B, T, H, V]`` of this device, dtype and size."""
-    fits = values.is_cuda and values.dtype != torch.float64 and values.shape[-1] <= _LARGEST_HEAD
-    return fits and _kernels() is not None
+    """Whether the kernels are there, for values ``[B, T, H, V]`` of this device, dtype and size.
+
+    They multiply float32 in TF32, 10 bits: only for who lets PyTorch's products do that.
+    """
+    fits = values.is_cuda and values.shape[-1] <= _LARGEST_HEAD
+    return fits and _multiplies(values.dtype) and _kernels() is not None
+
+
+def _multiplies(dtype: torch.dtype) -> bool:
+    if dtype == torch.float32:
+        return torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return dtype in (torch.bfloat16, torch.float16)
 
 
 def delta_rule(

@@ -288,7 +288,7 @@ class KimiLinearForCausalLM(nn.Module):
         if cu_seqlens is not None:
             if state is not None:
                 raise ValueError("cu_seqlens: packed sequences cannot continue a decoding state")
-            packing = Packing.of(cu_seqlens, input_ids.shape)
+            packing = Packing.of(cu_seqlens, input_ids.shape, input_ids.device)
         # What is kept in the state is changed in place, which a backward pass could not survive.
         with torch.set_grad_enabled(torch.is_grad_enabled() and state is None):
             hidden = self.model(input_ids, state, packing)

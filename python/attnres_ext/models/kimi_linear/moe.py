@@ -74,7 +74,8 @@ class KimiExperts(nn.Module):
         waits for the device to say how many rows an expert has."""
         ends = load.cumsum(0, dtype=torch.int32)
         gate, up, down = (
-            weight.to(x.dtype).transpose(-2, -1) for weight in (self.w1, self.w3, self.w2)
+            _differentiable(weight.to(x.dtype), load).transpose(-2, -1)
+            for weight in (self.w1, self.w3, self.w2)
         )
         inner = F.silu(F.grouped_mm(x, gate, offs=ends)) * F.grouped_mm(x, up, offs=ends)
         return F.grouped_mm(inner, down, offs=ends)
@@ -96,12 +97,45 @@ class KimiExperts(nn.Module):
         return torch.cat(outs)
 
 
+class _ZeroWithoutRows(torch.autograd.Function):
+    """Identity; the gradient of an expert without rows is 0, whatever comes."""
+
+    @staticmethod
+    def forward(weight: Tensor, load: Tensor) -> Tensor:
+        return weight.view_as(weight)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        (load,) = ctx.saved_tensors
+        # Chosen, not multiplied: what was left unwritten may be NaN.
+        return torch.where((load > 0)[:, None, None], gradient, 0), None
+
+
+def _differentiable(weight: Tensor, load: Tensor) -> Tensor:
+    """``weight`` ``[E, ..., ...]`` as grouped products with a ``load`` ``[E]`` may be given it."""
+    return _ZeroWithoutRows.apply(weight, load) if _skips_empty_groups(weight.device) else weight
+
+
+def _skips_empty_groups(device: torch.device) -> bool:
+    """Whether grouped products leave the weight gradient of a group without rows unwritten: those
+    for CUDA 10.x do (pytorch#172439)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 10
+
+
 def has_grouped_products(device: torch.device | str) -> bool:
-    """Whether ``device`` has kernels for grouped matrix products (CUDA, 8.0 and later)."""
+    """Whether ``device`` has kernels for grouped matrix products: CUDA 9.0 and 10.x.
+
+    Elsewhere PyTorch multiplies one group after the other, and has the host wait for the device to
+    say how long they are.
+    """
     device = torch.device(device)
     if device.type != "cuda" or not hasattr(F, "grouped_mm"):
         return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def _fits_grouped(x: Tensor, weight: Tensor) -> bool:
@@ -184,6 +218,48 @@ class _CountedInBackward(torch.autograd.Function):
         return grad, None, None
 
 
+class _ToExperts(torch.autograd.Function):
+    """``apply(tokens [M, D], order [M * k], inverse, k)`` -> ``[M * k, D]``: a row for each of a
+    token's choices, in the order of experts.
+
+    Backward a token gathers its rows' gradients and adds them up in float32, in the order of its
+    choices. Autograd's own adds by index: on a GPU in any order, rounding each time.
+    """
+
+    @staticmethod
+    def forward(tokens: Tensor, order: Tensor, inverse: Tensor, top_k: int) -> Tensor:
+        return tokens.index_select(0, order // top_k)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor, Tensor, int], output: Tensor) -> None:
+        _, _, inverse, ctx.top_k = inputs
+        ctx.save_for_backward(inverse)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        (inverse,) = ctx.saved_tensors
+        rows = gradient.index_select(0, inverse).unflatten(0, (-1, ctx.top_k))
+        wide = torch.promote_types(gradient.dtype, torch.float32)
+        return rows.sum(1, dtype=wide).to(gradient.dtype), None, None, None
+
+
+class _ToTokens(torch.autograd.Function):
+    """``apply(rows [M * k, D], order [M * k], inverse)``: rows in the order of tokens; the gradient
+    of a permutation is gathered by its inverse."""
+
+    @staticmethod
+    def forward(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        return rows.index_select(0, inverse)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient.index_select(0, ctx.saved_tensors[0]), None, None
+
+
 class KimiSparseMoE(nn.Module):
     """Routed experts plus shared ones that see every token, ``[B, T, D] -> [B, T, D]``."""
 
@@ -218,11 +294,9 @@ class KimiSparseMoE(nn.Module):
         load.scatter_add_(0, chosen, torch.ones_like(chosen))
         if self.training:
             weights = _CountedInBackward.apply(weights, load, self.gate.load)
-        rows = self.experts(tokens.index_select(0, order // top_k), load)
-        # Back to token order by the inverse permutation: a gather, where adding by index would have
-        # to be in order.
         inverse = torch.empty_like(order)
         inverse[order] = torch.arange(order.numel(), device=order.device)
-        rows = rows.index_select(0, inverse).unflatten(0, (-1, top_k))  # [M, k, D]
+        rows = self.experts(_ToExperts.apply(tokens, order, inverse, top_k), load)
+        rows = _ToTokens.apply(rows, order, inverse).unflatten(0, (-1, top_k))  # [M, k, D]
         out = (weights.unsqueeze(-1) * rows).sum(1).to(x.dtype).view_as(x)
         return out if self.shared_experts is None else out + self.shared_experts(x)

@@ -25,12 +25,16 @@ class Packing:
     position: Tensor
 
     @classmethod
-    def of(cls, cu_seqlens: Tensor, shape: torch.Size) -> Packing:
+    def of(
+        cls, cu_seqlens: Tensor, shape: torch.Size, device: torch.device | None = None
+    ) -> Packing:
         """Of cumulative lengths, as flash-attention has them.
 
         Args:
-            cu_seqlens: ``[sequences + 1]``, integers that rise from 0 to ``T``.
+            cu_seqlens: ``[sequences + 1]``, integers that rise from 0 to ``T``. On the CPU, where
+                the host waits for no device to read them.
             shape: That of the token ids, ``[1, T]``.
+            device: Where tokens are; None means where ``cu_seqlens`` is.
 
         Raises:
             ValueError: It is something else.
@@ -50,7 +54,7 @@ class Packing:
             raise ValueError(
                 f"cu_seqlens is {ends}; it must rise from 0 to the {shape[1]} tokens of input_ids"
             )
-        cu_seqlens = cu_seqlens.to(torch.int64)
+        cu_seqlens = cu_seqlens.to(device or cu_seqlens.device, torch.int64)
         tokens = torch.arange(shape[1], device=cu_seqlens.device)
         sequence = torch.searchsorted(cu_seqlens, tokens, right=True) - 1
         return cls(cu_seqlens, sequence, tokens - cu_seqlens[sequence])
