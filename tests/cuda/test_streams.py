@@ -9,6 +9,9 @@ import torch
 
 from tests.cuda.calls import CALLS, DIRECTIONS, make_arguments, refill, tensors_of
 from tests.helpers import assert_same_bits
+from tests.module import naive_residual
+from tests.module.naive_residual import gradients
+from tests.module.test_residual import assert_same, embed, toy
 
 pytestmark = pytest.mark.cuda
 
@@ -86,3 +89,32 @@ def test_arguments_stay_as_they_are() -> None:
         DIRECTIONS["forward-backward"](call)(arguments)
     for tensor, copy in zip(tensors_of(arguments), before, strict=True):
         assert_same_bits("argument", tensor.detach(), copy)
+
+
+@pytest.mark.parametrize("two_phase", [False, True])
+def test_reads_on_several_streams(two_phase: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backward of a read runs on the stream of its forward; what gathers there gathers in turn.
+
+    Every other site is late, so that whoever does not wait for it is seen.
+    """
+    monkeypatch.setattr(naive_residual, "device", "cuda")
+    model = toy(dtype=torch.float32, sublayers_per_block=3, two_phase=two_phase)
+    x = embed(64, dtype=torch.float32)
+    main, side = torch.cuda.current_stream(), torch.cuda.Stream()
+
+    def forward(embedding: torch.Tensor) -> torch.Tensor:
+        state = model.residual.start(embedding)
+        for site in range(model.residual.num_sublayers):
+            stream = side if site % 2 else main
+            stream.wait_stream(main)
+            with torch.cuda.stream(stream):
+                hidden = state.read(site, model.norms[site], model.norm_eps)
+            main.wait_stream(stream)
+            hidden.record_stream(main)
+            if stream is side:
+                hidden.register_hook(lambda _: torch.cuda._sleep(LONG // 100))
+            state.write(model.sublayer(site, hidden))
+        return state.read_output(model.norms[-1], model.norm_eps)
+
+    expected = gradients(model, x, model)
+    assert_same(gradients(model, x, forward), expected, 0)
