@@ -12,6 +12,7 @@ pytest.importorskip("transformers")
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from attnres_ext.integrations.transformers import attach, attention_residuals, from_pretrained
+from attnres_ext.integrations.transformers.weights import without_report
 from tests.integrations import tiny_models
 
 
@@ -72,6 +73,14 @@ def test_the_load_report_is_about_other_parameters(tmp_path):
         save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
         from_pretrained(tmp_path)
         assert "model.surplus" in reports[0]
+        # As transformers said it before version 5.
+        old = "Weights of PATH were not used when initializing Llama: ['model.attn_res.queries.0'"
+        reports.clear()
+        with without_report():
+            logger.warning(f"{old}]")
+            assert not reports
+            logger.warning(f"{old}, 'model.surplus']")
+        assert len(reports) == 1
     finally:
         logger.removeHandler(handler)
     assert not logger.filters

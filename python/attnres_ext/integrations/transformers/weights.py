@@ -77,11 +77,14 @@ def load_weights(residual: AttentionResiduals, path: Path, **hub: Any) -> None:
 def without_report() -> Iterator[None]:
     """Inside, a load report of transformers that lists nothing but the parameters of Attention
     Residuals, which it cannot know, is not logged."""
-    # A key and its status, which terminals get in colour.
+    # A key and its status, which terminals get in colour; before transformers 5 a list of keys.
     rows = re.compile(r"^(.+?)\s*\|\s*(?:\x1b\[[\d;]*m)*[A-Z]+\b", re.MULTILINE)
+    keys = re.compile(r"'([\w.]+)'")
 
     def tells_more(record: logging.LogRecord) -> bool:
-        listed = rows.findall(record.getMessage())
+        message = record.getMessage()
+        before_5 = "were not used when initializing" in message
+        listed = keys.findall(message) if before_5 else rows.findall(message)
         return not listed or not all(_KEY.search(key) for key in listed)
 
     logger = logging.getLogger("transformers.modeling_utils")
