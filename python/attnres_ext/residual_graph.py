@@ -27,15 +27,23 @@ from torch import Tensor
 from attnres_ext.autograd import Options, accumulate_gradients, below_autograd
 from attnres_ext.gradient_buffer import GradientBuffer
 from attnres_ext.phase_one import PhaseOneResults, merge_gradients
+from attnres_ext.profiling import naming
 from attnres_ext.torch_internals import backward_pass, keeps_graph
 
 if TYPE_CHECKING:
     from attnres_ext.residual_cached import CachedState
     from attnres_ext.residual_training import TrainingState
 
-__all__ = ["ReadInGraph", "Reads"]
+__all__ = ["CHECKPOINTS", "ReadInGraph", "Reads"]
 
 _ops = torch.ops.attnres
+
+#: What to do about graphs that a checkpoint repeats.
+CHECKPOINTS = (
+    "Under activation checkpointing, reads inside of the checkpointed function need "
+    "torch.utils.checkpoint with use_reentrant=False, and must not be compiled: compile around the "
+    "checkpoint, or the sublayers alone"
+)
 
 
 @dataclass(eq=False, slots=True)
@@ -127,11 +135,7 @@ class Reads:
         """The state that is read."""
         state = self._state()
         if state is None or backward_pass() != -1:
-            raise RuntimeError(
-                "read: a layer that is compiled with its reads is repeated by activation "
-                "checkpointing; checkpoints around reads must not be compiled: compile around the "
-                "checkpoint, or the sublayers alone"
-            )
+            raise RuntimeError(f"read: a compiled layer is repeated in the backward. {CHECKPOINTS}")
         return state
 
     # Forward
@@ -181,7 +185,7 @@ class Reads:
         arguments = (
             read.query, read.key_weight, norm_weight, options.eps, options.out_eps, options.scale,
         )  # fmt: skip
-        with below_autograd(False):
+        with naming(read.site), below_autograd(False):
             if read.phase is not None:
                 out, lse, _ = read.phase.get()
                 hidden, summed = _ops.merge_partial.default(
@@ -240,7 +244,7 @@ class Reads:
         weights = read.query, read.key_weight, norm_weight
         learns = read.key_weight is not None
         wants = [True, learns, learns, needs_norm]
-        with below_autograd(False):
+        with naming(read.site, "differentiate"), below_autograd(False):
             if read.phase is not None:
                 grad_value, gradients = merge_gradients(
                     read.phase, read.index, value, weights, options, wants, grad_hidden, grad_last,

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from attnres_ext import ops
-from attnres_ext.residual_graph import Reads
+from attnres_ext.profiling import naming
+from attnres_ext.residual_graph import CHECKPOINTS, Reads
 
 if TYPE_CHECKING:
     from attnres_ext.residual import AttentionResiduals
@@ -189,9 +190,7 @@ class ResidualState(ABC):
             turn = "every site is read" if over else f"site {self._site} is next"
             raise RuntimeError(
                 f"read: site {site} was asked for, but {turn}; sites are read once and in order. "
-                "Under activation checkpointing, reads inside of the checkpointed function need "
-                "torch.utils.checkpoint with use_reentrant=False, and must not be compiled: "
-                "compile around the checkpoint, or the sublayers alone"
+                + CHECKPOINTS
             )
         if self._pending is None:
             raise RuntimeError(
@@ -210,7 +209,8 @@ class ResidualState(ABC):
         reading = Reading(
             query=query, key_weight=key_weight, out_weight=norm_weight, out_eps=norm_eps
         )
-        return self._read(site, delta, reading)
+        with naming(site):
+            return self._read(site, delta, reading)
 
     def _check_norm(self, norm_weight: Tensor | None) -> None:
         if norm_weight is not None and not isinstance(norm_weight, Tensor):
@@ -268,7 +268,7 @@ class ResidualState(ABC):
         """What was written, for a read in a graph."""
         delta, self._pending = self._pending, None
         if delta is None:
-            raise RuntimeError("read: nothing was written since the last read")
+            raise RuntimeError(f"read: nothing was written since the last read. {CHECKPOINTS}")
         self._widen(delta)
         return delta
 

@@ -27,6 +27,7 @@ __all__ = [
     "WithoutModes",
     "at_end_of_backward",
     "backward_pass",
+    "is_profiling",
     "is_transformed",
     "keeps_graph",
     "may_have_hooks",
@@ -60,6 +61,9 @@ at_end_of_backward: Callable[[Callable[[], None]], None] = _find(
 
 #: Tells torch what is inside of objects of a class.
 register_pytree_node: Callable = _find("utils._pytree.register_pytree_node")
+
+#: Whether a profiler is recording.
+is_profiling: Callable[[], bool] = _find("autograd._profiler_enabled")
 
 #: Inside, operators go straight to their backend.
 BelowAutograd: Callable[[], AbstractContextManager] = _find("_C._AutoDispatchBelowAutograd")

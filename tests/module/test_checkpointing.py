@@ -421,12 +421,49 @@ def test_the_state_dies_with_the_backward_pass(options, name):
     assert states[0]() is None, "without the garbage collector's help"
 
 
-def test_reentrant_checkpoints_are_an_error():
-    model = toy(sublayers_per_block=3)
-    x = embed(4).requires_grad_()
-    state = model.residual.start(x)
-    with pytest.raises(RuntimeError, match=r"gradients are off at site 0.*=False"):
-        checkpoint(lambda x: sites(model, state, 0, 1), x, use_reentrant=True)
+def reentrant(function, *args):
+    return checkpoint(function, *args, use_reentrant=True)
+
+
+def shifted_reentrant(model, embedding):
+    state = model.residual.start(embedding)
+    hidden = read(model, state, 0)
+
+    def step(hidden):
+        state.write(model.sublayer(0, hidden))
+        return read(model, state, 1)
+
+    reentrant(step, hidden)
+
+
+def written_inside(model, embedding):
+    state = model.residual.start(embedding)
+    hidden = read(model, state, 0)
+    reentrant(lambda h: state.write(model.sublayer(0, h)), hidden)
+
+
+def begun_inside(model, embedding):
+    state = reentrant(model.residual.start, embedding)
+    read(model, state, 0)
+
+
+STRETCHES = {
+    "reads and writes": by_stretches([2, 5], wrap=reentrant),
+    "a write": written_inside,
+    "a write and a read": shifted_reentrant,
+    "the output": by_stretches([7], wrap=plainly, output=reentrant),
+    "the start": begun_inside,
+}
+
+
+@every_mode
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("stretch", STRETCHES.values(), ids=STRETCHES.keys())
+def test_reentrant_checkpoints_are_an_error(options, stretch, frozen):
+    """Whatever goes in and out of them inside of the state, whether or not the embedding learns."""
+    model = toy(**options)
+    with pytest.raises(RuntimeError, match=r"gradients are (off at site \d|on), .*=False"):
+        stretch(model, embed(4).requires_grad_(not frozen))
 
 
 @every_mode
