@@ -80,8 +80,9 @@ class ResidualState(ABC):
         """
         if self._pending is None:
             raise RuntimeError("pass_on: nothing was written since the last read")
-        self._pending = None
-        self._wait(x)
+        if not self.in_graph():
+            self._check_written(x)
+        self._pending = x
 
     def in_graph(self) -> bool:
         """Whether a layer is being compiled that does not begin the forward pass itself."""
@@ -117,12 +118,7 @@ class ResidualState(ABC):
                 f"write: called twice before site {self._site} was read; "
                 "sites are read in turn, each followed by one write"
             )
-        self._wait(x)
-
-    def _wait(self, x: Tensor) -> None:
-        """Checks and keeps what waits to be read; a graph's is checked when it is read."""
-        if not self.in_graph():
-            self._check_written(x)
+        self._check_written(x)
         self._pending = x
 
     def _fit(self, embedding: Tensor) -> None:
@@ -131,6 +127,7 @@ class ResidualState(ABC):
         self._width = embedding.dtype
 
     def _check_written(self, x: Tensor) -> None:
+        """Of what a graph writes, this is checked when it is read."""
         if not isinstance(x, Tensor):
             raise TypeError(f"write: x is a {type(x).__name__}, expected a tensor")
         if self._shape is None and x.shape[-1:] == (self._residual.hidden_size,):

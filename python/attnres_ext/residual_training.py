@@ -106,7 +106,6 @@ class TrainingState(_BlockState):
     def __init__(self, residual: AttentionResiduals, embedding: Tensor | None) -> None:
         super().__init__(residual, embedding)
         self._has_gradients = torch.is_grad_enabled()
-        self._embedding_learns = embedding is not None and embedding.requires_grad
         # For graphs: what makes the reads' order, and who hands gradients to the parameters.
         self._last: Tensor | None = None  # the open sum, or in the place of it the last block
         self._ticket: Tensor | None = None
@@ -164,27 +163,19 @@ class TrainingState(_BlockState):
     def _check_gradients(self, call: str) -> None:
         """Refuses a stretch without gradients in a forward pass with them, and the reverse:
         autograd cannot follow what goes in and out of it inside of the state."""
-        enabled = torch.is_grad_enabled()
-        if enabled == self._has_gradients:
+        if torch.is_grad_enabled() == self._has_gradients:
             return
-        if enabled:
-            raise RuntimeError(
-                f"{call}: gradients are on, but this forward pass began without them, and the "
-                "embedding gets none. torch.utils.checkpoint does this with use_reentrant=True: "
-                "pass use_reentrant=False. Call start with gradients as well"
-            )
-        if self._learns():
-            raise RuntimeError(
-                f"{call}: gradients are off at site {self._site}, but this forward pass began with "
-                "them, and what is read and written here would get none. torch.utils.checkpoint "
-                "does this with use_reentrant=True: pass use_reentrant=False. To run without "
-                "gradients, call start without them as well"
-            )
-
-    def _learns(self) -> bool:
-        """Whether anything of this forward pass requires a gradient so far."""
-        tensors = [*self._residual.parameters(), *self._blocks, self._partial, self._pending]
-        return self._embedding_learns or any(t is not None and t.requires_grad for t in tensors)
+        if self._has_gradients:
+            found = "gradients are off, but this forward pass began with them: what is read and "
+            found += "written here would get none"
+        else:
+            found = "gradients are on, but this forward pass began without them: the embedding "
+            found += "gets none"
+        raise RuntimeError(
+            f"{call}: {found}. torch.utils.checkpoint does this with use_reentrant=True: pass "
+            "use_reentrant=False. To leave gradients out, begin without them (torch.no_grad around "
+            "start, too), or freeze parameters with requires_grad_(False)"
+        )
 
     def _repeat(self, site: int) -> _Repetition | None:
         """Who repeats the read of ``site``; None if nobody can."""

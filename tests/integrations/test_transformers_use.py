@@ -11,6 +11,7 @@ import torch
 
 pytest.importorskip("transformers")
 
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from attnres_ext.integrations.transformers import attach, attention_residuals, detach, passes
@@ -233,3 +234,30 @@ def test_compiled_where_the_sublayer_comes_first_in_the_addition():
     with torch.no_grad():
         compiled = torch.compile(model, backend="eager", fullgraph=True)
         tiny_models.assert_same(compiled(ids, use_cache=False).logits, model(ids).logits)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "phi"])
+def test_layers_compiled_one_by_one(name):
+    """Two graphs, for the first layer and for all others, and one each without gradients; phi's
+    norms are none that a read does."""
+    torch._dynamo.reset()
+    model = attach(tiny_models.make(name, num_hidden_layers=5), sublayers_per_block=3)
+    tiny_models.randomise(attention_residuals(model))
+    ids = tiny_models.tokens()
+
+    def found():
+        model.zero_grad(set_to_none=True)
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        with torch.no_grad():
+            logits = model(ids, use_cache=False).logits
+        return {"logits": logits, **{n: p.grad for n, p in model.named_parameters()}}
+
+    expected, counter = found(), CompileCounterWithBackend("aot_eager")
+    for layer in model.model.layers:
+        layer.compile(backend=counter, fullgraph=True)
+    actual = found()
+    torch._dynamo.reset()
+    assert counter.frame_count == 4
+    for key, tensor in expected.items():
+        tiny_models.assert_same(actual[key], tensor)

@@ -1,7 +1,13 @@
 """The model as a whole: first loss, training, decoding, generation."""
 
+import copy
+import dataclasses
+
 import pytest
 import torch
+from torch import distributed
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.fsdp import fully_shard
 
 from attnres_ext.models.kimi_linear import KimiLinearForCausalLM, presets
 
@@ -237,3 +243,71 @@ def test_prefill_refuses():
     with pytest.raises(ValueError, match="21 more do not fit"):
         model.prefill(ids, state, 4)
     assert state.length == 0, "nothing of it is taken in"
+
+
+def gradients_of(model, ids):
+    model.zero_grad(set_to_none=True)
+    model(ids, labels=ids).loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.slow
+def test_layers_compiled_one_by_one():
+    """A graph for the first layer, and one for each kind of the others."""
+    torch._dynamo.reset()
+    tiny = presets("tiny")
+    attention = dataclasses.replace(
+        tiny.linear_attn_config, kda_layers=[1, 2, 4, 5], full_attn_layers=[3, 6], chunk_size=4
+    )
+    model = make_model(
+        "block", queries=0.3, num_hidden_layers=6, linear_attn_config=attention, num_experts=None
+    )
+    ids = make_ids(tokens=8)
+    expected = gradients_of(model, ids)
+    counter = CompileCounterWithBackend("aot_eager")
+    for layer in model.model.layers:
+        layer.compile(backend=counter, fullgraph=True)
+    found = gradients_of(model, ids)
+    torch._dynamo.reset()
+    assert counter.frame_count == 3
+    for name, gradient in expected.items():
+        assert torch.equal(found[name], gradient), name
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_sharded_layers_have_the_same_gradients(recompute):
+    """A layer is a module that is called: parameters are gathered and freed around it."""
+    model, ids = make_model("block", queries=0.3), make_ids()
+    sharded = copy.deepcopy(model)
+    sharded.model.checkpoint_sublayers = recompute
+    expected = gradients_of(model, ids)
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = distributed.init_device_mesh("cpu", (1,))
+        for layer in sharded.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(sharded, mesh=mesh)
+        found = {name: g.full_tensor() for name, g in gradients_of(sharded, ids).items()}
+    finally:
+        distributed.destroy_process_group()
+    for name, gradient in expected.items():
+        assert torch.equal(found[name], gradient), name
+
+
+def test_hooks_see_what_flows_between_layers():
+    """A layer's argument is what it reads: a hook may change it."""
+    model, ids = make_model("block", queries=0.3), make_ids()
+    plain, seen = model(ids).logits, []
+
+    def steer(layer, arguments, output):
+        seen.append(output.shape)
+        return 2 * output
+
+    handle = model.model.layers[1].register_forward_hook(steer)
+    steered = model(ids).logits
+    handle.remove()
+    assert seen == [(2, 21, 32)]
+    assert not torch.allclose(steered, plain)
+    layer = model.model.layers[1]
+    layer.feed_forward.register_forward_hook(lambda module, arguments, output: 2 * output)
+    assert torch.equal(model(ids).logits, steered)

@@ -462,7 +462,7 @@ STRETCHES = {
 def test_reentrant_checkpoints_are_an_error(options, stretch, frozen):
     """Whatever goes in and out of them inside of the state, whether or not the embedding learns."""
     model = toy(**options)
-    with pytest.raises(RuntimeError, match=r"gradients are (off at site \d|on), .*=False"):
+    with pytest.raises(RuntimeError, match=r"gradients are (off|on), but .*=False"):
         stretch(model, embed(4).requires_grad_(not frozen))
 
 

@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from importlib import import_module
 
 import pytest
 import torch
@@ -370,3 +371,24 @@ def test_func_grad(options):
     torch.testing.assert_close(x_grad, x.grad, rtol=1e-11, atol=1e-11)
     for name, parameter in parameters.items():
         torch.testing.assert_close(grads[name], parameter.grad, rtol=1e-11, atol=1e-11)
+
+
+@every_mode
+def test_replicas_of_data_parallel(options, monkeypatch):
+    """Their parameters are copies, which hand their gradients to the module's."""
+    model = toy(**options)
+    expected = gradients(model, embed(4), model)
+
+    def copies(tensors, devices, detach=False):
+        return [[tensor.clone() for tensor in tensors] for _ in devices]
+
+    replication = import_module("torch.nn.parallel.replicate")  # a function has its name
+    monkeypatch.setattr(replication, "_broadcast_coalesced_reshape", copies)
+    monkeypatch.setattr(replication, "_get_device_index", lambda device, _: device)
+
+    def forward(x):
+        replicas = replication.replicate(model, [0, 1])
+        halves = zip(replicas, x.chunk(2), strict=True)
+        return torch.cat([replica(half) for replica, half in halves])
+
+    assert_same(gradients(model, embed(4), forward), expected)

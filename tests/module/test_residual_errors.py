@@ -1,5 +1,8 @@
 """Misuse of AttentionResiduals is an error that says what came and what was wanted."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -111,3 +114,50 @@ def test_what_is_no_tensor(residual):
         state.write((torch.zeros(2, 8), None))
     with pytest.raises(TypeError, match="start: embedding is a list, expected a tensor"):
         residual.start([0.0] * 8)
+
+
+def test_a_stretch_without_gradients(residual):
+    """Whether it is entered or left."""
+    state = residual.start(torch.zeros(2, 8))
+    with torch.no_grad(), pytest.raises(RuntimeError, match="read: gradients are off, but"):
+        state.read(0)
+    state.read(0)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="write: gradients are off, but"):
+        state.write(torch.zeros(2, 8))
+    with torch.no_grad():
+        state = residual.start(torch.zeros(2, 8))
+        state.read(0)
+    with pytest.raises(RuntimeError, match=r"write: gradients are on, but .* began without them"):
+        state.write(torch.zeros(2, 8))
+
+
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_state_is_one_forward_pass(residual, again):
+    states = [residual.start(torch.zeros(2, 8))]
+    with torch.no_grad():
+        states.append(residual.start(torch.zeros(2, 8), cache=residual.new_cache(2)))
+    for state in states:
+        with pytest.raises(
+            TypeError, match=r"state cannot be copied or pickled: .* call start for"
+        ):
+            again(state)
+
+
+def test_an_embedding_that_comes_later(residual):
+    x = torch.randn(2, 8)
+    state = residual.start(None)
+    with pytest.raises(RuntimeError, match="nothing was written"):
+        state.read(0)
+    with pytest.raises(
+        ValueError, match=r"write: x has shape \(2, 7\), expected \[\.\.\., 8\], the"
+    ):
+        state.write(torch.zeros(2, 7))
+    state.write(x)
+    assert torch.equal(state.read(0), x)
+    with pytest.raises(RuntimeError, match="pass_on: nothing was written since the last read"):
+        state.pass_on(x)
+    state.write(torch.zeros(2, 8))
+    with pytest.raises(ValueError, match=r"x has shape \(3, 8\), expected \(2, 8\)"):
+        state.pass_on(torch.zeros(3, 8))
+    state.pass_on(x)
+    assert state.pending is x
