@@ -1,8 +1,7 @@
-#include "attnres/params.hpp"
-
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "attnres/params.hpp"
 #include "check.hpp"
 
 using namespace attnres;
