@@ -20,6 +20,7 @@ def make_config(linear=None, **changes):
 
 def initialised(module):
     torch.manual_seed(0)
+    module.reset_parameters()
     for child in module.modules():
         if isinstance(child, torch.nn.Linear | KimiRouter):
             torch.nn.init.normal_(child.weight, std=0.3)
@@ -28,8 +29,6 @@ def initialised(module):
         elif isinstance(child, KimiExperts):
             for weight in child.parameters():
                 torch.nn.init.normal_(weight, std=0.3)
-    if hasattr(module, "reset_parameters"):
-        module.reset_parameters()
     return module.double().eval()
 
 
