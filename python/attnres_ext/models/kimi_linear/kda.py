@@ -18,7 +18,7 @@ from attnres_ext.models.kimi_linear.delta_rule import (
     recurrent_gated_delta_rule,
 )
 from attnres_ext.models.kimi_linear.linear import Linear
-from attnres_ext.models.kimi_linear.packing import Packing
+from attnres_ext.models.kimi_linear.packing import Packing, Padding
 from attnres_ext.models.kimi_linear.short_convolution import ShortConvolution
 
 __all__ = ["KimiDeltaAttention", "KimiDeltaState"]
@@ -123,7 +123,10 @@ class KimiDeltaAttention(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, state: KimiDeltaState | None = None, packing: Packing | None = None
+        self,
+        x: Tensor,
+        state: KimiDeltaState | None = None,
+        packing: Packing | Padding | None = None,
     ) -> Tensor:
         """Attends from each token to itself and all before it.
 
@@ -131,12 +134,15 @@ class KimiDeltaAttention(nn.Module):
             x: ``[B, T, D]``.
             state: Continues after the tokens it has seen, and is moved on past these in place
                 (inference only); None starts at nothing.
-            packing: Where the sequences of one row lie, each of which starts at nothing; not
-                together with ``state``.
+            packing: Where the sequences of one row lie, each of which starts at nothing, not
+                together with ``state``; or where rows are padded.
 
         Returns:
             ``[B, T, D]``.
         """
+        if isinstance(packing, Padding):
+            # Zeros neither write to the memory nor stay in the convolutions.
+            x, packing = packing.without_padding(x), None
         past = (None, None, None) if state is None else state.convolutions.unbind(0)
         position = None if packing is None else packing.position
         q = self.q_conv1d(self.q_proj(x), past[0], position)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from attnres_ext.models.kimi_linear.configuration import KimiLinearConfig
 from attnres_ext.models.kimi_linear.linear import Linear, RMSNorm
-from attnres_ext.models.kimi_linear.packing import Packing
+from attnres_ext.models.kimi_linear.packing import Packing, Padding
 
 __all__ = ["KimiLatentState", "KimiMLAAttention"]
 
@@ -94,7 +94,10 @@ class KimiMLAAttention(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, state: KimiLatentState | None = None, packing: Packing | None = None
+        self,
+        x: Tensor,
+        state: KimiLatentState | None = None,
+        packing: Packing | Padding | None = None,
     ) -> Tensor:
         """Attends from each token to itself and all before it.
 
@@ -102,8 +105,8 @@ class KimiMLAAttention(nn.Module):
             x: ``[B, T, D]``.
             state: Latent cache of the tokens before these, which are appended to it; None if there
                 are none.
-            packing: Where the sequences of one row lie, which do not attend to each other; not
-                together with ``state``.
+            packing: Where the sequences of one row lie, which do not attend to each other, not
+                together with ``state``; or where rows are padded, which nobody attends to.
 
         Returns:
             ``[B, T, D]``.
@@ -118,11 +121,9 @@ class KimiMLAAttention(nn.Module):
         starts_here = state is None or state.length == 0
         if state is not None:
             latents = state.append(latents)
-        out = (
-            self._attend_expanded(queries, latents, packing)
-            if starts_here
-            else self._attend_latents(queries, latents)
-        )
+        visible = None if packing is None else packing.visible
+        attend = self._attend_expanded if starts_here else self._attend_latents
+        out = attend(queries, latents, visible)
         out = out.transpose(1, 2).flatten(-2)  # [B, T, H * value]
         if hasattr(self, "g_proj"):
             out = out * self.g_proj(x).sigmoid()
@@ -133,19 +134,18 @@ class KimiMLAAttention(nn.Module):
             return self.q_proj(x)
         return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
 
-    def _attend_expanded(self, queries: Tensor, latents: Tensor, packing: Packing | None) -> Tensor:
+    def _attend_expanded(self, queries: Tensor, latents: Tensor, visible: Tensor | None) -> Tensor:
         """For whole sequences: keys and values of every head are made from the latents."""
         latent, shared_key = latents.split([self.rank, self.rope_dim], dim=-1)
         expanded = self.kv_b_proj(latent).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         keys, values = expanded.split([self.nope_dim, self.value_dim], dim=-1)
         shared_key = shared_key.unsqueeze(1).expand(-1, self.num_heads, -1, -1)
         keys = torch.cat([keys, shared_key], dim=-1)
-        mask = None if packing is None else packing.visible
         return F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=mask, is_causal=mask is None, scale=self.scale
+            queries, keys, values, attn_mask=visible, is_causal=visible is None, scale=self.scale
         )
 
-    def _attend_latents(self, queries: Tensor, latents: Tensor) -> Tensor:
+    def _attend_latents(self, queries: Tensor, latents: Tensor, visible: Tensor | None) -> Tensor:
         """For a few tokens after many: as ``q . W c = W^T q . c``, heads attend over latents.
 
         The cache is read as it lies, once for keys and values of all heads (DeepSeek-V2, §2.1.2,
@@ -158,12 +158,11 @@ class KimiMLAAttention(nn.Module):
             [queries @ key_weight, shared_queries], dim=-1
         )  # [B, H, T, rank + rope]
         tokens, length = queries.shape[2], latents.shape[1]
-        mask = None
-        if tokens > 1:
-            visible = torch.ones(tokens, length, dtype=torch.bool, device=latents.device)
-            mask = visible.tril(length - tokens)
+        if visible is None and tokens > 1:
+            every = torch.ones(tokens, length, dtype=torch.bool, device=latents.device)
+            visible = every.tril(length - tokens)
         keys = latents.unsqueeze(1).expand(-1, self.num_heads, -1, -1)
         out = F.scaled_dot_product_attention(
-            queries, keys, keys[..., : self.rank], attn_mask=mask, scale=self.scale
+            queries, keys, keys[..., : self.rank], attn_mask=visible, scale=self.scale
         )
         return out @ value_weight.transpose(-1, -2)

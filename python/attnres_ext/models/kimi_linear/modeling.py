@@ -18,7 +18,7 @@ from attnres_ext.models.kimi_linear.kda import KimiDeltaAttention, KimiDeltaStat
 from attnres_ext.models.kimi_linear.linear import Linear
 from attnres_ext.models.kimi_linear.mla import KimiLatentState, KimiMLAAttention
 from attnres_ext.models.kimi_linear.moe import KimiMLP, KimiRouter, KimiSparseMoE
-from attnres_ext.models.kimi_linear.packing import Packing
+from attnres_ext.models.kimi_linear.packing import Packing, Padding
 from attnres_ext.residual import AttentionResiduals
 from attnres_ext.residual_state import ResidualState
 from attnres_ext.side_stream import new_stream
@@ -40,6 +40,7 @@ class KimiLinearState:
         batch_size: Sequences.
         max_length: How many tokens fit.
         length: How many tokens it has seen.
+        present: ``[B, max_length]``, bool: which of them are no padding; None if all are.
     """
 
     layers: list[KimiDeltaState | KimiLatentState]
@@ -47,7 +48,19 @@ class KimiLinearState:
     batch_size: int
     max_length: int
     length: int = 0
+    present: Tensor | None = None
     prefill_cache: BlockCache | None = None
+
+    def continued(self, padding: Padding | None, tokens: int) -> Padding | None:
+        """The padding of so many tokens more and of all before them, which it keeps; if any."""
+        if self.present is None:
+            if padding is None:
+                return None
+            self.present = padding.present.new_ones(self.batch_size, self.max_length)
+        end = self.length + tokens
+        if padding is not None:
+            self.present[:, self.length : end] = padding.present
+        return Padding(self.present[:, self.length : end], self.present[:, :end])
 
 
 @dataclass
@@ -104,7 +117,7 @@ class KimiDecoderLayer(nn.Module):
         x: Tensor,
         residual: ResidualState,
         state: KimiDeltaState | KimiLatentState | None = None,
-        packing: Packing | None = None,
+        packing: Packing | Padding | None = None,
         recompute: bool = False,
     ) -> Tensor:
         """Both sublayers, each with its read and its write.
@@ -176,11 +189,12 @@ class KimiLinearModel(nn.Module):
         self,
         input_ids: Tensor,
         state: KimiLinearState | None = None,
-        packing: Packing | None = None,
+        packing: Packing | Padding | None = None,
     ) -> Tensor:
         """Hidden states ``[B, T, D]`` of ``[B, T]`` tokens, continuing what ``state`` has seen.
 
-        With a state they are in its memory: the next call may overwrite them.
+        With a state they are in its memory: the next call may overwrite them. ``packing`` says
+        where sequences lie in the rows, if each does not fill its own.
         """
         embedding = self.embed_tokens(input_ids)
         device = embedding.device.type
@@ -265,6 +279,7 @@ class KimiLinearForCausalLM(nn.Module):
         state: KimiLinearState | None = None,
         logits_to_keep: int | None = None,
         cu_seqlens: Tensor | None = None,
+        attention_mask: Tensor | None = None,
     ) -> KimiLinearOutput:
         """Predicts the token after each of ``input_ids``.
 
@@ -279,16 +294,24 @@ class KimiLinearForCausalLM(nn.Module):
             cu_seqlens: Where the sequences begin that ``input_ids`` ``[1, T]`` has packed into one
                 row, and where the last ends: ``[sequences + 1]``, integers. They do not see each
                 other, and no label reaches over an end. Not together with ``state``.
+            attention_mask: ``[B, T]``: 1 for a token, 0 for padding, which no token sees and which
+                neither is a target nor has one. None if there is none among these tokens.
 
         Raises:
             ValueError: Shapes that do not fit one another, or the state.
         """
         self._check(input_ids, labels, state, logits_to_keep)
-        packing = None
+        packing: Packing | Padding | None = None
+        if attention_mask is not None:
+            packing = Padding.of(attention_mask, input_ids.shape)
         if cu_seqlens is not None:
             if state is not None:
                 raise ValueError("cu_seqlens: packed sequences cannot continue a decoding state")
+            if attention_mask is not None:
+                raise ValueError("cu_seqlens: packed rows have no padding, attention_mask is given")
             packing = Packing.of(cu_seqlens, input_ids.shape, input_ids.device)
+        if state is not None:
+            packing = state.continued(packing, input_ids.shape[1])
         # What is kept in the state is changed in place, which a backward pass could not survive.
         with torch.set_grad_enabled(torch.is_grad_enabled() and state is None):
             hidden = self.model(input_ids, state, packing)
@@ -300,7 +323,7 @@ class KimiLinearForCausalLM(nn.Module):
         loss = None
         if labels is not None:
             if packing is not None:
-                labels = labels.masked_fill(packing.begins, _IGNORED)
+                labels = labels.masked_fill(~packing.has_predecessor, _IGNORED)
             loss = F.cross_entropy(
                 logits[:, :-1].flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)),
                 labels[:, 1:].flatten(),
@@ -328,7 +351,13 @@ class KimiLinearForCausalLM(nn.Module):
         return KimiLinearState(layers, cache, batch_size, max_length)
 
     @torch.no_grad()
-    def prefill(self, input_ids: Tensor, state: KimiLinearState, chunk_size: int) -> Tensor:
+    def prefill(
+        self,
+        input_ids: Tensor,
+        state: KimiLinearState,
+        chunk_size: int,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
         """Takes in a prompt, so many tokens of each sequence at a time.
 
         The blocks of all residual reads, ``num_blocks + 1`` tensors of the prompt's size when it is
@@ -338,6 +367,7 @@ class KimiLinearForCausalLM(nn.Module):
             input_ids: ``[B, T]``, ``T >= 1``.
             state: Moved on in place.
             chunk_size: Tokens of a sequence at a time, at least 1.
+            attention_mask: ``[B, T]``, see :meth:`forward`.
 
         Returns:
             Logits after the last token, ``[B, vocab_size]``.
@@ -353,8 +383,12 @@ class KimiLinearForCausalLM(nn.Module):
             (batch_size, min(chunk_size, length)), self.model.embed_tokens.weight
         )
         try:
-            for chunk in input_ids.split(chunk_size, dim=1):
-                logits = self(chunk, state=state, logits_to_keep=1).logits
+            chunks = input_ids.split(chunk_size, dim=1)
+            masks: Sequence[Tensor | None] = [None] * len(chunks)
+            if attention_mask is not None:
+                masks = Padding.of(attention_mask, input_ids.shape).present.split(chunk_size, dim=1)
+            for chunk, mask in zip(chunks, masks, strict=True):
+                logits = self(chunk, state=state, logits_to_keep=1, attention_mask=mask).logits
         finally:
             state.prefill_cache = None
         return logits[:, -1]
@@ -366,6 +400,7 @@ class KimiLinearForCausalLM(nn.Module):
         temperature: float = 0.0,
         generator: torch.Generator | None = None,
         chunk_size: int = 4096,
+        attention_mask: Tensor | None = None,
     ) -> Iterator[Tensor]:
         """Continues ``input_ids``, yielding each token as soon as it is known.
 
@@ -376,17 +411,29 @@ class KimiLinearForCausalLM(nn.Module):
                 is drawn.
             generator: Source of randomness of the draws.
             chunk_size: How many tokens of each prompt are taken in at a time (see :meth:`prefill`).
+            attention_mask: ``[B, T]``: 1 for a token, 0 for the padding at the left of shorter
+                prompts; each is continued as it would be alone. None if all are of one length.
 
         Yields:
             One token per sequence, ``[B]``, int64.
+
+        Raises:
+            ValueError: An argument is not one of these.
         """
         if temperature < 0:
             raise ValueError(f"generate: temperature is {temperature}; it must be at least 0")
         if max_new_tokens < 1:
             return
         self._check(input_ids, None, None, None)
+        if attention_mask is not None:
+            present = Padding.of(attention_mask, input_ids.shape).present
+            if not (present[:, -1].all() and (present[:, 1:] >= present[:, :-1]).all()):
+                raise ValueError(
+                    "generate: attention_mask has padding behind a token; prompts that are "
+                    "continued are padded at the left"
+                )
         state = self.new_state(input_ids.shape[0], input_ids.shape[1] + max_new_tokens)
-        logits = self.prefill(input_ids, state, chunk_size)
+        logits = self.prefill(input_ids, state, chunk_size, attention_mask)
         for produced in range(1, max_new_tokens + 1):
             token = _draw(logits, temperature, generator)
             yield token

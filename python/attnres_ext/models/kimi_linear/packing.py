@@ -1,4 +1,4 @@
-"""Several sequences in one row, one after the other, without padding between them."""
+"""Where sequences lie in the rows of a batch: several in one row, or one in each with padding."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Packing"]
+__all__ = ["Packing", "Padding"]
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,66 @@ class Packing:
         return self.position == 0
 
     @property
+    def has_predecessor(self) -> Tensor:
+        """``[T]``, bool: whether another token of its sequence is before a token."""
+        return ~self.begins
+
+    @property
     def visible(self) -> Tensor:
         """``[T, T]``, bool: whether the token of a row may attend to that of a column."""
         same = self.sequence.unsqueeze(-1) == self.sequence
         return same.tril()
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Which tokens of a batch are there, where rows are shorter than others.
+
+    Attributes:
+        present: ``[B, T]``, bool: which of these tokens are there.
+        seen: ``[B, L]``, bool: which of all tokens up to these, the last ``T`` of them.
+    """
+
+    present: Tensor
+    seen: Tensor
+
+    @classmethod
+    def of(cls, attention_mask: Tensor, shape: torch.Size) -> Padding:
+        """Of a mask as Hugging Face models take it.
+
+        Args:
+            attention_mask: ``[B, T]``, bool or integers: 1 for a token, 0 for padding.
+            shape: That of the token ids.
+
+        Raises:
+            ValueError: It is something else.
+        """
+        if attention_mask.shape != shape or attention_mask.is_floating_point():
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)} and dtype "
+                f"{attention_mask.dtype}; it must be {tuple(shape)} like input_ids, bool or "
+                "integers"
+            )
+        present = attention_mask.bool()
+        return cls(present, present)
+
+    def without_padding(self, x: Tensor) -> Tensor:
+        """``x`` ``[B, T, D]``, zero where no token is."""
+        return x.masked_fill(~self.present.unsqueeze(-1), 0)
+
+    @property
+    def has_predecessor(self) -> Tensor:
+        """``[B, T]``, bool: whether a token is here and the place before it holds one, too."""
+        return self.present & self.present.roll(1, dims=1)
+
+    @property
+    def visible(self) -> Tensor:
+        """``[B, 1, T, L]``, bool: whether these tokens may attend to each token up to them.
+
+        What is no token sees itself, so that nothing divides by zero.
+        """
+        tokens, length = self.present.shape[1], self.seen.shape[1]
+        every = torch.ones(tokens, length, dtype=torch.bool, device=self.seen.device)
+        before = every.tril(length - tokens)
+        itself = before.triu(length - tokens)
+        return (self.seen[:, None, None, :] & before) | itself
