@@ -287,16 +287,17 @@ def test_phase_1_multiplies_on_tensor_cores(kernels) -> None:
         # Rows and vectors are read, and results written, 16 bytes at a time.
         is_half = "half" in parts["elements"]
         sums_over_columns = [2 if is_half else 3] if parts["way"] == "fwd" else [1, 3]
-        combinations = 1 if parts["way"] == "fwd" else 3
+        combinations = [1] if parts["way"] == "fwd" else [1, 1, 2]
         found = sorted(
             (loop.tensor_products, loop.loads(wide=True), loop.loads(wide=False))
             for loop in kernel.loops
             if loop.tensor_products
         )
         # Over columns: twice two rows and as many eights of up to 32 vectors as they have parts.
-        # Over rows: two eights of columns, weights one by one, each for four products.
+        # Over rows: two eights of columns, weights one by one, each for four products; twice as
+        # many weights where the result is in float32.
         expected = [(4 * 4 * n, 4 + 8 * n, 0) for n in sums_over_columns]
-        expected += [(4 * 4, 2, 4 * 2)] * combinations
+        expected += [(4 * 4 * n, 2, 4 * 2 * n) for n in combinations]
         assert found == sorted(expected), f"{kernel.arch} {kernel.name}: {found}"
         assert kernel.global_stores(wide=True) >= 2 * 4, kernel.name
 

@@ -187,10 +187,9 @@ def check_gradients(
     samples: list[list[Tensor | None]],
     largest_logit: Tensor,
     compute: torch.dtype,
-    split: float = 0.0,
 ) -> None:
     """Each output, unless it is empty, against the exact gradient and ``samples`` of autograd's in
-    the compute dtype. ``split`` is the relative error of weights on tensor cores."""
+    the compute dtype."""
     for i, name in enumerate(names):
         got, want = outputs[i], exact[i]
         if got.numel() == 0:
@@ -204,7 +203,7 @@ def check_gradients(
         rounding = dtype.eps * max(largest, dtype.tiny)
         # A rounding of a logit is a relative error of its weight.
         order = (32 + 4 * largest_logit) * torch.finfo(compute).eps * largest
-        allowed = 2 * eager + rounding + order + split * largest
+        allowed = 2 * eager + rounding + order
         if compute == torch.float64:
             allowed = 64 * order + rounding
         assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"

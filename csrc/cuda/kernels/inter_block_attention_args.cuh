@@ -181,7 +181,7 @@ struct InterBlockScratch {
   __device__ __forceinline__ Compute* dot(const Args& args, int token, int source) const {
     return logit(args, token, source) + matrix_size(args);
   }
-  // What adds up to the factor of v_i in dv_i.
+  // What adds up to the factor of v_i in dv_i, then the rest of the factors of v_i in du_s.
   template <typename Args>
   __device__ __forceinline__ Compute* summand(const Args& args, int token, int source) const {
     return logit(args, token, source) + 2 * matrix_size(args);

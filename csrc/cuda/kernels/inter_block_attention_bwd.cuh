@@ -135,8 +135,8 @@ class InterBlockBackwardBody {
         scratch.squares[token * args.num_sources + source] * args.inverse_hidden + args.eps);
   }
 
-  // One thread: of a token's sources and one query, the weights, the factors a and what adds up to
-  // the values' factors.
+  // One thread: of a token's sources and one query, the weights as products take them, the factors
+  // a and what adds up to the values' factors.
   __device__ __forceinline__ static void logit_gradients(const Args& args, int64_t index, int token,
                                                          int query, const Scratch& scratch) {
     const int64_t m = args.first_token(index) + token;
@@ -176,19 +176,25 @@ class InterBlockBackwardBody {
       // And so the gradient through a single source's weight is 0, not a rounding error.
       const Compute centred = args.num_sources == 1 ? Compute(0) * mean : dot - mean;
       const Compute grad_logit = weight * (centred + grad_lse);
-      factor = Products::encode_weight(grad_logit * rstd_of(args, index, token, source, scratch));
+      factor = grad_logit * rstd_of(args, index, token, source, scratch);
       weight = Products::encode_weight(weight);
       scratch.summand(args, token, source)[query] *= grad_logit;
     }
   }
 
-  // One thread: the factor of v_i in dv_i.
+  // One thread: the factor of v_i in dv_i; and a as products take it, with what that leaves of it
+  // in the place of what has been added up.
   __device__ __forceinline__ static void value_factor(const Args& args, int64_t index, int token,
                                                       int source, const Scratch& scratch) {
     const Compute rstd = rstd_of(args, index, token, source, scratch);
     Compute sum = 0;
     for (int query = 0; query < args.num_queries; ++query) {
-      sum += scratch.summand(args, token, source)[query];
+      Compute& factor = scratch.dot(args, token, source)[query];
+      Compute& summand = scratch.summand(args, token, source)[query];
+      sum += summand;
+      const Compute encoded = Products::encode_weight(factor);
+      summand = Products::encode_weight(factor - Products::decode_weight(encoded));
+      factor = encoded;
     }
     scratch.factors[token * args.num_sources + source] = sum * rstd * rstd * args.inverse_hidden;
   }
@@ -238,7 +244,8 @@ class InterBlockBackwardBody {
         });
   }
 
-  // du of the tile's tokens. Each thread reads and writes its own columns only.
+  // du of the tile's tokens, with all of a: nothing rounds it to fewer bits than float32 has. Each
+  // thread reads and writes its own columns only.
   template <typename Tile>
   __device__ __forceinline__ static void add_to_sums(const Args& args, int num_tokens,
                                                      const Tile& rows, const Scratch& scratch,
@@ -252,7 +259,7 @@ class InterBlockBackwardBody {
             add(
                 args.num_sources, [&](int i) { return rows.row(first + i); },
                 [&](int i) { return args.sources[i].dtype; }, scratch.dot(args, token, 0),
-                args.tile.logit_pitch, 1);
+                args.tile.logit_pitch, 1, scratch.summand(args, token, 0));
           }
         },
         [&](int, int query, int chunk, Compute(&x)[kWidth]) {

@@ -106,6 +106,7 @@ struct ScalarProducts {
   }
 
   __device__ __forceinline__ static Compute encode_weight(Compute weight) { return weight; }
+  __device__ __forceinline__ static Compute decode_weight(Compute weight) { return weight; }
 
   // See TensorProducts. A thread takes a chunk of columns of a token and four outputs at a time, in
   // order: an output may be added to what the one before has stored.
@@ -119,7 +120,7 @@ struct ScalarProducts {
           const int left = num_outputs - n;
           Compute sums[kQueries][kWidth] = {};
           fill(token, [&](int count, auto&& row_of, auto&& dtype_of, const Compute* weights,
-                          int k_step, int n_step) {
+                          int k_step, int n_step, auto...) {
             for (int k = 0; k < count; ++k) {
               Compute x[kWidth];
               Elements::load(row_of(k), dtype_of(k), chunk, x);

@@ -11,7 +11,8 @@
 //
 // Mix: values [16 columns, 8 rows twice] times weights [8 rows twice, 8 outputs]. A weight goes in
 // as two values of the storage type, one below the other, and meets the same value twice: 16 bits
-// of bfloat16, 22 of float16, where the result keeps 8 or 11.
+// of bfloat16, 22 of float16, where the result keeps 8 or 11. A result in float32 takes what is
+// left of the weights as such values, too.
 #pragma once
 
 #include "common/mma.cuh"
@@ -188,11 +189,19 @@ struct TensorProducts {
                           static_cast<uint32_t>(bits_as<uint16_t>(lower)) << 16);
   }
 
+  __device__ __forceinline__ static float decode_weight(float encoded) {
+    const auto bits = bits_as<uint32_t>(encoded);
+    const T upper = bits_as<T>(static_cast<uint16_t>(bits));
+    const T lower = bits_as<T>(static_cast<uint16_t>(bits >> 16));
+    return (widen<float>(upper) + widen<float>(lower)) * (1 / Split::kWeightScale);
+  }
+
   // For each of `num_tokens` tokens and `num_outputs` outputs n, over chunks `begin` to `end` of
   // the columns (whole panels, but for the last): x = sum_k w_kn x_k, given to store(token, n,
   // chunk, x). fill(token, add) names the terms: add(count, k -> row, k -> dtype, weights, k_step,
-  // n_step), with zeros among the weights up to the next multiple of 8 of k. A warp takes 64
-  // columns of a token.
+  // n_step, rest), with zeros among the weights up to the next multiple of 8 of k. `rest`, which
+  // may be left out: what is to be added to the weights, likewise. A warp takes 64 columns of a
+  // token.
   template <typename Args, typename Fill, typename Store>
   __device__ __forceinline__ static void combine(const Args& args, int begin, int end,
                                                  int num_tokens, int num_outputs, Fill&& fill,
@@ -208,8 +217,9 @@ struct TensorProducts {
         const int left = num_outputs - first;
         float sums[kQueryTiles][4][4] = {};
         fill(token, [&](int count, auto&& row_of, auto&&, const float* weights, int k_step,
-                        int n_step) {
-          weights += (first + g) * n_step;
+                        int n_step, auto... rest) {
+          const float* const factors[] = {weights + (first + g) * n_step,
+                                          rest + (first + g) * n_step...};
           for (int k = 0; k < count; k += 8) {
             // Of the eight rows this thread has numbers 2t and 2t + 1, in columns 8 g to 8 g + 7.
             uint4 values[2];
@@ -219,24 +229,27 @@ struct TensorProducts {
               values[i] = mine < count ? row_of(mine).template read<uint4>(chunk * 16)
                                        : make_uint4(0, 0, 0, 0);
             }
-            uint32_t b[kQueryTiles][2];
 #pragma unroll
-            for (int q = 0; q < kQueryTiles; ++q) {
-              if (q * kProductQueries >= left) break;
-              const float* mine = weights + (k + 2 * t) * k_step + q * kProductQueries * n_step;
-              const float early = mine[0], late = mine[k_step];
-              b[q][0] = bits_as<uint32_t>(early);
-              b[q][1] = bits_as<uint32_t>(late);
-            }
-#pragma unroll
-            for (int word = 0; word < 4; ++word) {
-              const uint32_t early = word_of(values[0], word), late = word_of(values[1], word);
-              const uint32_t a[4] = {lower_twice(early), upper_twice(early), lower_twice(late),
-                                     upper_twice(late)};
+            for (const float* factor : factors) {
+              uint32_t b[kQueryTiles][2];
 #pragma unroll
               for (int q = 0; q < kQueryTiles; ++q) {
                 if (q * kProductQueries >= left) break;
-                multiply_add_16x8x16(T{}, sums[q][word], a, b[q]);
+                const float* mine = factor + (k + 2 * t) * k_step + q * kProductQueries * n_step;
+                const float early = mine[0], late = mine[k_step];
+                b[q][0] = bits_as<uint32_t>(early);
+                b[q][1] = bits_as<uint32_t>(late);
+              }
+#pragma unroll
+              for (int word = 0; word < 4; ++word) {
+                const uint32_t early = word_of(values[0], word), late = word_of(values[1], word);
+                const uint32_t a[4] = {lower_twice(early), upper_twice(early), lower_twice(late),
+                                       upper_twice(late)};
+#pragma unroll
+                for (int q = 0; q < kQueryTiles; ++q) {
+                  if (q * kProductQueries >= left) break;
+                  multiply_add_16x8x16(T{}, sums[q][word], a, b[q]);
+                }
               }
             }
           }
