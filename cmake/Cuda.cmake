@@ -56,9 +56,9 @@ function(attnres_add_cuda target)
     list(TRANSFORM ATTNRES_CUDA_KERNELS REPLACE "(.+)" "csrc/cuda/sm${set}/\\1.cu" OUTPUT_VARIABLE sources)
     add_library(${library} OBJECT ${sources})
     target_include_directories(${library} PRIVATE csrc/include csrc/cuda)
-    # Compressed for size: every driver that CUDA 13 runs on can unpack it.
+    # Compressed for size where every driver that the toolkit runs on can unpack that: those of CUDA 12 before 12.4 cannot.
     target_compile_options(${library} PRIVATE -lineinfo -Xcompiler=-Wall,-Wextra,-Werror=switch-enum
-                                              $<$<VERSION_GREATER_EQUAL:$<CUDA_COMPILER_VERSION>,12.8>:--compress-mode=size>)
+                                              $<$<VERSION_GREATER_EQUAL:$<CUDA_COMPILER_VERSION>,13.0>:--compress-mode=size>)
     set_target_properties(${library} PROPERTIES CUDA_ARCHITECTURES "${ATTNRES_CUDA_TARGETS_${set}}"
                                                 CUDA_RUNTIME_LIBRARY Static)
     target_link_libraries(${target} PRIVATE ${library})
