@@ -39,16 +39,12 @@ struct Launcher {
   }
 
   // Clusters for `wanted` rows or tiles. No more than run at the same time: one that had to wait
-  // would do all its share when the others are done. Asked of the driver, once for each shape,
-  // because clusters leave multiprocessors over where the chip's groups of them are not multiples
-  // of their size; unless so few are wanted that those that wait have one row each. 0 where the
-  // cluster is larger than every device runs, and this one runs none.
+  // would do all its share when the others are done; unless so few are wanted that those that wait
+  // have one row each. Asked of the driver, once for each shape, because clusters leave
+  // multiprocessors over where the chip's groups of them are not multiples of their size. 0 where
+  // it runs none: larger ones than every device runs, or any in a small part of a device.
   template <auto kKernel>
   int64_t num_clusters(const LaunchShape& shape, int64_t wanted) const {
-    const bool runs_everywhere = shape.cluster_size <= kMostCtasInCluster;
-    if (runs_everywhere && wanted * shape.cluster_size <= context.limits.num_multiprocessors) {
-      return wanted;
-    }
     static ClusterCounts counts;
     const int count = counts.get(context.device, shape, [&] {
       LaunchShape one = shape;
@@ -63,9 +59,11 @@ struct Launcher {
       cudaGetLastError();
       return -1;
     });
-    // An error of a cluster that runs everywhere comes back from the launch.
-    return std::clamp(count, runs_everywhere ? 1 : 0,
-                      std::max(1, shape.num_ctas / shape.cluster_size));
+    // An error comes back from the launch that does without a cluster.
+    if (count <= 0) return 0;
+    const bool are_few = shape.cluster_size <= kMostCtasInCluster &&
+                         wanted * shape.cluster_size <= context.limits.num_multiprocessors;
+    return are_few ? wanted : std::min(count, std::max(1, shape.num_ctas / shape.cluster_size));
   }
 
  private:

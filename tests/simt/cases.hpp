@@ -128,6 +128,7 @@ struct Run {
   Order order;
   uint64_t seed;
   cuda::DeviceLimits limits;
+  int largest_cluster;
 
   static Run take(File& cases) {
     Run run;
@@ -137,6 +138,7 @@ struct Run {
     run.limits.num_multiprocessors = static_cast<int>(cases.take<int64_t>());
     run.limits.shared_bytes_per_multiprocessor = static_cast<int>(cases.take<int64_t>());
     run.limits.shared_bytes_per_cta = static_cast<int>(cases.take<int64_t>());
+    run.largest_cluster = static_cast<int>(cases.take<int64_t>());
     return run;
   }
 };
@@ -147,8 +149,7 @@ struct Launch {
   Report& report;
   std::vector<const std::vector<Buffer>*> tensors;
 
-  // As if the device had room for all that fill its multiprocessors; with an odd number of them it
-  // is one that runs no large clusters.
+  // As if the device had room for all that fill its multiprocessors.
   template <auto kKernel>
   int64_t num_clusters(const cuda::LaunchShape& shape, int64_t wanted) const {
     if (ptx::is_loaded()) {
@@ -156,7 +157,7 @@ struct Launch {
         return launcher.num_clusters<kKernel>(shape, wanted);
       });
     }
-    if (shape.cluster_size > cuda::kMostCtasInCluster && !runs_large_clusters()) return 0;
+    if (shape.cluster_size > run_as.largest_cluster) return 0;
     return std::max(1, shape.num_ctas / shape.cluster_size);
   }
 
@@ -190,8 +191,6 @@ struct Launch {
     std::exit(1);
   }
 
-  bool runs_large_clusters() const { return run_as.limits.num_multiprocessors % 2 == 0; }
-
   // f(launcher) for that of csrc/cuda.
   template <typename F>
   auto with_launcher(std::function<void()> end_previous_kernel, F&& f) const {
@@ -199,7 +198,7 @@ struct Launch {
     device = {run_as.order,
               run_as.seed,
               run_as.bulk_ring ? 90 : 80,
-              runs_large_clusters(),
+              run_as.largest_cluster > cuda::kMostCtasInCluster,
               run_as.limits.shared_bytes_per_cta,
               {},
               std::move(end_previous_kernel)};

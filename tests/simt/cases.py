@@ -34,6 +34,8 @@ class Limits:
     multiprocessors: int = 2
     shared_per_multiprocessor: int = 228 * 1024
     shared_per_cta: int = 227 * 1024
+    #: CTAs; 1: no clusters. By default 8 on devices with an odd number of multiprocessors, else 16.
+    largest_cluster: int | None = None
 
 
 @dataclass
@@ -180,10 +182,11 @@ def encode_head(case: Any, seed: int, kind: str, out_eps: float = 0.0) -> bytes:
         [
             struct.pack("=4q", KINDS[kind], RINGS[case.ring], ORDERS[case.order], seed),
             struct.pack(
-                "=3q",
+                "=4q",
                 limits.multiprocessors,
                 limits.shared_per_multiprocessor,
                 limits.shared_per_cta,
+                limits.largest_cluster or (8 if limits.multiprocessors % 2 else 16),
             ),
             struct.pack(
                 "=4q", case.num_tokens, case.hidden, len(case.sources), DTYPES[case.compute]

@@ -495,6 +495,20 @@ def test_rows_too_large_for_a_cta_are_shared(runner: Runner, tmp_path: Path) -> 
     assert results[0].num_ctas < 9 * results[0].cluster_size
 
 
+def test_a_device_that_runs_no_clusters_does_without(runner: Runner, tmp_path: Path) -> None:
+    """A small part of a device may have no room for one."""
+    small = Limits(8, 18 << 10, 18 << 10, largest_cluster=1)
+    cases = [
+        shared(5, 4096, order="random"),
+        shared(5, 2056, [torch.bfloat16, torch.float32], delta=True, in_place=True),
+        make(9, 1024, torch.bfloat16, limits=small, tokens=(3, 3)),
+        make(20, 1032, torch.float16, limits=small),
+    ]
+    for case in cases:
+        case.limits.largest_cluster = 1
+    assert not any(result.cluster_size for result in run_and_check(runner, cases, tmp_path))
+
+
 @pytest.mark.parametrize("ring", ["cp_async", "bulk"])
 def test_sources_are_taken_several_at_a_time(ring: str, runner: Runner, tmp_path: Path) -> None:
     # Four of them in a cluster, two in a CTA, and what is left over.

@@ -302,6 +302,10 @@ def test_rows_too_large_for_a_cta_are_shared(
     launched = run_and_check(runner, cases, tmp_path)
     assert [one.cluster_size > 1 for one in launched] == [True] * 5
     assert [one.resident for one in launched] == [True, True, True, False, True]
+    # A device that runs no clusters does without.
+    for backward in cases:
+        backward.case.limits.largest_cluster = 1
+    assert not any(one.cluster_size for one in run_and_check(runner, cases, tmp_path))
 
 
 @pytest.mark.parametrize("ring", ["cp_async", "bulk"])

@@ -109,6 +109,9 @@ def test_large_clusters_only_where_the_device_runs_them(runner: Runner, tmp_path
     large, small = run_and_check(runner, cases, tmp_path)
     assert (large.cluster_size, large.num_spans) == (16, 1)
     assert small.cluster_size <= 8
+    for case in cases:
+        case.limits.largest_cluster = 1
+    assert all(one.cluster_size == 1 for one in run_and_check(runner, cases, tmp_path))
 
 
 def test_other_aligned_rows_stay_on_chip(way: Way, tmp_path: Path) -> None:

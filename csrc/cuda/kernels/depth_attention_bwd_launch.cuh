@@ -122,9 +122,10 @@ BackwardTile choose_backward_tile(const DepthAttentionBackward& p, const DeviceL
   return {shares ? choose(true) : without, shares};
 }
 
-template <typename Policy, int kCapacity, typename Launch>
+// otherwise(): where the device runs no clusters of the tile's size.
+template <typename Policy, int kCapacity, typename Launch, typename Otherwise>
 auto launch_backward_tile(const DepthAttentionBackward& p, const BackwardTile& chosen,
-                          const DeviceLimits& limits, Launch&& launch) {
+                          const DeviceLimits& limits, Launch&& launch, Otherwise&& otherwise) {
   using Elements = typename Policy::Elements;
   using Compute = typename Elements::Compute;
   using Team = typename Policy::Team;
@@ -137,7 +138,10 @@ auto launch_backward_tile(const DepthAttentionBackward& p, const BackwardTile& c
       tile.num_threads + Loader::kExtraThreads, tile.shared_bytes, Loader::kUsesSlots,
       Team::kIsCluster ? tile.cluster_size : 0};
   int64_t teams = shape.num_ctas;
-  if (tile.cluster_size > 1) teams = launch.template num_clusters<kKernel>(shape, p.num_tokens);
+  if constexpr (Team::kIsCluster) {
+    if (tile.cluster_size > 1) teams = launch.template num_clusters<kKernel>(shape, p.num_tokens);
+    if (teams == 0) return otherwise();
+  }
   teams = std::min(teams, p.num_tokens);
   if (p.num_parts > 0) teams = std::min(teams, p.num_parts);
   shape.num_ctas = static_cast<int>(teams) * tile.cluster_size;
@@ -152,35 +156,17 @@ auto launch_backward_tile(const DepthAttentionBackward& p, const BackwardTile& c
 template <typename Policy, int kCapacity, typename Launch>
 auto launch_backward_with(const DepthAttentionBackward& p, const DeviceLimits& limits,
                           Launch&& launch) {
+  static_assert(!Policy::Team::kIsCluster);
   return launch_backward_tile<Policy, kCapacity>(p, choose_backward_tile<Policy>(p, limits, 1),
-                                                 limits, launch);
+                                                 limits, launch, nullptr);
 }
 
-// `Ring` and `Team` are the architecture's: the loader for aligned rows, and CtaCluster where there
-// are clusters.
-template <template <typename, int, typename> class Ring, typename Team, typename Launch>
-auto launch_depth_attention_backward(const DepthAttentionBackward& p, const DeviceLimits& limits,
-                                     Launch&& launch) {
+// By one CTA, rows that 16-byte copies reach.
+template <template <typename, int, typename> class Ring, typename Launch>
+auto launch_backward_alone(const DepthAttentionBackward& p, const DeviceLimits& limits,
+                           Launch&& launch) {
   // 16 values of a row a thread: see depth_attention_backward_registers().
   constexpr int kMostInOneSpan = 16 * kMaxComputeThreads;
-  if (is_double(p.compute)) {
-    using Policy = DepthAttentionPolicy<Mixed<double, 1>, Direct, 4>;
-    return launch_backward_with<Policy, kMaxSources>(p, limits, launch);
-  }
-  if (!rows_are_aligned(p)) {
-    using Policy = DepthAttentionPolicy<Mixed<float, 1>, Direct, 8>;
-    return launch_backward_with<Policy, kMaxSources>(p, limits, launch);
-  }
-  if constexpr (Team::kIsCluster) {
-    using Alone = DepthAttentionPolicy<Mixed<float, 8>, Ring, 2>;
-    using Shared = DepthAttentionPolicy<Mixed<float, 8>, Ring, 2, Team>;
-    const int size = large_row_cluster_size(backward_shape<Shared>(p, p.num_parts > 0),
-                                            choose_backward_tile<Alone>(p, limits, 1).tile, limits);
-    if (size > 0) {
-      return launch_backward_tile<Shared, kMaxSources>(
-          p, choose_backward_tile<Shared>(p, limits, size), limits, launch);
-    }
-  }
   if (p.hidden > kMostInOneSpan) {
     using Policy = DepthAttentionPolicy<Mixed<float, 8>, Direct, 2>;
     return launch_backward_with<Policy, kMaxSources>(p, limits, launch);
@@ -203,6 +189,33 @@ auto launch_depth_attention_backward(const DepthAttentionBackward& p, const Devi
       break;
   }
   no_such_dtype();
+}
+
+// `Ring` and `Team` are the architecture's: the loader for aligned rows, and CtaCluster where there
+// are clusters.
+template <template <typename, int, typename> class Ring, typename Team, typename Launch>
+auto launch_depth_attention_backward(const DepthAttentionBackward& p, const DeviceLimits& limits,
+                                     Launch&& launch) {
+  if (is_double(p.compute)) {
+    using Policy = DepthAttentionPolicy<Mixed<double, 1>, Direct, 4>;
+    return launch_backward_with<Policy, kMaxSources>(p, limits, launch);
+  }
+  if (!rows_are_aligned(p)) {
+    using Policy = DepthAttentionPolicy<Mixed<float, 1>, Direct, 8>;
+    return launch_backward_with<Policy, kMaxSources>(p, limits, launch);
+  }
+  const auto launch_alone = [&] { return launch_backward_alone<Ring>(p, limits, launch); };
+  if constexpr (Team::kIsCluster) {
+    using Alone = DepthAttentionPolicy<Mixed<float, 8>, Ring, 2>;
+    using Shared = DepthAttentionPolicy<Mixed<float, 8>, Ring, 2, Team>;
+    const int size = large_row_cluster_size(backward_shape<Shared>(p, p.num_parts > 0),
+                                            choose_backward_tile<Alone>(p, limits, 1).tile, limits);
+    if (size > 0) {
+      return launch_backward_tile<Shared, kMaxSources>(
+          p, choose_backward_tile<Shared>(p, limits, size), limits, launch, launch_alone);
+    }
+  }
+  return launch_alone();
 }
 
 }  // namespace attnres::cuda::inline ATTNRES_CUDA_SET

@@ -111,10 +111,11 @@ DepthAttentionShape forward_shape(const DepthAttentionForward& p) {
           .uses_slots = Policy::template Loader<Args>::kUsesSlots};
 }
 
-// launch<kernel>(args, LaunchShape) for the policies chosen.
-template <typename Policy, int kCapacity, typename Launch>
+// launch<kernel>(args, LaunchShape) for the policies chosen; otherwise() where the device runs no
+// clusters of the tile's size.
+template <typename Policy, int kCapacity, typename Launch, typename Otherwise>
 auto launch_forward_tile(const DepthAttentionForward& p, DepthAttentionTile tile,
-                         const DeviceLimits& limits, Launch&& launch) {
+                         const DeviceLimits& limits, Launch&& launch, Otherwise&& otherwise) {
   using Elements = typename Policy::Elements;
   using Compute = typename Elements::Compute;
   using Team = typename Policy::Team;
@@ -127,7 +128,10 @@ auto launch_forward_tile(const DepthAttentionForward& p, DepthAttentionTile tile
                        tile.num_threads + Loader::kExtraThreads, tile.shared_bytes,
                        Loader::kUsesSlots, Team::kIsCluster ? tile.cluster_size : 0};
   int64_t teams = shape.num_ctas;
-  if (tile.cluster_size > 1) teams = launch.template num_clusters<kKernel>(shape, p.num_tokens);
+  if constexpr (Team::kIsCluster) {
+    if (tile.cluster_size > 1) teams = launch.template num_clusters<kKernel>(shape, p.num_tokens);
+    if (teams == 0) return otherwise();
+  }
   shape.num_ctas = static_cast<int>(std::min(p.num_tokens, teams)) * tile.cluster_size;
   return launch.template operator()<kKernel>(
       make_forward_args<Compute, kCapacity, Team>(p, Elements::kWidth, tile), shape);
@@ -136,8 +140,9 @@ auto launch_forward_tile(const DepthAttentionForward& p, DepthAttentionTile tile
 template <typename Policy, int kCapacity, typename Launch>
 auto launch_forward_with(const DepthAttentionForward& p, const DeviceLimits& limits,
                          Launch&& launch) {
+  static_assert(!Policy::Team::kIsCluster);
   return launch_forward_tile<Policy, kCapacity>(
-      p, choose_depth_attention_tile(forward_shape<Policy>(p), limits), limits, launch);
+      p, choose_depth_attention_tile(forward_shape<Policy>(p), limits), limits, launch, nullptr);
 }
 
 // One or several CTAs for a row, whichever is better; `Alone` is the policy for one, and `Shared`
@@ -145,6 +150,9 @@ auto launch_forward_with(const DepthAttentionForward& p, const DeviceLimits& lim
 template <typename Alone, typename Shared, int kCapacity, typename Launch>
 auto launch_forward_alone_or_shared(const DepthAttentionForward& p, const DeviceLimits& limits,
                                     Launch&& launch) {
+  const auto launch_alone = [&] {
+    return launch_forward_with<Alone, kCapacity>(p, limits, launch);
+  };
   if constexpr (Shared::Team::kIsCluster) {
     const DepthAttentionShape shape = forward_shape<Shared>(p);
     const DepthAttentionTile alone = choose_depth_attention_tile(forward_shape<Alone>(p), limits);
@@ -161,13 +169,11 @@ auto launch_forward_alone_or_shared(const DepthAttentionForward& p, const Device
       const DepthAttentionTile tile = choose_depth_attention_tile(shape, limits, true, size);
       // A cluster's CTA has its columns in registers, and the sums of all others in shared memory.
       if (tile.num_spans == 1 && tile.shared_bytes <= limits.shared_bytes_per_cta) {
-        return launch_forward_tile<Shared, kCapacity>(p, tile, limits, launch);
+        return launch_forward_tile<Shared, kCapacity>(p, tile, limits, launch, launch_alone);
       }
     }
-    return launch_forward_tile<Alone, kCapacity>(p, alone, limits, launch);
-  } else {
-    return launch_forward_with<Alone, kCapacity>(p, limits, launch);
   }
+  return launch_alone();
 }
 
 // In a cluster 16 values a thread are always enough. Where the table of sources is short each

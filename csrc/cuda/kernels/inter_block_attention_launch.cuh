@@ -65,7 +65,9 @@ InterBlockGrid inter_block_grid(const InterBlockShape& shape, int64_t num_tokens
     return grid;
   };
   InterBlockGrid grid = choose(kIsCluster ? kMostCtasInLargeCluster : 1);
-  if (!grid.fits && grid.tile.cluster_size > kMostCtasInCluster) grid = choose(kMostCtasInCluster);
+  for (const int fewer : {kMostCtasInCluster, 1}) {
+    if (!grid.fits && grid.tile.cluster_size > fewer) grid = choose(fewer);
+  }
   return grid;
 }
 
