@@ -26,4 +26,17 @@ inline std::string no_kernels_for(const std::string& device, int capability,
          "the CPU";
 }
 
+// What to do about a driver that is older than the CUDA runtime in this library, by their versions:
+// 12040 is 12.4.
+inline std::string driver_is_too_old(int driver, int runtime) {
+  const auto text = [](int version) {
+    return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+  };
+  const std::string major = std::to_string(runtime / 1000);
+  return "this build of attnres_ext holds the CUDA " + text(runtime) +
+         " runtime, and the driver is one of CUDA " + text(driver) + "; install a driver of CUDA " +
+         major + ".0 or later, or build attnres_ext with a toolkit of CUDA " +
+         std::to_string(driver / 1000) + ", or move the tensors to the CPU";
+}
+
 }  // namespace attnres::cuda

@@ -39,6 +39,11 @@ Device query_device(int index) {
   cudaDeviceProp properties;
   const cudaError_t status = cudaGetDeviceProperties(&properties, index);
   if (status != cudaSuccess) cudaGetLastError();
+  if (status == cudaErrorInsufficientDriver) {
+    int driver = 0;
+    cudaDriverGetVersion(&driver);
+    fail("cuda:", index, " cannot be used: ", driver_is_too_old(driver, CUDART_VERSION));
+  }
   ATTNRES_CHECK(status == cudaSuccess, "attnres_ext cannot read the properties of cuda:", index,
                 ": ", describe(status));
   return {properties.name, 10 * properties.major + properties.minor,

@@ -28,5 +28,10 @@ void test_a_device_without_kernels_gets_advice() {
 
 int main() {
   test_a_device_without_kernels_gets_advice();
+  CHECK(
+      driver_is_too_old(12040, 13000) ==
+      "this build of attnres_ext holds the CUDA 13.0 runtime, and the driver is one of CUDA 12.4; "
+      "install a driver of CUDA 13.0 or later, or build attnres_ext with a toolkit of CUDA 12, or "
+      "move the tensors to the CPU");
   return attnres::testing::finish();
 }
