@@ -64,10 +64,14 @@ const Device& device_at(int index) {
 }
 
 // Makes a device current, and the one before it again at the end. Torch does it, which knows not to
-// wake a device that nobody uses; the CUDA runtime in this library, another than torch's, is told.
+// wake a device that nobody uses; the CUDA runtime in this library, another than torch's, is told
+// where it thinks otherwise. To tell it what it knows would put the device's primary context in the
+// place of one that the caller has chosen, a green context, say.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) : guard_(device) {
+    int current = -1;
+    if (cudaGetDevice(&current) == cudaSuccess && current == device) return;
     const cudaError_t status = cudaSetDevice(device);
     if (status == cudaSuccess) return;
     cudaGetLastError();
