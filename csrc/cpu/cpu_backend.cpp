@@ -331,8 +331,13 @@ const char* cpu_instruction_set() { return cpu::kernels().name; }
 
 const Backend& cpu_backend() {
   static constexpr Backend kBackend{
-      cpu::depth_attention_forward, cpu::depth_attention_backward, cpu::inter_block_forward,
-      cpu::inter_block_backward,    cpu::block_cache_write,        cpu::num_weight_gradient_parts,
+      .depth_attention_forward = cpu::depth_attention_forward,
+      .depth_attention_backward = cpu::depth_attention_backward,
+      .inter_block_forward = cpu::inter_block_forward,
+      .inter_block_backward = cpu::inter_block_backward,
+      .block_cache_write = cpu::block_cache_write,
+      .num_weight_gradient_parts = cpu::num_weight_gradient_parts,
+      .vector_alignment = 1,
   };
   return kBackend;
 }

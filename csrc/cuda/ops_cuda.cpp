@@ -198,6 +198,7 @@ const Backend& cuda_backend() {
     backend.inter_block_backward = cuda::inter_block_backward;
     backend.num_weight_gradient_parts = cuda::num_weight_gradient_parts;
     backend.block_cache_write = cuda::block_cache_write;
+    backend.vector_alignment = 16;
     return backend;
   }();
   return kBackend;

@@ -195,8 +195,8 @@ void block_cache_inter(const Tensor& slots, const Tensor& rstd, int64_t count,
   p.num_queries = num_queries;
   p.compute = compute;
   p.sources = rows.data();
-  p.queries = inputs.rows(queries);
-  if (key_weights.has_value()) p.key_weights = inputs.rows(*key_weights);
+  p.queries = inputs.vectors(queries);
+  if (key_weights.has_value()) p.key_weights = inputs.vectors(*key_weights);
   p.scale = scale;
   p.known_rstd = rstd.const_data_ptr();
   p.out = rows_of_new(out);

@@ -58,8 +58,8 @@ Result attend(const std::vector<Tensor>& blocks, const Tensor& queries,
   p.num_queries = queries.size(0);
   p.compute = compute_dtype_of(rows);
   p.sources = rows.data();
-  p.queries = inputs.rows(queries);
-  if (key_weights.has_value()) p.key_weights = inputs.rows(*key_weights);
+  p.queries = inputs.vectors(queries);
+  if (key_weights.has_value()) p.key_weights = inputs.vectors(*key_weights);
   p.eps = eps;
   p.scale = scale;
 
@@ -117,8 +117,8 @@ struct Backward {
     p.sources = rows.data();
     p.grad_sources = grad_rows.data();
     p.grad_base = base_rows.data();
-    p.queries = inputs.rows(queries);
-    if (key_weights.has_value()) p.key_weights = inputs.rows(*key_weights);
+    p.queries = inputs.vectors(queries);
+    if (key_weights.has_value()) p.key_weights = inputs.vectors(*key_weights);
     p.eps = eps;
     p.scale = scale;
     if (grad_out.has_value()) {

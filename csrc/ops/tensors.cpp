@@ -55,6 +55,15 @@ std::optional<R> try_rows(const Tensor& tensor) {
   return rows;
 }
 
+// Whether rows of queries or gains lie where kernels would rather have a copy, and a copy would
+// not.
+bool is_misplaced(const ConstRows& rows, const Tensor& tensor) {
+  const int64_t alignment = backend_of(tensor).vector_alignment, size = size_of(rows.dtype);
+  if (alignment <= 1 || tensor.size(tensor.dim() - 1) * size % alignment != 0) return false;
+  return static_cast<int64_t>(reinterpret_cast<uintptr_t>(rows.data)) % alignment != 0 ||
+         rows.outer_stride * size % alignment != 0 || rows.inner_stride * size % alignment != 0;
+}
+
 }  // namespace
 
 const Backend& backend_of(const Tensor& tensor) {
@@ -152,7 +161,15 @@ ConstRows Inputs::rows(const Tensor& tensor) {
 
 ConstVector Inputs::vector(const Tensor& tensor) {
   const Tensor& values = tensor.is_contiguous() ? tensor : keep(torch::stable::contiguous(tensor));
-  return {values.const_data_ptr(), dtype_of(values)};
+  const ConstRows row = {values.const_data_ptr(), 1, 0, 0, dtype_of(values)};
+  if (!is_misplaced(row, tensor)) return {row.data, row.dtype};
+  return {keep(torch::stable::clone(values)).const_data_ptr(), row.dtype};
+}
+
+ConstRows Inputs::vectors(const Tensor& tensor) {
+  const ConstRows in_place = rows(tensor);
+  if (!is_misplaced(in_place, tensor)) return in_place;
+  return rows(keep(torch::stable::contiguous(torch::stable::clone(tensor))));
 }
 
 ConstVector Inputs::vector(const OptionalTensor& tensor) {

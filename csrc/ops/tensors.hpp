@@ -48,12 +48,15 @@ Rows rows_of_new(const Tensor& contiguous);
 std::optional<Rows> addressable_rows(const Tensor& tensor);
 
 // Inputs of one call. Rows are read where they lie; a tensor whose layout the kernels cannot
-// address is copied, and the copy kept until the call ends.
+// address is copied, and the copy kept until the call ends. Queries and gains are copied as well
+// where their address alone would make the kernels read the rows value by value: in a flat buffer
+// of parameters they lie anywhere.
 class Inputs {
  public:
   ConstRows rows(const Tensor& tensor);
   ConstVector vector(const Tensor& tensor);
   ConstVector vector(const OptionalTensor& tensor);
+  ConstRows vectors(const Tensor& tensor);  // [S, D]
   // Contiguous values of dtype `dtype`.
   const void* values(const Tensor& tensor, DType dtype);
   const void* values(const OptionalTensor& tensor, DType dtype);

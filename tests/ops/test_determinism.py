@@ -118,6 +118,24 @@ def test_a_row_depends_on_itself_alone(
             assert_same_bits(f"{name}, rows {subset[:4]}", actual[name], value)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("operator", OPERATORS, ids=NAMES)
+def test_where_queries_and_gains_lie_changes_no_bit(
+    device: str, operator: Any, dtype: torch.dtype
+) -> None:
+    """In a flat buffer of parameters they lie anywhere, be the rows copied 16 bytes at a time."""
+    arguments = {
+        "sources": make_sources(4, (3, 5, 40), dtype=dtype, device=device),
+        **make_weights(40, device=device),
+    }
+    dense, _ = evaluate(operator, ops, arguments)
+    for name in arguments.keys() - {"sources"}:
+        values = arguments[name]
+        arguments[name] = torch.cat([values.new_zeros(1), values])[1:]
+    flat, _ = evaluate(operator, ops, arguments)
+    assert_all_same_bits(flat, dense)
+
+
 @pytest.mark.parametrize("layout", ["padded_rows", "unaligned", "sliced_tokens", "transposed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("operator", OPERATORS, ids=NAMES)

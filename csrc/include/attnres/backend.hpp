@@ -18,6 +18,9 @@ struct Backend {
   // device alone, and the parts are added in order, so that weight gradients are the same from run
   // to run.
   int64_t (*num_weight_gradient_parts)(int64_t num_tokens, int device);
+  // Bytes that addresses of queries and gains should be multiples of where rows are: else it reads
+  // everything value by value.
+  int64_t vector_alignment;
 };
 
 const Backend& cpu_backend();
