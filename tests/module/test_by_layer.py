@@ -1,5 +1,6 @@
 """Layers that are compiled one by one, with their reads and writes: equal layers share a graph."""
 
+import gc
 from functools import partial
 
 import pytest
@@ -9,6 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
+from attnres_ext.residual_graph import Reads
 from tests.module.naive_residual import gradients
 from tests.module.test_residual import assert_same, embed, toy
 from tests.module.test_residual_autograd import OPTIONS, every_mode
@@ -249,6 +251,19 @@ def test_a_checkpoint_around_a_compiled_layer_is_an_error(counter):
     checkpoint(forward_of, state, use_reentrant=False)
     with pytest.raises(RuntimeError, match="must not be compiled"):
         state.read(2).sum().backward()
+
+
+@every_block
+def test_what_graphs_read_dies_with_their_result(options, counter):
+    model = toy(6, **options)
+    forward = by_layer(model, compiling(counter))
+    forward(embed(4).requires_grad_())  # what is compiled may keep
+    gc.collect()
+    before = len(Reads._all)
+    out = forward(embed(4).requires_grad_())
+    assert len(Reads._all) == before + 1
+    del out
+    assert len(Reads._all) == before, "without the garbage collector's help"
 
 
 def test_profilers_see_sites(counter):
