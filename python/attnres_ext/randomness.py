@@ -45,10 +45,14 @@ def go_back_to(device: torch.device, state: Tensor | None) -> None:
 
 
 def register_as_argument(kind: type) -> None:
-    """Makes torch see on which device an argument of the class ``kind`` is: its ``_device``."""
+    """Makes torch see on which device an argument of the class ``kind`` is: its ``_device``, which
+    is None before anything was written."""
     register_pytree_node(
         kind,
-        lambda state: ([torch.empty(0, device=state._device)], state),
+        lambda state: (
+            [] if state._device is None else [torch.empty(0, device=state._device)],
+            state,
+        ),
         lambda leaves, state: state,
     )
 
