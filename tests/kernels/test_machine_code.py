@@ -76,7 +76,9 @@ def started_by(library: Path) -> set[str]:
     found = set()
     for match in re.finditer(rb"\0(_ZN7attnres4cuda(?:4sm\d\d)?(\d+)(\w+))", library.read_bytes()):
         symbol, length, rest = match.groups()
-        if rest[: int(length)].endswith(b"_kernel"):
+        # All kernels are templates.
+        name, arguments = rest[: int(length)], rest[int(length) :]
+        if name.endswith(b"_kernel") and arguments.startswith(b"I"):
             found.add(symbol.decode())
     return found
 
