@@ -265,6 +265,7 @@ inline void put_results(File& results, const Report& report, const std::vector<B
 void run_forward(File& cases, File& results);
 void run_backward(File& cases, File& results);
 void run_exchange(File& cases, File& results);
+void run_matrices(File& cases, File& results);
 void run_inter_block_forward(File& cases, File& results);
 void run_inter_block_backward(File& cases, File& results);
 

@@ -21,7 +21,14 @@ ORDERS = {"forward": 0, "backward": 1, "random": 2}
 KINDS = {
     name: number
     for number, name in enumerate(
-        ["forward", "backward", "exchange", "inter_block_forward", "inter_block_backward"]
+        [
+            "forward",
+            "backward",
+            "exchange",
+            "inter_block_forward",
+            "inter_block_backward",
+            "matrices",
+        ]
     )
 }
 OUTPUTS = ("out", "mix", "weights", "stats", "new_partial", "last_rstd")

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <deque>
 #include <numeric>
+#include <set>
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
@@ -32,13 +33,41 @@ struct Copy {
   void* barrier;
 };
 
+void require_aligned(const void* to, const void* from, uint32_t bytes) {
+  require(reinterpret_cast<uintptr_t>(to) % 16 == 0, "a copy's destination is not aligned");
+  require(reinterpret_cast<uintptr_t>(from) % 16 == 0, "a copy's source is not aligned");
+  require(bytes > 0 && bytes % 16 == 0, "a copy's size is not a multiple of 16");
+}
 void issue(const Copy& copy) {
-  require(reinterpret_cast<uintptr_t>(copy.to) % 16 == 0, "a copy's destination is not aligned");
-  require(reinterpret_cast<uintptr_t>(copy.from) % 16 == 0, "a copy's source is not aligned");
-  require(copy.bytes > 0 && copy.bytes % 16 == 0, "a copy's size is not a multiple of 16");
+  require_aligned(copy.to, copy.from, copy.bytes);
   std::memset(copy.to, kNaNByte, copy.bytes);
 }
 void deliver(const Copy& copy) { std::memcpy(copy.to, copy.from, copy.bytes); }
+
+// What the copy engine takes from shared memory: it may read it when it is told to, or any time
+// later until somebody knows that it has, so it must be the same all the while.
+struct Taken {
+  const void* from = nullptr;
+  std::vector<std::byte> bytes;
+
+  Taken() = default;
+  Taken(const void* source, uint32_t count)
+      : from(source),
+        bytes(static_cast<const std::byte*>(source),
+              static_cast<const std::byte*>(source) + count) {}
+  void require_unchanged() const {
+    require(std::memcmp(bytes.data(), from, bytes.size()) == 0,
+            "what a bulk copy takes from shared memory was written while it was under way");
+  }
+};
+
+struct BulkStore {
+  void* to;
+  Taken taken;
+  bool read = false;
+
+  void deliver() const { std::memcpy(to, taken.bytes.data(), taken.bytes.size()); }
+};
 
 struct Fiber {
   ucontext_t context;
@@ -49,6 +78,8 @@ struct Fiber {
   uint64_t seen = 0;
   std::vector<Copy> open_group;
   std::deque<std::vector<Copy>> groups;
+  std::vector<BulkStore> open_stores;
+  std::deque<std::vector<BulkStore>> store_groups;
   uint64_t exchanges = 0;
   bool waited_for_previous_kernel = false;
   bool is_at_cluster_barrier = false;
@@ -97,9 +128,9 @@ struct Cta {
 struct RemoteStore {
   Cta* cta;
   void* to;
-  uint64_t bits;
-  uint32_t bytes;
+  std::vector<std::byte> bytes;
   void* barrier;
+  Taken taken = {};  // by the copy engine, if it is a bulk copy
 };
 
 // The CTAs that run at the same time, and who of them runs now.
@@ -115,6 +146,9 @@ struct Executor {
   void* scheduler_fake_stack = nullptr;
   std::deque<std::pair<Cta*, Copy>> bulk_copies;
   std::deque<RemoteStore> remote_stores;
+  // Read, and not yet in global memory.
+  std::vector<BulkStore> late_stores;
+  MatrixTraffic matrix_traffic;
   // Threads that have neither arrived at the cluster's barrier nor ended.
   int missing_at_cluster_barrier = 0;
   uint64_t cluster_generation = 0;
@@ -161,6 +195,14 @@ void fiber_main() {
     require(group.empty(), "a thread ended while its copies were under way");
   }
   fiber.groups.clear();
+  require(fiber.open_stores.empty(), "a thread ended with bulk stores that it never committed");
+  for (const auto& group : fiber.store_groups) {
+    for (const BulkStore& store : group) {
+      require(store.read, "a thread ended while its bulk stores were being read");
+      executor.late_stores.push_back(store);
+    }
+  }
+  fiber.store_groups.clear();
   fiber.done = true;
   --executor.cta->running;
   require(!fiber.is_at_cluster_barrier,
@@ -221,8 +263,9 @@ void deliver_remote_store(size_t index) {
   const RemoteStore store = executor.remote_stores[index];
   executor.remote_stores.erase(executor.remote_stores.begin() + static_cast<std::ptrdiff_t>(index));
   require(store.cta->running > 0, "a store reaches a CTA that has ended");
-  std::memcpy(store.to, &store.bits, store.bytes);
-  count_on(*store.cta, store.barrier, store.bytes);
+  if (store.taken.from != nullptr) store.taken.require_unchanged();
+  std::memcpy(store.to, store.bytes.data(), store.bytes.size());
+  count_on(*store.cta, store.barrier, static_cast<uint32_t>(store.bytes.size()));
 }
 
 void prepare(Fiber& fiber) {
@@ -297,6 +340,7 @@ void run(const Grid& grid, const std::function<void()>& body) {
   executor.grid = &grid;
   executor.body = &body;
   executor.previous_kernel_ended = 0;
+  executor.matrix_traffic = {};
   executor.ctas.resize(static_cast<size_t>(grid.cluster_size));
   const auto shared_bytes = static_cast<size_t>(grid.shared_bytes);
   for (Cta& cta : executor.ctas) {
@@ -320,6 +364,8 @@ void run(const Grid& grid, const std::function<void()>& body) {
     executor.missing_at_cluster_barrier = grid.cluster_size * grid.num_threads;
     run_cluster(random);
   }
+  for (const BulkStore& store : executor.late_stores) store.deliver();
+  executor.late_stores.clear();
   for (Cta& cta : executor.ctas) std::free(cta.shared);
 }
 
@@ -328,6 +374,12 @@ int cta_rank() { return executor.cta->rank; }
 int num_ctas() { return executor.grid->num_ctas; }
 std::byte* shared_memory() { return executor.cta->shared; }
 int shared_bytes() { return executor.grid->shared_bytes; }
+uint32_t shared_offset(const void* p) {
+  const std::ptrdiff_t offset = static_cast<const std::byte*>(p) - executor.cta->shared;
+  require(offset >= 0 && offset <= executor.grid->shared_bytes,
+          "an address is not of shared memory");
+  return static_cast<uint32_t>(offset);
+}
 int cluster_size() { return executor.grid->cluster_size; }
 int rank_in_cluster() { return executor.cta->rank % executor.grid->cluster_size; }
 
@@ -353,22 +405,38 @@ void wait_for_cluster() {
   wait_while(executor.cluster_generation, fiber.cluster_generation);
   fiber.is_at_cluster_barrier = false;
 }
-void store_remote(void* mine, const void* value, uint32_t bytes, int rank, void* barrier) {
+namespace {
+
+// Of `bytes` bytes for the CTA of that rank.
+RemoteStore remote_store(void* mine, const void* value, uint32_t bytes, int rank, void* barrier) {
   require(rank >= 0 && rank < executor.grid->cluster_size, "a store to no CTA of the cluster");
-  require(executor.cluster_generation > 0, "a store to a CTA that may not have started");
+  require(executor.cluster_generation > 0 || executor.grid->cluster_size == 1,
+          "a store to a CTA that may not have started");
   Cta& cta = executor.ctas[static_cast<size_t>(rank)];
-  const auto there = [&](void* p) {
+  const auto there = [&](void* p, uint32_t size) {
     const std::ptrdiff_t offset = static_cast<std::byte*>(p) - executor.cta->shared;
-    require(offset >= 0 && offset + bytes <= executor.grid->shared_bytes,
+    require(offset >= 0 && offset + size <= executor.grid->shared_bytes,
             "a store to another CTA misses its shared memory");
     return cta.shared + offset;
   };
+  void* const on = there(barrier, 8);
+  require(cta.memory_barriers.count(on) == 1, "a store counts on a barrier never initialised");
+  const auto* first = static_cast<const std::byte*>(value);
+  return {&cta, there(mine, bytes), {first, first + bytes}, on};
+}
+
+}  // namespace
+
+void store_remote(void* mine, const void* value, uint32_t bytes, int rank, void* barrier) {
   require(reinterpret_cast<uintptr_t>(mine) % bytes == 0, "a store to a CTA is not aligned");
-  RemoteStore store = {&cta, there(mine), 0, bytes, there(barrier)};
-  require(cta.memory_barriers.count(store.barrier) == 1,
-          "a store counts on a barrier never initialised");
-  std::memcpy(&store.bits, value, bytes);
-  executor.remote_stores.push_back(store);
+  executor.remote_stores.push_back(remote_store(mine, value, bytes, rank, barrier));
+}
+void copy_bulk_to(int rank, void* to, const void* from, uint32_t bytes, void* barrier) {
+  require_aligned(to, from, bytes);
+  RemoteStore store = remote_store(to, from, bytes, rank, barrier);
+  store.taken = {from, bytes};
+  std::memset(store.to, kNaNByte, bytes);
+  executor.remote_stores.push_back(std::move(store));
 }
 
 void sync_threads(int barrier, int count) {
@@ -438,5 +506,56 @@ void copy_bulk(void* shared, const void* global, uint32_t bytes, void* barrier) 
   issue(copy);
   executor.bulk_copies.emplace_back(executor.cta, copy);
 }
+
+void store_bulk(void* global, const void* shared, uint32_t bytes) {
+  require_waited();
+  require_aligned(global, shared, bytes);
+  executor.self().open_stores.push_back({global, {shared, bytes}});
+}
+void commit_bulk_stores() {
+  Fiber& fiber = executor.self();
+  fiber.store_groups.push_back(std::move(fiber.open_stores));
+  fiber.open_stores.clear();
+}
+void wait_until_bulk_stores_are_read(int pending) {
+  auto& groups = executor.self().store_groups;
+  for (size_t i = 0; i + static_cast<size_t>(pending) < groups.size(); ++i) {
+    for (BulkStore& store : groups[i]) {
+      if (!store.read) store.taken.require_unchanged();
+      store.read = true;
+    }
+  }
+}
+void wait_for_bulk_stores(int pending) {
+  wait_until_bulk_stores_are_read(pending);
+  auto& groups = executor.self().store_groups;
+  while (groups.size() > static_cast<size_t>(pending)) {
+    for (const BulkStore& store : groups.front()) store.deliver();
+    groups.pop_front();
+  }
+}
+
+const uint32_t* gather_rows(uint32_t offset) {
+  require(offset % 16 == 0, "a row of a matrix is not aligned");
+  require(static_cast<int>(offset) + 16 <= executor.grid->shared_bytes,
+          "a row of a matrix is not in shared memory");
+  const auto* rows = static_cast<const uint32_t*>(gather(&offset, sizeof(offset)));
+  if (executor.thread % kWarpSize == 0) {
+    constexpr int kRows = 8, kBankGroups = 8;
+    for (int first = 0; first < kWarpSize; first += kRows, ++executor.matrix_traffic.matrices) {
+      int most = 0;
+      for (int group = 0; group < kBankGroups; ++group) {
+        std::set<uint32_t> met;
+        for (int i = first; i < first + kRows; ++i) {
+          if (rows[i] / 16 % kBankGroups == static_cast<uint32_t>(group)) met.insert(rows[i]);
+        }
+        most = std::max(most, static_cast<int>(met.size()));
+      }
+      executor.matrix_traffic.wavefronts += most;
+    }
+  }
+  return rows;
+}
+MatrixTraffic matrix_traffic() { return executor.matrix_traffic; }
 
 }  // namespace simt

@@ -18,9 +18,12 @@ int main(int argc, char** argv) {
   simt::File cases(argv[1], "rb");
   simt::File results(argv[2], "wb");
   for (int i = 3; i < argc; ++i) simt::ptx::load(argv[i]);
-  void (*const functions[])(simt::File&, simt::File&) = {
-      simt::run_forward, simt::run_backward, simt::run_exchange, simt::run_inter_block_forward,
-      simt::run_inter_block_backward};
+  void (*const functions[])(simt::File&, simt::File&) = {simt::run_forward,
+                                                         simt::run_backward,
+                                                         simt::run_exchange,
+                                                         simt::run_inter_block_forward,
+                                                         simt::run_inter_block_backward,
+                                                         simt::run_matrices};
   for (int64_t kind = 0; cases.get(kind);) functions[kind](cases, results);
   simt::ptx::print_launched();
   return 0;

@@ -131,6 +131,14 @@ __device__ __forceinline__ uint4 pack(__half, const float* x) {
   return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
+// Two values in a word.
+__device__ __forceinline__ uint32_t pack_pair(__nv_bfloat16, const float (&x)[2]) {
+  return bits_as<uint32_t>(__floats2bfloat162_rn(x[0], x[1]));
+}
+__device__ __forceinline__ uint32_t pack_pair(__half, const float (&x)[2]) {
+  return bits_as<uint32_t>(__floats2half2_rn(x[0], x[1]));
+}
+
 // One value <-> storage.
 template <typename Compute>
 __device__ __forceinline__ Compute widen(float x) {

@@ -24,8 +24,59 @@ __device__ __forceinline__ int num_ctas() { return static_cast<int>(gridDim.x); 
 extern __shared__ __align__(128) std::byte dynamic_shared_bytes[];
 __device__ __forceinline__ std::byte* dynamic_shared_memory() { return dynamic_shared_bytes; }
 
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
+// A place in this CTA's shared memory, as a number of 32 bits: one register where a pointer takes
+// two.
+using SharedAddress = uint32_t;
+__device__ __forceinline__ SharedAddress shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// 4, 8 or 16 bytes there.
+template <typename V>
+__device__ __forceinline__ V load_shared(SharedAddress at) {
+  uint32_t words[sizeof(V) / 4];
+  static_assert(sizeof(V) == 4 || sizeof(V) == 8 || sizeof(V) == 16);
+  if constexpr (sizeof(V) == 4) {
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(words[0]) : "r"(at) : "memory");
+  } else if constexpr (sizeof(V) == 8) {
+    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];"
+                 : "=r"(words[0]), "=r"(words[1])
+                 : "r"(at)
+                 : "memory");
+  } else {
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(at)
+                 : "memory");
+  }
+  V value;
+  __builtin_memcpy(static_cast<void*>(&value), words, sizeof(V));
+  return value;
+}
+template <typename V>
+__device__ __forceinline__ void store_shared(SharedAddress at, const V& value) {
+  uint32_t words[sizeof(V) / 4];
+  static_assert(sizeof(V) == 4 || sizeof(V) == 8 || sizeof(V) == 16);
+  __builtin_memcpy(words, &value, sizeof(V));
+  if constexpr (sizeof(V) == 4) {
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(at), "r"(words[0]) : "memory");
+  } else if constexpr (sizeof(V) == 8) {
+    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(at), "r"(words[0]), "r"(words[1])
+                 : "memory");
+  } else {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(words[0]), "r"(words[1]),
+                 "r"(words[2]), "r"(words[3])
+                 : "memory");
+  }
+}
+
+// A 32-bit number that stays in a register: the compiler does not make it anew, wherever it is
+// used, of what it was made of.
+template <typename V>
+__device__ __forceinline__ V keep_in_register(V x) {
+  static_assert(sizeof(V) == 4);
+  asm volatile("" : "+r"(x));
+  return x;
 }
 
 // Waiting for one another.
@@ -70,6 +121,11 @@ __device__ __forceinline__ void arrive_at_cluster() {
   asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
 }
 __device__ __forceinline__ void wait_for_cluster() {
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+}
+// Both at once, and everything that a thread of the cluster did before it is seen by all behind it.
+__device__ __forceinline__ void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
   asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 }
 // Where the CTA of that rank has what this CTA has at `mine`, for the instructions below.
@@ -144,10 +200,10 @@ __device__ __forceinline__ void init_barrier(Barrier* barrier, uint32_t num_arri
 __device__ __forceinline__ void publish_barriers() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
-__device__ __forceinline__ void arrive(Barrier* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
-               : "memory");
+__device__ __forceinline__ void arrive(SharedAddress barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
+__device__ __forceinline__ void arrive(Barrier* barrier) { arrive(shared_address(barrier)); }
 __device__ __forceinline__ void arrive_and_expect(Barrier* barrier, uint32_t bytes) {
   asm volatile(
       "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
@@ -156,7 +212,7 @@ __device__ __forceinline__ void arrive_and_expect(Barrier* barrier, uint32_t byt
 }
 // Waits until the barrier's phase of this parity is complete. A fresh barrier counts as having
 // completed parity 1.
-__device__ __forceinline__ void wait(Barrier* barrier, uint32_t parity) {
+__device__ __forceinline__ void wait(SharedAddress barrier, uint32_t parity) {
   asm volatile(
       "{\n"
       ".reg .pred complete;\n"
@@ -165,11 +221,14 @@ __device__ __forceinline__ void wait(Barrier* barrier, uint32_t parity) {
       "@complete bra done;\n"
       "bra again;\n"
       "done:\n"
-      "}\n" ::"r"(shared_address(barrier)),
+      "}\n" ::"r"(barrier),
       "r"(parity)
       : "memory");
 }
-// The same for a barrier on which store_remote() counts.
+__device__ __forceinline__ void wait(Barrier* barrier, uint32_t parity) {
+  wait(shared_address(barrier), parity);
+}
+// The same for a barrier on which another CTA's store_remote() or copy_bulk_to() counts.
 __device__ __forceinline__ void wait_for_remote(Barrier* barrier, uint32_t parity) {
   asm volatile(
       "{\n"
@@ -216,6 +275,55 @@ __device__ __forceinline__ void copy_bulk(void* shared, const void* global, uint
           "r"(shared_address(shared)),
       "l"(global), "r"(bytes), "r"(shared_address(barrier))
       : "memory");
+}
+
+// Shows what this thread has written to this CTA's shared memory to the copy engine. A thread that
+// issues a copy out of it does so after all that wrote there have called this and have met it.
+__device__ __forceinline__ void show_to_copy_engine() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// Bulk store (9.0 and later): `bytes` from shared to global memory by the copy engine. Addresses
+// and size are multiples of 16. It belongs to the next group that this thread commits.
+__device__ __forceinline__ void store_bulk(void* global, const void* shared, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global),
+               "r"(shared_address(shared)), "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void commit_bulk_stores() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+// Waits until at most kPending of this thread's committed groups have not been read from shared
+// memory, which may then be written again; a CTA does not end before.
+template <int kPending>
+__device__ __forceinline__ void wait_until_bulk_stores_are_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+// The same, until they are in global memory.
+template <int kPending>
+__device__ __forceinline__ void wait_for_bulk_stores() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Copies `bytes` from `from` in this CTA's shared memory to where the CTA of that rank, which may
+// be this one, has what this one has at `to`, and counts them on the barrier that it has at
+// `barrier`. By the copy engine: see show_to_copy_engine(). Addresses and size are multiples of 16.
+// Returns at once; `from` has been read when the other CTA says that it came.
+__device__ __forceinline__ void copy_bulk_to(int rank, void* to, const void* from, uint32_t bytes,
+                                             Barrier* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, "
+      "[%3];" ::"r"(remote_address(to, rank)),
+      "r"(shared_address(from)), "r"(bytes), "r"(remote_address(barrier, rank))
+      : "memory");
+}
+
+// Zero, in a register that the compiler does not know to hold zero: where an instruction wants two
+// neighbouring registers of which one is zero, it keeps such a pair instead of making it anew.
+__device__ __forceinline__ uint32_t opaque_zero() {
+  uint32_t zero;
+  asm volatile("mov.b32 %0, 0;" : "=r"(zero));
+  return zero;
 }
 
 }  // namespace attnres::cuda::inline ATTNRES_CUDA_SET

@@ -34,6 +34,23 @@ inline int cta_rank() { return simt::cta_rank(); }
 inline int num_ctas() { return simt::num_ctas(); }
 inline std::byte* dynamic_shared_memory() { return simt::shared_memory(); }
 
+using SharedAddress = uint32_t;
+inline SharedAddress shared_address(const void* p) { return simt::shared_offset(p); }
+template <typename V>
+V load_shared(SharedAddress at) {
+  V value;
+  std::memcpy(static_cast<void*>(&value), simt::shared_memory() + at, sizeof(V));
+  return value;
+}
+template <typename V>
+void store_shared(SharedAddress at, const V& value) {
+  std::memcpy(simt::shared_memory() + at, &value, sizeof(V));
+}
+template <typename V>
+V keep_in_register(V x) {
+  return x;
+}
+
 inline void sync_cta() { simt::sync_threads(0, 0); }
 inline void sync_warp() { simt::sync_warp(); }
 inline void sync_first_threads(int count) { simt::sync_threads(1, count); }
@@ -44,6 +61,10 @@ inline int cluster_rank() { return simt::cta_rank() / simt::cluster_size(); }
 inline int num_clusters() { return simt::num_ctas() / simt::cluster_size(); }
 inline void arrive_at_cluster() { simt::arrive_at_cluster(); }
 inline void wait_for_cluster() { simt::wait_for_cluster(); }
+inline void sync_cluster() {
+  simt::arrive_at_cluster();
+  simt::wait_for_cluster();
+}
 
 inline void wait_for_previous_kernel() { simt::wait_for_previous_kernel(); }
 inline void let_next_kernel_start() { simt::require_waited(); }
@@ -85,8 +106,12 @@ inline void init_barrier(Barrier* barrier, uint32_t num_arrivals) {
 }
 inline void publish_barriers() {}
 inline void arrive(Barrier* barrier) { simt::arrive(barrier, 0); }
+inline void arrive(SharedAddress barrier) { simt::arrive(simt::shared_memory() + barrier, 0); }
 inline void arrive_and_expect(Barrier* barrier, uint32_t bytes) { simt::arrive(barrier, bytes); }
 inline void wait(Barrier* barrier, uint32_t parity) { simt::wait(barrier, parity); }
+inline void wait(SharedAddress barrier, uint32_t parity) {
+  simt::wait(simt::shared_memory() + barrier, parity);
+}
 inline void wait_for_remote(Barrier* barrier, uint32_t parity) { simt::wait(barrier, parity); }
 template <typename T>
 void store_remote(T* mine, T value, int rank, Barrier* barrier) {
@@ -96,5 +121,24 @@ void store_remote(T* mine, T value, int rank, Barrier* barrier) {
 inline void copy_bulk(void* shared, const void* global, uint32_t bytes, Barrier* barrier) {
   simt::copy_bulk(shared, global, bytes, barrier);
 }
+
+inline void show_to_copy_engine() {}
+inline void store_bulk(void* global, const void* shared, uint32_t bytes) {
+  simt::store_bulk(global, shared, bytes);
+}
+inline void commit_bulk_stores() { simt::commit_bulk_stores(); }
+template <int kPending>
+void wait_until_bulk_stores_are_read() {
+  simt::wait_until_bulk_stores_are_read(kPending);
+}
+template <int kPending>
+void wait_for_bulk_stores() {
+  simt::wait_for_bulk_stores(kPending);
+}
+inline void copy_bulk_to(int rank, void* to, const void* from, uint32_t bytes, Barrier* barrier) {
+  simt::copy_bulk_to(rank, to, from, bytes, barrier);
+}
+
+inline uint32_t opaque_zero() { return 0; }
 
 }  // namespace attnres::cuda
