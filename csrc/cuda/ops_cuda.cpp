@@ -46,10 +46,11 @@ Device query_device(int index) {
   }
   ATTNRES_CHECK(status == cudaSuccess, "attnres_ext cannot read the properties of cuda:", index,
                 ": ", describe(status));
-  return {properties.name, 10 * properties.major + properties.minor,
+  const int capability = 10 * properties.major + properties.minor;
+  return {properties.name, capability,
           DeviceLimits{properties.multiProcessorCount,
                        static_cast<int>(properties.sharedMemPerMultiprocessor),
-                       static_cast<int>(properties.sharedMemPerBlockOptin)}};
+                       static_cast<int>(properties.sharedMemPerBlockOptin), capability}};
 }
 
 // Properties take microseconds to milliseconds to read: once for each device.

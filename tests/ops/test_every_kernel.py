@@ -48,6 +48,14 @@ def frozen(arguments: dict[str, Any], backward: bool) -> list[str]:
     return [] if backward else names
 
 
+@pytest.fixture(autouse=True)
+def body(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The body that the way is about."""
+    callspec = getattr(request.node, "callspec", None)
+    if callspec is not None and "way" in callspec.params:
+        monkeypatch.setenv("ATTNRES_CUDA_CONFIG", callspec.params["way"].config)
+
+
 directions = pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 ways = pytest.mark.parametrize("way", DEPTH, ids=lambda way: way.name)
 

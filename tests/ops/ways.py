@@ -28,6 +28,8 @@ class Way:
         cluster_backward: the same of the backward.
         in_place: whether rows are read where they are instead of through shared memory.
         resident: whether a row is read once.
+        tile: warps and columns of the tensor-core tile of the forward; None where the general body
+            is asked for, which serves everything.
     """
 
     name: str
@@ -40,6 +42,12 @@ class Way:
     cluster_backward: int | None = None
     in_place: bool = False
     resident: bool = True
+    tile: tuple[int, int] | None = None
+
+    @property
+    def config(self) -> str:
+        """ATTNRES_CUDA_CONFIG."""
+        return "" if self.tile else "depth_attention=rows,backward_depth_attention=rows"
 
     def tokens_on(self, device: str) -> int:
         """M."""
@@ -69,6 +77,13 @@ DEPTH = [
         "cluster, rows read twice", 256, 7168, (BF16,), tokens=2, cluster=8, cluster_backward=8,
         resident=False,
     ),
+    Way("tile, bfloat16", 4, 256, (BF16,), tokens=300, tile=(2, 128)),
+    Way("tile, float16", 4, 256, (FP16,), tokens=300, tile=(2, 128)),
+    Way("tile, one token", 9, 2304, (BF16,), tokens=1, tile=(12, 192)),
+    Way("tile, more rows than CTAs", 3, 72, (BF16,), tokens=3000, tile=(2, 64)),
+    Way("tile, columns to spare", 10, 1000, (FP16,), tokens=300, tile=(8, 128)),
+    Way("tile, cluster of 2", 9, 7168, (BF16,), tokens=300, cluster=2, tile=(14, 256)),
+    Way("tile, cluster of 4, many sources", 54, 2304, (FP16,), tokens=300, cluster=4, tile=(9, 64)),
 ]  # fmt: skip
 
 PHASE_ONE = [

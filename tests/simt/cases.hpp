@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "attnres/params.hpp"
@@ -87,6 +88,9 @@ struct Report {
   int64_t num_ctas = 0;
   int64_t shared_bytes = 0;
   int64_t cluster_size = 0;
+  int64_t warps = 0;  // that compute, and their columns, in a tile
+  int64_t columns = 0;
+  MatrixTraffic matrices = {};
 };
 
 // Until the previous kernel has ended, every tensor holds NaN, and nobody may have written there.
@@ -168,6 +172,17 @@ struct Launch {
       report = {args.tile.slot_bytes > 0, args.tile.num_passes == 1, args.tile.num_passes,
                 args.tile.num_slots,      shape.num_threads,         shape.num_ctas,
                 shape.shared_bytes,       args.tile.cluster_size};
+    } else if constexpr (requires { args.config.columns; }) {
+      report = {true,
+                true,
+                1,
+                args.config.stages,
+                shape.num_threads,
+                shape.num_ctas,
+                shape.shared_bytes,
+                shape.cluster_size,
+                args.config.warps,
+                args.config.columns};
     } else if constexpr (requires { args.tile; }) {
       report = {args.tile.slot_bytes > 0, args.tile.resident, args.tile.num_spans,
                 args.tile.num_slots,      shape.num_threads,  shape.num_ctas,
@@ -179,6 +194,7 @@ struct Launch {
       run({shape.num_ctas, shape.num_threads, shape.shared_bytes, run_as.order, run_as.seed,
            std::max(1, shape.cluster_size), end_previous_kernel},
           [&] { kKernel(args); });
+      report.matrices = matrix_traffic();
       return 0;
     }
     const cudaError_t status = with_launcher(
@@ -213,6 +229,13 @@ struct Launch {
     return f(cuda::Launcher{context, run_as.bulk_ring});
   }
 };
+
+// What the environment asks of the case: ATTNRES_CUDA_CONFIG.
+inline void take_config(File& cases) {
+  std::string config(static_cast<size_t>(cases.take<int64_t>()), ' ');
+  for (char& c : config) c = cases.take<char>();
+  setenv("ATTNRES_CUDA_CONFIG", config.c_str(), 1);
+}
 
 // Sizes and scalars that forward and backward share.
 template <typename Params>

@@ -126,6 +126,8 @@ class Case(Sources):
     first_logit: Tensor | None = None
     known_rstd: Tensor | None = None
     attend: bool = True
+    #: ATTNRES_CUDA_CONFIG: the general bodies, unless a test is about the tile.
+    config: str = "depth_attention=rows,backward_depth_attention=rows"
 
     @property
     def values(self) -> list[Tensor]:
@@ -166,10 +168,16 @@ class Case(Sources):
         """How to run the case, and its sizes."""
         return encode_head(self, seed, kind, self.out_eps)
 
+    def encode_config(self) -> bytes:
+        """What the environment asks for."""
+        config = self.config.encode()
+        return struct.pack("=q", len(config)) + config
+
     def encode(self, seed: int) -> bytes:
         """The bytes of the case in the order in which the runner takes them."""
         known = 0 if self.known_rstd is None else len(self.known_rstd)
         parts = [self.encode_head(seed, "forward"), struct.pack("=2q", known, self.in_place)]
+        parts.append(self.encode_config())
         parts += [encode_rows(source) for source in self.sources]
         if self.absent_partial:
             parts[-1] = encode_absent()
@@ -245,6 +253,10 @@ class Launched:
     num_ctas: int
     shared_bytes: int
     cluster_size: int
+    warps: int
+    columns: int
+    matrices: int
+    wavefronts: int
 
 
 @dataclass
@@ -269,8 +281,8 @@ def run_cases(
     results = []
     position = 0
     for case in cases:
-        report = struct.unpack_from("=8q", data, position)
-        position += 8 * 8
+        report = struct.unpack_from("=12q", data, position)
+        position += 12 * 8
         outputs = []
         for shape, dtype in case.output_shapes():
             count = torch.Size(shape).numel()

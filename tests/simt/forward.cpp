@@ -9,6 +9,7 @@ void run_forward(File& cases, File& results) {
   take_sizes(cases, p);
   p.num_known_rstd = static_cast<int>(cases.take<int64_t>());
   const auto partial_is_source = cases.take<int64_t>() != 0;
+  take_config(cases);
 
   std::vector<Buffer> inputs;
   std::vector<ConstRows> sources(static_cast<size_t>(p.num_sources));

@@ -4,6 +4,7 @@
 // rows that do not fit one CTA.
 #pragma once
 
+#include "depth_attention/tile_launch.cuh"
 #include "kernels/depth_attention_fwd.cuh"
 #include "kernels/launch_shape.hpp"
 
@@ -214,8 +215,8 @@ auto launch_forward_through(const DepthAttentionForward& p, const DeviceLimits& 
 // `Ring` and `Team` are the architecture's: the loader for aligned rows, and CtaCluster where there
 // are clusters.
 template <template <typename, int, typename> class Ring, typename Team, typename Launch>
-auto launch_depth_attention_forward(const DepthAttentionForward& p, const DeviceLimits& limits,
-                                    Launch&& launch) {
+auto launch_depth_attention_rows(const DepthAttentionForward& p, const DeviceLimits& limits,
+                                 Launch&& launch) {
   if (is_double(p.compute)) {
     using Policy = DepthAttentionPolicy<Mixed<double, 1>, Direct, 4>;
     return launch_forward_with<Policy, kMaxSources>(p, limits, launch);
@@ -240,6 +241,22 @@ auto launch_depth_attention_forward(const DepthAttentionForward& p, const Device
       break;
   }
   no_such_dtype();
+}
+
+// Through the tile where there are clusters and it serves, else through the general body.
+template <template <typename, int, typename> class Ring, typename Team, typename Launch>
+auto launch_depth_attention_forward(const DepthAttentionForward& p, const DeviceLimits& limits,
+                                    Launch&& launch) {
+  const auto launch_rows = [&] {
+    return launch_depth_attention_rows<Ring, Team>(p, limits, launch);
+  };
+  if constexpr (Team::kIsCluster) {
+    const DepthAttentionConfig config = tile_config(p, limits);
+    if (config.warps > 0) {
+      return launch_depth_attention_tile(p, config, limits, launch, launch_rows);
+    }
+  }
+  return launch_rows();
 }
 
 }  // namespace attnres::cuda::inline ATTNRES_CUDA_SET

@@ -16,6 +16,7 @@ struct DeviceLimits {
   int num_multiprocessors;
   int shared_bytes_per_multiprocessor;
   int shared_bytes_per_cta;  // with opt-in
+  int capability = 90;       // 10 * major + minor
 };
 
 struct DepthAttentionTile {

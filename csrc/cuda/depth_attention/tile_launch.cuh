@@ -1,0 +1,137 @@
+// From what an operator asks for to one instantiation of the tile, its arguments and its launch
+// shape.
+#pragma once
+
+#include "depth_attention/tile_forward.cuh"
+#include "kernels/launch_shape.hpp"
+
+namespace attnres::cuda::inline ATTNRES_CUDA_SET {
+
+static_assert(sizeof(DepthAttentionTileArgs) < 4096,
+              "a launch copies them, and old drivers take no more");
+
+// The next row's number is an int, too.
+constexpr int64_t kMaxTileTokens = int64_t{1} << 30;
+
+inline DepthAttentionRead tile_read(const DepthAttentionForward& p) {
+  const bool stores_sum = p.delta.data != nullptr;
+  return {.hidden = p.hidden,
+          .num_sources = p.num_sources,
+          .adds = stores_sum && p.sources[p.num_sources - 1].data != nullptr,
+          .stores_sum = stores_sum,
+          .has_norm = p.out_weight.data != nullptr};
+}
+
+// 16-bit rows that bulk copies can reach; all that is computed of them but merging. Vectors may lie
+// where they like: each is read once. Results are new tensors, whose rows follow one another.
+inline bool tile_serves(const DepthAttentionForward& p) {
+  const DType dtype = p.out.dtype;
+  const auto is_same = [&](const auto& rows) {
+    return rows.data == nullptr || (rows.dtype == dtype && is_aligned(rows, 16));
+  };
+  const auto has_one_level = [&](const Rows& rows) {
+    return byte_rows<std::byte>(rows, p.num_tokens).inner >= p.num_tokens;
+  };
+  bool serves = (dtype == DType::kBFloat16 || dtype == DType::kFloat16) &&
+                p.compute == DType::kFloat32 && p.num_tokens <= kMaxTileTokens &&
+                p.hidden % 8 == 0 && p.query.data != nullptr && p.out.data != nullptr &&
+                p.first_logit == nullptr && is_same(p.out) && is_same(p.delta) &&
+                is_same(p.new_partial) && has_one_level(p.out) &&
+                (p.mix.data == nullptr || has_one_level(p.mix));
+  for (int i = 0; serves && i < p.num_sources; ++i) serves = is_same(p.sources[i]);
+  const DepthAttentionRead read = tile_read(p);
+  return serves && read.num_sources + (read.adds ? 1 : 0) <= kMostTileRows;
+}
+
+// Where the tile does not serve, warps are 0.
+inline DepthAttentionConfig tile_config(const DepthAttentionForward& p,
+                                        const DeviceLimits& limits) {
+  if (!tile_serves(p)) return {};
+  const DepthAttentionWishes wishes = depth_attention_wishes();
+  if (wishes.rows) return {};
+  return choose_depth_attention_config(tile_read(p), limits, wishes);
+}
+
+inline DepthAttentionTileArgs make_tile_args(const DepthAttentionForward& p,
+                                             const DepthAttentionConfig& config) {
+  const DepthAttentionRead read = tile_read(p);
+  DepthAttentionTileArgs args = {};
+  args.config = config;
+  args.layout = lay_out(config, read);
+  args.num_tokens = static_cast<int>(p.num_tokens);
+  args.hidden = static_cast<int>(p.hidden);
+  args.num_sources = p.num_sources;
+  args.num_rows = p.num_sources + (read.adds ? 1 : 0);
+  args.inverse_hidden = static_cast<float>(1.0 / static_cast<double>(p.hidden));
+  args.eps = static_cast<float>(p.eps);
+  args.out_eps = static_cast<float>(p.out_eps);
+  args.scale = static_cast<float>(p.scale);
+  const auto vector = [](const ConstVector& v) {
+    return GainVector{static_cast<const std::byte*>(v.data), v.dtype};
+  };
+  args.query = vector(p.query);
+  args.key_weight = vector(p.key_weight);
+  args.out_weight = vector(p.out_weight);
+  args.known_rstd = p.known_rstd;
+  args.num_known_rstd = p.known_rstd == nullptr ? 0 : p.num_known_rstd;
+  args.new_partial = byte_rows<std::byte>(p.new_partial, p.num_tokens);
+  args.out = byte_rows<std::byte>(p.out, p.num_tokens);
+  args.mix = byte_rows<std::byte>(p.mix, p.num_tokens);
+  args.weights = static_cast<float*>(p.weights);
+  args.stats = static_cast<float*>(p.stats);
+  args.last_rstd = p.last_rstd;
+  for (int i = 0; i < p.num_sources; ++i) {
+    args.rows[i] = byte_rows<const std::byte>(p.sources[i], p.num_tokens);
+  }
+  if (read.stores_sum) {
+    args.rows[args.num_rows - 1] = byte_rows<const std::byte>(p.delta, p.num_tokens);
+  }
+  return args;
+}
+
+// launch<kernel>(args, LaunchShape) for the configuration chosen; otherwise() where the device runs
+// no clusters of its size.
+template <auto kKernel, typename Launch, typename Otherwise>
+auto launch_tile_kernel(const DepthAttentionForward& p, const DepthAttentionConfig& config,
+                        const DeviceLimits& limits, Launch&& launch, Otherwise&& otherwise) {
+  DepthAttentionTileArgs args = make_tile_args(p, config);
+  LaunchShape shape = {config.ctas * limits.num_multiprocessors,
+                       32 * (config.warps + helper_warps(tile_read(p))), args.layout.bytes, true,
+                       config.cluster > 1 ? config.cluster : 0};
+  int64_t teams = shape.num_ctas;
+  if (config.cluster > 1) teams = launch.template num_clusters<kKernel>(shape, p.num_tokens);
+  if (teams == 0) return otherwise();
+  shape.num_ctas = static_cast<int>(std::min(p.num_tokens, teams)) * config.cluster;
+  args.out_step = shape.num_ctas / config.cluster * args.out.inner_bytes;
+  return launch.template operator()<kKernel>(args, shape);
+}
+
+template <typename T, typename Launch, typename Otherwise>
+auto launch_tile_columns(const DepthAttentionForward& p, const DepthAttentionConfig& config,
+                         const DeviceLimits& limits, Launch&& launch, Otherwise&& otherwise) {
+  switch (config.columns) {
+    case 64:
+      return launch_tile_kernel<depth_attention_tile_fwd_kernel<T, 64>>(p, config, limits, launch,
+                                                                        otherwise);
+    case 128:
+      return launch_tile_kernel<depth_attention_tile_fwd_kernel<T, 128>>(p, config, limits, launch,
+                                                                         otherwise);
+    case 192:
+      return launch_tile_kernel<depth_attention_tile_fwd_kernel<T, 192>>(p, config, limits, launch,
+                                                                         otherwise);
+    default:
+      return launch_tile_kernel<depth_attention_tile_fwd_kernel<T, 256>>(p, config, limits, launch,
+                                                                         otherwise);
+  }
+}
+
+template <typename Launch, typename Otherwise>
+auto launch_depth_attention_tile(const DepthAttentionForward& p, const DepthAttentionConfig& config,
+                                 const DeviceLimits& limits, Launch&& launch,
+                                 Otherwise&& otherwise) {
+  return p.out.dtype == DType::kBFloat16
+             ? launch_tile_columns<__nv_bfloat16>(p, config, limits, launch, otherwise)
+             : launch_tile_columns<__half>(p, config, limits, launch, otherwise);
+}
+
+}  // namespace attnres::cuda::inline ATTNRES_CUDA_SET
