@@ -9,6 +9,7 @@ Needs ``cuobjdump`` and ``nvdisasm``: from a CUDA toolkit, or from the packages
 from __future__ import annotations
 
 import argparse
+import heapq
 import importlib.util
 import os
 import re
@@ -58,6 +59,10 @@ class Loop:
         )
 
 
+#: What a warp that computes does with every row of a tile: score it, mix it, write the mix.
+TILE_PASS = ("HMMA.1688.", "HMMA.16816.", "STG.")
+
+
 @dataclass
 class Kernel:
     """One kernel for one architecture."""
@@ -72,6 +77,10 @@ class Kernel:
     constant: int = 0
     opcodes: Counter[str] = field(default_factory=Counter)
     loops: list[Loop] = field(default_factory=list)
+    #: Instructions of the shortest way round a loop that does all of ``TILE_PASS``, or None.
+    row_instructions: int | None = None
+    #: The fewest loads of matrices under way when the first product behind them starts.
+    matrix_loads_ahead: int | None = None
 
     @property
     def instructions(self) -> int:
@@ -202,6 +211,69 @@ def find_loops(code: list[tuple[int, str, str]]) -> list[Loop]:
     ]
 
 
+def find_blocks(code: list[tuple[int, str, str]]) -> tuple[list[list[str]], list[list[int]]]:
+    """Basic blocks, as names of instructions, and the blocks that may come next.
+
+    Branches of lanes that have parted are left out: where they meet again is the next instruction.
+    """
+    jumps = {}
+    for number, (_, opcode, operands) in enumerate(code):
+        target = TARGET.search(operands)
+        if opcode.startswith("BRA") and not opcode.startswith("BRA.DIV") and target is not None:
+            jumps[number] = int(target[1], 16)
+    places = {address: number for number, (address, _, _) in enumerate(code)}
+    targets = {places[to] for to in jumps.values() if to in places}
+    ends = {n for n, (_, opcode, _) in enumerate(code) if n in jumps or opcode == "EXIT"}
+    starts = sorted({0, *targets, *(n + 1 for n in ends if n + 1 < len(code))})
+    block_of = {start: block for block, start in enumerate(starts)}
+    blocks, followers = [], []
+    for start, end in zip(starts, [*starts[1:], len(code)], strict=True):
+        blocks.append([opcode for _, opcode, _ in code[start:end] if opcode != "NOP"])
+        # A predicate is no part of what is read here: every branch may be taken or not.
+        follow = [block_of[end]] if end < len(code) else []
+        if end - 1 in jumps and jumps[end - 1] in places:
+            follow.append(block_of[places[jumps[end - 1]]])
+        followers.append(follow)
+    return blocks, followers
+
+
+def shortest_pass(
+    blocks: list[list[str]], followers: list[list[int]], wanted: tuple[str, ...]
+) -> int | None:
+    """Instructions of the shortest way from a block back to it that meets all that is wanted."""
+    met = [
+        sum(1 << i for i, stem in enumerate(wanted) if any(op.startswith(stem) for op in block))
+        for block in blocks
+    ]
+    everything = (1 << len(wanted)) - 1
+    shortest = None
+    for first in (block for block, found in enumerate(met) if found & 1):
+        queue = [(0, first, 0)]
+        seen = set()
+        while queue:
+            length, block, found = heapq.heappop(queue)
+            if block == first and found == everything:
+                shortest = length if shortest is None else min(shortest, length)
+                break
+            if (block, found) in seen:
+                continue
+            seen.add((block, found))
+            for follower in followers[block]:
+                state = (length + len(blocks[block]), follower, found | met[block])
+                heapq.heappush(queue, state)
+    return shortest
+
+
+def fewest_loads_ahead(blocks: list[list[str]]) -> int | None:
+    """Loads of matrices before the first product, in the block with products that has fewest."""
+    ahead = []
+    for block in blocks:
+        products = [n for n, opcode in enumerate(block) if opcode.startswith("HMMA")]
+        if products and any(opcode.startswith("LDSM") for opcode in block):
+            ahead.append(sum(opcode.startswith("LDSM") for opcode in block[: products[0]]))
+    return min(ahead, default=None)
+
+
 def read_kernels(library: Path) -> list[Kernel]:
     """Every kernel of the library, for every architecture that it holds machine code of."""
     kernels: dict[tuple[str, str], Kernel] = {}
@@ -232,6 +304,10 @@ def read_kernels(library: Path) -> list[Kernel]:
     for key, kernel in kernels.items():
         kernel.opcodes = Counter(opcode for _, opcode, _ in code[key])
         kernel.loops = find_loops(code[key])
+        if count(kernel.opcodes, "LDSM"):
+            blocks, followers = find_blocks(code[key])
+            kernel.row_instructions = shortest_pass(blocks, followers, TILE_PASS)
+            kernel.matrix_loads_ahead = fewest_loads_ahead(blocks)
         kernel.name = readable[kernel.name]
     return sorted(kernels.values(), key=lambda k: (int(re.sub(r"\D", "", k.arch)), k.name))
 
@@ -262,6 +338,8 @@ def table(kernels: list[Kernel]) -> str:
             + (f" and {loop.tensor_products} HMMA" if loop.tensor_products else "")
             for loop in k.loops
         )
+        if k.row_instructions is not None:
+            loops = f"{k.row_instructions} a row, {k.matrix_loads_ahead} LDSM ahead; {loops}"
         numbers = [k.registers, k.stack, k.spills, k.shared, k.constant, k.instructions]
         rows.append([k.arch, k.name, *map(str, numbers), copies or "in place", loops])
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]

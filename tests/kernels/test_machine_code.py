@@ -45,6 +45,14 @@ INTER_BLOCK_REGISTERS = {"fwd": 128, "bwd": 168}
 WEIGHT_GRADIENT = re.compile(
     r"(depth|inter_block)_attention_weight_gradient_kernel<(float|double)>"
 )
+#: Storage and columns of a warp.
+TILE = re.compile(r"depth_attention_tile_fwd_kernel<(?P<storage>\w+), (?P<columns>\d+)>")
+#: kTileRegisters in csrc/cuda/depth_attention/config.hpp
+TILE_REGISTERS = 96
+#: Instructions that a computing warp may spend on a row of up to 13 sources: for each slice of 64
+#: columns 16 + 4 products, 8 loads and what writes them, 40 in all, and 125 whatever its columns. A
+#: lane's share of ten sources is 20 values a slice, so that 192 columns get 4.1 a value.
+TILE_ROW_INSTRUCTIONS = {columns: 125 + 40 * columns // 64 for columns in (64, 128, 192, 256)}
 
 
 tool = load_tool("kernels")
@@ -139,7 +147,8 @@ def with_policies(kernels: list) -> list[tuple]:
     """The kernels that take rows, each with the parts of its name."""
     found = []
     for kernel in kernels:
-        if WEIGHT_GRADIENT.fullmatch(kernel.name) or INTER_BLOCK.fullmatch(kernel.name):
+        others = (WEIGHT_GRADIENT, INTER_BLOCK, TILE)
+        if any(other.fullmatch(kernel.name) for other in others):
             continue
         parts = DEPTH_ATTENTION.fullmatch(kernel.name)
         assert parts is not None, f"{kernel.name}: give this kernel a budget"
@@ -150,6 +159,12 @@ def with_policies(kernels: list) -> list[tuple]:
 def inter_block(kernels: list) -> list[tuple]:
     """The kernels of phase 1, each with the parts of its name."""
     matches = [(kernel, INTER_BLOCK.fullmatch(kernel.name)) for kernel in kernels]
+    return [(kernel, parts) for kernel, parts in matches if parts is not None]
+
+
+def tiles(kernels: list) -> list[tuple]:
+    """The kernels of the tensor-core tile, each with the parts of its name."""
+    matches = [(kernel, TILE.fullmatch(kernel.name)) for kernel in kernels]
     return [(kernel, parts) for kernel, parts in matches if parts is not None]
 
 
@@ -166,7 +181,7 @@ def test_every_architecture_has_every_kernel(kernels) -> None:
     for kernel in kernels:
         # Phase 1 has one kernel for a cluster and a CTA alone, as it has one loader.
         name = re.sub("BulkTiles, CtaCluster", "BulkTiles, OneCta", kernel.name)
-        if "CtaCluster" in name:
+        if "CtaCluster" in name or TILE.fullmatch(name):
             clusters.setdefault(kernel.arch, set()).add(kernel.name)
         else:
             name = re.sub("(CpAsync|Bulk)(Ring|Tiles)", r"\2", name)
@@ -187,7 +202,8 @@ def test_every_architecture_has_every_kernel(kernels) -> None:
         "inter_block_attention_weight_gradient": 2,
     }.items():
         assert sum(f"{stem}_kernel" in name for name in names[0]) <= most
-    for stem, most in {"depth_attention_fwd": 7, "depth_attention_bwd": 1}.items():
+    shared_kernels = {"depth_attention_fwd": 7, "depth_attention_bwd": 1}
+    for stem, most in {**shared_kernels, "depth_attention_tile_fwd": 8}.items():
         assert sum(f"{stem}_kernel" in name for name in shared) <= most
 
 
@@ -318,3 +334,27 @@ def test_phase_1_s_tiles_arrive_by_the_policy_s_copies(kernels) -> None:
         elif parts["loader"] == "CpAsyncTiles":
             assert kernel.async_copies(wide=True) >= 1, kernel.name
             assert kernel.async_copies(wide=False) == 0, kernel.name
+
+
+def test_the_tile_keeps_its_budget(kernels) -> None:
+    for kernel, _ in tiles(kernels):
+        name = f"{kernel.arch} {kernel.name}"
+        assert kernel.registers <= TILE_REGISTERS, name
+        assert kernel.constant <= 4096, name
+        # A bulk copy for each of a lane's two rows; what CTAs of a cluster tell one another.
+        assert kernel.bulk_copies > 0, name
+
+
+def test_the_tile_spends_few_instructions_on_a_value(kernels) -> None:
+    for kernel, parts in tiles(kernels):
+        name = f"{kernel.arch} {kernel.name}"
+        assert kernel.row_instructions is not None, name
+        assert kernel.row_instructions <= TILE_ROW_INSTRUCTIONS[int(parts["columns"])], name
+
+
+def test_the_tile_has_loads_under_way_before_it_multiplies(kernels) -> None:
+    for kernel, parts in tiles(kernels):
+        # Each is 512 bytes for a warp, and a warp of 64 columns has only four of them. Memory of
+        # 12.0 is slow enough for fewer.
+        least = 2 if parts["columns"] == "64" else 3 if kernel.arch == "sm_120" else 4
+        assert kernel.matrix_loads_ahead >= least, f"{kernel.arch} {kernel.name}"
