@@ -8,6 +8,7 @@ void run_backward(File& cases, File& results) {
   DepthAttentionBackward p;
   take_sizes(cases, p);
   p.num_parts = cases.take<int64_t>();
+  take_config(cases);
 
   const auto count = static_cast<size_t>(p.num_sources);
   std::vector<Buffer> inputs;

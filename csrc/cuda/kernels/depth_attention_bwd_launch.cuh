@@ -3,6 +3,7 @@
 // architecture has clusters they serve the rows that do not fit one CTA.
 #pragma once
 
+#include "depth_attention/tile_backward_launch.cuh"
 #include "kernels/depth_attention_bwd.cuh"
 #include "kernels/depth_attention_launch.cuh"
 #include "kernels/launch_shape.hpp"
@@ -191,11 +192,11 @@ auto launch_backward_alone(const DepthAttentionBackward& p, const DeviceLimits& 
   no_such_dtype();
 }
 
-// `Ring` and `Team` are the architecture's: the loader for aligned rows, and CtaCluster where there
-// are clusters.
+// The general body. `Ring` and `Team` are the architecture's: the loader for aligned rows, and
+// CtaCluster where there are clusters.
 template <template <typename, int, typename> class Ring, typename Team, typename Launch>
-auto launch_depth_attention_backward(const DepthAttentionBackward& p, const DeviceLimits& limits,
-                                     Launch&& launch) {
+auto launch_depth_attention_backward_rows(const DepthAttentionBackward& p,
+                                          const DeviceLimits& limits, Launch&& launch) {
   if (is_double(p.compute)) {
     using Policy = DepthAttentionPolicy<Mixed<double, 1>, Direct, 4>;
     return launch_backward_with<Policy, kMaxSources>(p, limits, launch);
@@ -216,6 +217,25 @@ auto launch_depth_attention_backward(const DepthAttentionBackward& p, const Devi
     }
   }
   return launch_alone();
+}
+
+// Where there are clusters, the tile serves the rows that it can.
+template <template <typename, int, typename> class Ring, typename Team, typename Launch>
+auto launch_depth_attention_backward(const DepthAttentionBackward& p, const DeviceLimits& limits,
+                                     Launch&& launch) {
+  const auto launch_rows = [&] {
+    return launch_depth_attention_backward_rows<Ring, Team>(p, limits, launch);
+  };
+  if constexpr (Team::kIsCluster) {
+    const DepthAttentionConfig config = backward_tile_config(p, limits);
+    if (config.warps > 0) {
+      const auto add_up = [&](int num_parts) {
+        return launch_weight_gradients<float>(p, num_parts, launch);
+      };
+      return launch_depth_attention_backward_tile(p, config, limits, launch, add_up, launch_rows);
+    }
+  }
+  return launch_rows();
 }
 
 }  // namespace attnres::cuda::inline ATTNRES_CUDA_SET
