@@ -39,6 +39,23 @@ class Loop:
     first: int
     last: int
     opcodes: Counter[str]
+    #: Loads of small matrices that are under way before the first product on tensor cores.
+    matrix_loads_ahead: int = 0
+
+    @property
+    def instructions(self) -> int:
+        """Instructions of a warp each time round."""
+        return sum(n for opcode, n in self.opcodes.items() if opcode != "NOP")
+
+    @property
+    def matrix_loads(self) -> int:
+        """Loads of four small matrices from shared memory."""
+        return count(self.opcodes, "LDSM")
+
+    @property
+    def matrix_stores(self) -> int:
+        """Stores of four small matrices to shared memory."""
+        return count(self.opcodes, "STSM")
 
     @property
     def multiply_adds(self) -> int:
@@ -195,9 +212,11 @@ def find_loops(code: list[tuple[int, str, str]]) -> list[Loop]:
         first = int(target[1], 16)
         if first >= address:
             continue
-        body = Counter(op for at, op, _ in code if first <= at <= address)
-        loop = Loop(first, address, body)
-        exponentials = body["MUFU.EX2"] > 0
+        body = [op for at, op, _ in code if first <= at <= address]
+        stems = [op.split(".")[0] for op in body]
+        products_begin = stems.index("HMMA") if "HMMA" in stems else 0
+        loop = Loop(first, address, Counter(body), stems[:products_begin].count("LDSM"))
+        exponentials = loop.opcodes["MUFU.EX2"] > 0
         products = loop.multiply_adds + loop.tensor_products
         if products >= INNER_LOOP_MULTIPLY_ADDS and not exponentials:
             loops.append(loop)

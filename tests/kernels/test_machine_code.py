@@ -53,6 +53,8 @@ TILE_REGISTERS = 96
 #: columns 16 + 4 products, 8 loads and what writes them, 40 in all, and 125 whatever its columns. A
 #: lane's share of ten sources is 20 values a slice, so that 192 columns get 4.1 a value.
 TILE_ROW_INSTRUCTIONS = {columns: 125 + 40 * columns // 64 for columns in (64, 128, 192, 256)}
+#: Storage, and whether there is an output norm.
+BACKWARD_TILE = re.compile(r"depth_attention_tile_bwd_kernel<(?P<storage>\w+), (?P<norm>\w+)>")
 
 
 tool = load_tool("kernels")
@@ -147,7 +149,7 @@ def with_policies(kernels: list) -> list[tuple]:
     """The kernels that take rows, each with the parts of its name."""
     found = []
     for kernel in kernels:
-        others = (WEIGHT_GRADIENT, INTER_BLOCK, TILE)
+        others = (WEIGHT_GRADIENT, INTER_BLOCK, TILE, BACKWARD_TILE)
         if any(other.fullmatch(kernel.name) for other in others):
             continue
         parts = DEPTH_ATTENTION.fullmatch(kernel.name)
@@ -181,7 +183,7 @@ def test_every_architecture_has_every_kernel(kernels) -> None:
     for kernel in kernels:
         # Phase 1 has one kernel for a cluster and a CTA alone, as it has one loader.
         name = re.sub("BulkTiles, CtaCluster", "BulkTiles, OneCta", kernel.name)
-        if "CtaCluster" in name or TILE.fullmatch(name):
+        if "CtaCluster" in name or TILE.fullmatch(name) or BACKWARD_TILE.fullmatch(name):
             clusters.setdefault(kernel.arch, set()).add(kernel.name)
         else:
             name = re.sub("(CpAsync|Bulk)(Ring|Tiles)", r"\2", name)
@@ -203,7 +205,8 @@ def test_every_architecture_has_every_kernel(kernels) -> None:
     }.items():
         assert sum(f"{stem}_kernel" in name for name in names[0]) <= most
     shared_kernels = {"depth_attention_fwd": 7, "depth_attention_bwd": 1}
-    for stem, most in {**shared_kernels, "depth_attention_tile_fwd": 8}.items():
+    tile_kernels = {"depth_attention_tile_fwd": 8, "depth_attention_tile_bwd": 3}
+    for stem, most in {**shared_kernels, **tile_kernels}.items():
         assert sum(f"{stem}_kernel" in name for name in shared) <= most
 
 
@@ -358,3 +361,29 @@ def test_the_tile_has_loads_under_way_before_it_multiplies(kernels) -> None:
         # 12.0 is slow enough for fewer.
         least = 2 if parts["columns"] == "64" else 3 if kernel.arch == "sm_120" else 4
         assert kernel.matrix_loads_ahead >= least, f"{kernel.arch} {kernel.name}"
+
+
+def test_the_backward_s_tile_keeps_its_budget(kernels) -> None:
+    for kernel in kernels:
+        if BACKWARD_TILE.fullmatch(kernel.name) is None:
+            continue
+        name = f"{kernel.arch} {kernel.name}"
+        # kMostBackwardThreads in csrc/cuda/depth_attention/backward_config.hpp
+        assert kernel.registers * 512 <= 65536, name
+        loops = [loop for loop in kernel.loops if loop.tensor_products]
+        assert len(loops) == 2, f"{name}: {loops}"
+        products, gradients = sorted(loops, key=lambda loop: loop.tensor_products)
+        # Of three slices of 64 columns, 16 at a time: each is loaded once for the products and once
+        # for the gradients, with those that exist, and stored once.
+        assert (products.matrix_loads, products.matrix_stores) == (12, 0), name
+        assert products.tensor_products == 12 * 4, name
+        assert (gradients.matrix_loads, gradients.matrix_stores) == (2 * 12, 12), name
+        assert gradients.tensor_products == 12 * (8 + 1), name
+        # Nobody waits for a load at a time.
+        assert products.matrix_loads_ahead >= 4, name
+        assert gradients.matrix_loads_ahead >= 4, name
+        # Lane instructions for each value read or written: ten sources, as many gradients that
+        # exist, as many that are made of them, and the incoming one. A warp takes some 100 besides
+        # for a row, whatever its columns.
+        instructions = products.instructions + gradients.instructions + 100
+        assert instructions * 32 <= 6 * (3 * 10 + 1) * 192, f"{name}: {instructions}"
