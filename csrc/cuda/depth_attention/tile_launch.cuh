@@ -72,14 +72,14 @@ inline DepthAttentionTileArgs make_tile_args(const DepthAttentionForward& p,
   args.query = vector(p.query);
   args.key_weight = vector(p.key_weight);
   args.out_weight = vector(p.out_weight);
-  args.known_rstd = p.known_rstd;
+  args.known_rstd = static_cast<const float*>(p.known_rstd);
   args.num_known_rstd = p.known_rstd == nullptr ? 0 : p.num_known_rstd;
   args.new_partial = byte_rows<std::byte>(p.new_partial, p.num_tokens);
   args.out = byte_rows<std::byte>(p.out, p.num_tokens);
   args.mix = byte_rows<std::byte>(p.mix, p.num_tokens);
   args.weights = static_cast<float*>(p.weights);
   args.stats = static_cast<float*>(p.stats);
-  args.last_rstd = p.last_rstd;
+  args.last_rstd = static_cast<float*>(p.last_rstd);
   for (int i = 0; i < p.num_sources; ++i) {
     args.rows[i] = byte_rows<const std::byte>(p.sources[i], p.num_tokens);
   }
