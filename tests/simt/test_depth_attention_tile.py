@@ -246,7 +246,9 @@ def test_a_wish_that_cannot_be_is_a_sentence(config: str, sentence: str, tmp_pat
 def test_what_the_tile_does_not_serve_goes_elsewhere(tmp_path: Path) -> None:
     state = tile(2, 64)
     state.first_logit = torch.zeros(3)
+    no_clusters = Limits(1, largest_cluster=1)
     cases = [
+        tile(2, 264, config="cluster=2", limits=no_clusters),
         tile(65, 8),
         tile(2, 60),
         tile(2, 64, layouts="misaligned"),
