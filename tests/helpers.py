@@ -284,13 +284,21 @@ def assert_same_bits(name: str, a: Tensor | None, b: Tensor | None) -> None:
     assert bool(same.all()), f"{name}: {int((~same).sum())} of {a.numel()} elements differ"
 
 
+def runs_cuda_kernels(device: str) -> bool:
+    """Whether operators on this device run CUDA kernels: on a GPU, or a simulated one."""
+    return device == "cuda" or torch.ops.attnres.cpu_instruction_set() == "simulated GPU"
+
+
+def order_of_sums(dtype: torch.dtype, terms: int) -> float:
+    """How far two orders of ``terms`` products may be apart, by the largest sum."""
+    return 2 * math.sqrt(terms) * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+
+
 def assert_same_sums(name: str, a: Tensor, b: Tensor, terms: int) -> None:
     """Equal up to the order in which ``terms`` products are summed, and the rounding of a result
     that this order may turn over."""
     assert a.dtype == b.dtype, f"{name}: {a.dtype} and {b.dtype}"
-    compute = torch.promote_types(a.dtype, torch.float32)
-    order = 2 * math.sqrt(terms) * torch.finfo(compute).eps
-    allowed = (torch.finfo(a.dtype).eps + order) * magnitude(b)
+    allowed = (torch.finfo(a.dtype).eps + order_of_sums(a.dtype, terms)) * magnitude(b)
     assert distance(a, b) <= allowed, f"{name}: apart by {distance(a, b):.3e} > {allowed:.3e}"
 
 

@@ -58,6 +58,7 @@ def test_number_of_blocks(device: str, count: int) -> None:
         assert_same_bits("output", results["output 0"], blocks[0].expand(4, 3, 24))
 
 
+@pytest.mark.large
 @pytest.mark.parametrize(
     ("count", "queries", "hidden"), [(9, 6, 2304), (8, 16, 4096), (8, 24, 7168)]
 )

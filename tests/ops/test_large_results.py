@@ -13,6 +13,8 @@ from attnres_ext import depth_attention, inter_block_attention
 from tests.helpers import assert_same_bits
 from tests.ops.cases import make_sources
 
+pytestmark = pytest.mark.large
+
 #: Whole cache lines, but not whole tiles of four vectors.
 HIDDEN = 2080
 #: Bytes of a result that is written past the caches (``csrc/cpu/rows.hpp``).

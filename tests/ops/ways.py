@@ -13,6 +13,10 @@ import torch
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
 
+#: One more than an H100 has multiprocessors.
+MANY_TOKENS = 133
+
+
 @dataclass(frozen=True)
 class Way:
     """A shape that takes one way.
@@ -23,7 +27,8 @@ class Way:
         hidden: D.
         dtypes: of the sources, in turn.
         queries: S of phase 1.
-        tokens: on a GPU; elsewhere two are enough.
+        tokens: on a GPU. Elsewhere two are enough where rows are long, and where they are short as
+            many as are not few for any GPU.
         cluster: CTAs that share a row forward; None for a kernel that knows no clusters.
         cluster_backward: the same of the backward.
         in_place: whether rows are read where they are instead of through shared memory.
@@ -51,7 +56,9 @@ class Way:
 
     def tokens_on(self, device: str) -> int:
         """M."""
-        return self.tokens if device == "cuda" else min(self.tokens, 2)
+        if device == "cuda":
+            return self.tokens
+        return min(self.tokens, 2 if self.hidden > 1000 or self.queries > 1 else MANY_TOKENS)
 
 
 DEPTH = [

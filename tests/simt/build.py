@@ -1,4 +1,4 @@
-"""Builds the runner with the host compiler, and the PTX of the kernels with nvcc."""
+"""Builds the runner and the operators' library with a simulated GPU, with the host compiler."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import importlib.util
 import os
 import shutil
 import subprocess
-from collections.abc import Iterable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,22 +17,32 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.sources import source_hash
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CSRC = [ROOT / "csrc" / "include", ROOT / "csrc" / "cuda"]
 INCLUDES = [HERE / "include", HERE, *CSRC]
+RUNTIME = HERE / "runtime"
 HEADERS = ("cuda_runtime.h", "cuda_bf16.h", "cuda_fp16.h")
 BUILD = ROOT / "build" / "simt"
 
-#: How kernels are run: their source, compiled for the CPU; that, under sanitizers; and the PTX that
-#: nvcc makes of them.
-FLAVOURS = ["plain", "sanitized", "ptx"]
+WARNINGS = ["-std=c++20", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+#: How kernels are run: their source, compiled for the CPU; and that under sanitizers.
+FLAVOURS = ["plain", "sanitized"]
 #: Flags of the two builds. Optimised, the sanitized one takes a minute to compile. One operation is
-#: one rounding, as PTX says: none are contracted.
+#: one rounding: none are contracted.
 FLAGS = {
-    "plain": ["-O1", "-ffp-contract=off"],
+    "plain": ["-O1", "-ffp-contract=off", "-U_FORTIFY_SOURCE"],
     "sanitized": ["-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
 }
+#: The same for the operators' library, in which much more is run. Jumps from stack to stack are
+#: no errors.
+LIBRARY_FLAGS = ["-O2", "-ffp-contract=off", "-U_FORTIFY_SOURCE"]
+LIBRARY_DEFINITIONS = [
+    "TORCH_TARGET_VERSION=0x020a000000000000",
+    'ATTNRES_CUDA_ARCHITECTURES="80,90"',
+]
 #: Kernel sets, as numbers of architectures.
 SETS = ("80", "90")
 #: One program runs all sets: names say that, and not which one.
@@ -40,14 +51,13 @@ SET = "simulated"
 
 @dataclass(frozen=True)
 class Runner:
-    """An executable that runs cases, and the PTX that it runs, if any."""
+    """An executable that runs cases."""
 
     executable: Path
-    ptx: tuple[Path, ...] = ()
 
     def __call__(self, cases: Path, results: Path) -> str:
         """Runs a file of cases; returns what was printed, or fails with it."""
-        command = [str(path) for path in (self.executable, cases, results, *self.ptx)]
+        command = [str(path) for path in (self.executable, cases, results)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -76,63 +86,88 @@ def compiler() -> str | None:
     return os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
 
 
-def nvcc() -> str | None:
-    """The CUDA compiler."""
-    candidates = [os.environ.get("CUDACXX"), shutil.which("nvcc")]
-    candidates += [
-        f"{root}/bin/nvcc"
-        for root in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")
-        if root
-    ]
-    return next((path for path in candidates if path and Path(path).exists()), None)
-
-
-def missing(flavour: str) -> str | None:
-    """What this machine lacks to build a flavour."""
+def missing() -> str | None:
+    """What this machine lacks to build anything here."""
     if cuda_include_dir() is None:
         return "no CUDA headers on this machine"
     if compiler() is None:
         return "no C++ compiler on this machine"
-    if flavour == "ptx" and nvcc() is None:
-        return "no nvcc on this machine"
     return None
-
-
-def build_runner(flavour: str) -> Runner:
-    """Builds what a flavour needs and what is not there already."""
-    if flavour != "ptx":
-        return Runner(build_executable(flavour))
-    sources = [path for name in SETS for path in sorted((CSRC[1] / f"sm{name}").glob("*.cu"))]
-    # The largest first. Two at a time: each takes one processor for up to a minute.
-    with ThreadPoolExecutor(2) as pool:
-        ptx = tuple(pool.map(build_ptx, reversed(sources)))
-    return Runner(build_executable("plain"), ptx)
 
 
 def runner_or_skip(flavour: str) -> Runner:
     """A flavour's runner, where this machine can build it."""
-    reason = missing(flavour)
+    reason = missing()
     if reason is not None:
         pytest.skip(reason)
-    return build_runner(flavour)
+    return Runner(build_executable(flavour))
 
 
 def build_executable(flavour: str) -> Path:
     """The runner, of the flavour "plain" or "sanitized"."""
-    command = [str(compiler()), "-std=c++20", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    # Kernels are found by their names.
-    command += [*FLAGS[flavour], "-rdynamic", f"-DATTNRES_CUDA_SET={SET}"]
+    command = [str(compiler()), *WARNINGS, *FLAGS[flavour], f"-DATTNRES_CUDA_SET={SET}"]
     command += [f"-I{path}" for path in INCLUDES] + ["-isystem", str(cuda_include_dir())]
-    command += [str(path) for path in sorted(HERE.rglob("*.cpp"))]
+    command += [str(path) for path in sorted(HERE.glob("*.cpp"))]
     return build(f"runner-{flavour}", command, sources_in(INCLUDES))
 
 
-def build_ptx(source: Path) -> Path:
-    """The PTX of an architecture's kernels of one operator."""
-    name = source.parent.name.removeprefix("sm")
-    command = [str(nvcc()), "-std=c++20", "-ptx", f"-arch=compute_{name}", f"-Dsm{name}={SET}"]
-    command += [f"-I{path}" for path in CSRC] + [str(source)]
-    return build(f"{source.stem}-{name}", command, sources_in(CSRC))
+def build_library() -> Path:
+    """The operators' library with a simulated GPU."""
+    sources = sources_in([*INCLUDES, ROOT / "csrc" / "ops"])
+    generated = BUILD / "generated"
+    generated.mkdir(parents=True, exist_ok=True)
+    torch = Path(importlib.util.find_spec("torch").submodule_search_locations[0])
+    compile_ = [*filter(None, [shutil.which("ccache")]), str(compiler()), "-fPIC"]
+    compile_ += [*WARNINGS, *LIBRARY_FLAGS]
+    compile_ += [f"-I{path}" for path in (*INCLUDES, generated)]
+    compile_ += [f"-isystem{path}" for path in (torch / "include", cuda_include_dir())]
+    compile_ += [f"-D{name}" for name in LIBRARY_DEFINITIONS]
+
+    def objects(folder: Path) -> list[Path]:
+        """Compiles each file, two at a time and the largest first."""
+
+        def compile_one(path: Path) -> Path:
+            output = folder / f"{path.parent.name}-{path.stem}.o"
+            # As in the library that ships; but kernels must be found by their addresses.
+            hidden = ["-fvisibility=hidden"] if path.parent.name == "ops" else []
+            run([*compile_, *hidden, "-x", "c++", "-c", str(path), "-o", str(output)])
+            return output
+
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(compile_one, library_sources()))
+
+    def link(output: Path) -> None:
+        (generated / "attnres_source_hash.hpp").write_text(
+            f'#define ATTNRES_SOURCE_HASH "{source_hash(ROOT)}"\n'
+        )
+        with tempfile.TemporaryDirectory(dir=BUILD) as folder:
+            command = [str(compiler()), "-shared", *LIBRARY_FLAGS]
+            # What stands in for others is found here, whoever else has it.
+            command += ["-Wl,-Bsymbolic", "-Wl,--no-undefined"]
+            command += [str(path) for path in objects(Path(folder))]
+            libraries = torch / "lib"
+            command += [f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-ltorch_cpu", "-ltorch"]
+            run([*command, "-o", str(output)])
+
+    return made("simulated.so", [repr(compile_)], sources, link)
+
+
+def library_sources() -> list[Path]:
+    """The operators, the CUDA backend, and a simulated GPU in the place of the CPU backend."""
+    cuda = [path for name in SETS for path in sorted((CSRC[1] / f"sm{name}").glob("*.cu"))]
+    ops = sorted((ROOT / "csrc" / "ops").glob("*.cpp"))
+    ops = [path for path in ops if path.name != "cuda_absent.cpp"]
+    simulated = [HERE / "executor.cpp", RUNTIME / "runtime.cpp", RUNTIME / "library.cpp"]
+    return [*reversed(cuda), *ops, CSRC[1] / "ops_cuda.cpp", *simulated]
+
+
+def build_launch_test() -> Path:
+    """The test of csrc/cuda/launch.cuh."""
+    command = [str(compiler()), *WARNINGS, *FLAGS["sanitized"], "-rdynamic"]
+    command += [f"-I{path}" for path in INCLUDES] + ["-isystem", str(cuda_include_dir())]
+    sources = [HERE / "executor.cpp", RUNTIME / "runtime.cpp", RUNTIME / "test_launch.cpp"]
+    command += [str(path) for path in sources]
+    return build("test-launch", command, [*sources_in(INCLUDES), ROOT / "tests/cpp/check.hpp"])
 
 
 def sources_in(folders: Iterable[Path]) -> list[Path]:
@@ -143,22 +178,33 @@ def sources_in(folders: Iterable[Path]) -> list[Path]:
 
 def build(name: str, command: Sequence[str], sources: Iterable[Path]) -> Path:
     """What the command writes to ``-o``, unless sources and command are as they were."""
-    digest = hashlib.sha256(repr(command).encode())
+    return made(name, [repr(command)], sources, lambda output: run([*command, "-o", str(output)]))
+
+
+def made(
+    name: str, keys: Iterable[str], sources: Iterable[Path], make: Callable[[Path], None]
+) -> Path:
+    """The file that ``make(path)`` writes, unless sources and keys are as they were."""
+    digest = hashlib.sha256("".join(keys).encode())
     for source in sources:
         digest.update(source.read_bytes())
-    output = BUILD / f"{name}-{digest.hexdigest()[:16]}"
+    output = BUILD / f"{digest.hexdigest()[:16]}-{name}"
     BUILD.mkdir(parents=True, exist_ok=True)
     with locked(BUILD / f".{name}.lock"):
         if not output.exists():
-            for old in BUILD.glob(f"{name}-*"):
-                old.unlink()
+            old = [*BUILD.glob(f"*-{name}")]
             unfinished = BUILD / f".{output.name}.unfinished"
-            done = subprocess.run(
-                [*command, "-o", str(unfinished)], capture_output=True, text=True, check=False
-            )
-            assert done.returncode == 0, done.stderr
+            make(unfinished)
             os.replace(unfinished, output)
+            for path in old:
+                path.unlink()
     return output
+
+
+def run(command: Sequence[str]) -> None:
+    """Runs it; fails with what it said."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @contextmanager

@@ -13,8 +13,6 @@
 #include "executor.hpp"
 #include "kernels/depth_attention_tile.hpp"
 #include "kernels/launch_shape.hpp"
-#include "launch.cuh"
-#include "ptx/runtime.hpp"
 
 namespace simt {
 
@@ -147,7 +145,7 @@ struct Run {
   }
 };
 
-// The `launch` of the launch_<operator> templates: runs a kernel's body, or what nvcc made of it.
+// The `launch` of the launch_<operator> templates: runs a kernel's body.
 struct Launch {
   const Run& run_as;
   Report& report;
@@ -155,12 +153,7 @@ struct Launch {
 
   // As if the device had room for all that fill its multiprocessors.
   template <auto kKernel>
-  int64_t num_clusters(const cuda::LaunchShape& shape, int64_t wanted) const {
-    if (ptx::is_loaded()) {
-      return with_launcher(nullptr, [&](const cuda::Launcher& launcher) {
-        return launcher.num_clusters<kKernel>(shape, wanted);
-      });
-    }
+  int64_t num_clusters(const cuda::LaunchShape& shape, int64_t) const {
     if (shape.cluster_size > run_as.largest_cluster) return 0;
     return std::max(1, shape.num_ctas / shape.cluster_size);
   }
@@ -190,43 +183,11 @@ struct Launch {
     }
     const Withheld withheld(tensors);
     const auto end_previous_kernel = [&] { withheld.release(); };
-    if (!ptx::is_loaded()) {
-      run({shape.num_ctas, shape.num_threads, shape.shared_bytes, run_as.order, run_as.seed,
-           std::max(1, shape.cluster_size), end_previous_kernel},
-          [&] { kKernel(args); });
-      report.matrices = matrix_traffic();
-      return 0;
-    }
-    const cudaError_t status = with_launcher(
-        end_previous_kernel,
-        [&](const cuda::Launcher& launcher) { return launcher.operator()<kKernel>(args, shape); });
-    if (status == cudaSuccess) return 0;
-    const bool is_left_over = cudaGetLastError() != cudaSuccess;
-    std::fprintf(stderr, "runner: a launch failed with error %d%s\n", status,
-                 is_left_over ? ", which the next caller will find" : "");
-    std::exit(1);
-  }
-
-  // f(launcher) for that of csrc/cuda.
-  template <typename F>
-  auto with_launcher(std::function<void()> end_previous_kernel, F&& f) const {
-    ptx::Device& device = ptx::device();
-    device = {run_as.order,
-              run_as.seed,
-              run_as.bulk_ring ? 90 : 80,
-              run_as.largest_cluster > cuda::kMostCtasInCluster,
-              run_as.limits.shared_bytes_per_cta,
-              {},
-              std::move(end_previous_kernel)};
-    for (const auto* buffers : tensors) {
-      for (const Buffer& buffer : *buffers) {
-        if (buffer.bytes <= 0) continue;
-        const auto* begin = static_cast<const std::byte*>(buffer.data());
-        device.allocations.push_back({begin, begin + buffer.bytes});
-      }
-    }
-    const cuda::LaunchContext context = {nullptr, device.number(), run_as.limits};
-    return f(cuda::Launcher{context, run_as.bulk_ring});
+    run({shape.num_ctas, shape.num_threads, shape.shared_bytes, run_as.order, run_as.seed,
+         std::max(1, shape.cluster_size), end_previous_kernel},
+        [&] { kKernel(args); });
+    report.matrices = matrix_traffic();
+    return 0;
   }
 };
 

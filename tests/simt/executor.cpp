@@ -1,14 +1,22 @@
 #include "executor.hpp"
 
+#include <setjmp.h>
+#include <ucontext.h>
+
 #include <algorithm>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <map>
+#include <memory>
 #include <numeric>
+#include <random>
 #include <set>
+#include <utility>
+#include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -18,10 +26,7 @@ namespace {
 constexpr size_t kStackBytes = 256 * 1024;
 constexpr int kNaNByte = 0xff;
 
-[[noreturn]] void fail(const char* what) {
-  std::fprintf(stderr, "simt: %s\n", what);
-  std::abort();
-}
+[[noreturn]] void fail(const char* what);
 void require(bool condition, const char* what) {
   if (!condition) fail(what);
 }
@@ -69,9 +74,38 @@ struct BulkStore {
   void deliver() const { std::memcpy(to, taken.bytes.data(), taken.bytes.size()); }
 };
 
+// Memory for a fiber's stack, used again by others after it.
+class Stack {
+ public:
+  Stack() {
+    if (free_stacks().empty()) {
+      memory_.reset(new char[kStackBytes]);
+    } else {
+      memory_ = std::move(free_stacks().back());
+      free_stacks().pop_back();
+    }
+  }
+  ~Stack() {
+    if (memory_ != nullptr) free_stacks().push_back(std::move(memory_));
+  }
+  Stack(Stack&&) = default;
+  Stack& operator=(Stack&&) = delete;
+  char* get() const { return memory_.get(); }
+
+ private:
+  using Memory = std::unique_ptr<char[]>;
+  static std::vector<Memory>& free_stacks() {
+    static std::vector<Memory> stacks;
+    return stacks;
+  }
+  Memory memory_;
+};
+
 struct Fiber {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack{new char[kStackBytes]};
+  Stack stack;
+  ucontext_t context;  // where it begins
+  jmp_buf place;       // where it goes on
+  bool has_begun = false;
   bool done = true;
   // Not run while *watched == seen.
   const uint64_t* watched = nullptr;
@@ -140,7 +174,10 @@ struct Executor {
   std::vector<Cta> ctas;
   Cta* cta = nullptr;
   int thread = 0;
+  bool runs_a_fiber = false;
+  const char* failure = nullptr;  // of a fiber, for the scheduler to throw
   ucontext_t scheduler;
+  jmp_buf scheduler_place;
   const void* scheduler_stack = nullptr;
   size_t scheduler_stack_bytes = 0;
   void* scheduler_fake_stack = nullptr;
@@ -160,20 +197,49 @@ struct Executor {
 
 Executor executor;
 
+// From a thread to the scheduler and back. Jumps, because swapcontext() calls the system each time;
+// the address sanitizer knows the latter.
+#if defined(__SANITIZE_ADDRESS__)
+
 void enter_scheduler(bool finished) {
   Fiber& fiber = executor.self();
-#if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(finished ? nullptr : &fiber.fake_stack, executor.scheduler_stack,
                                  executor.scheduler_stack_bytes);
-#endif
   if (finished) {
     setcontext(&executor.scheduler);
   } else {
     swapcontext(&fiber.context, &executor.scheduler);
   }
-#if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(fiber.fake_stack, nullptr, nullptr);
+}
+
+void enter_fiber(Fiber& fiber) {
+  __sanitizer_start_switch_fiber(&executor.scheduler_fake_stack, fiber.stack.get(), kStackBytes);
+  swapcontext(&executor.scheduler, &fiber.context);
+  __sanitizer_finish_switch_fiber(executor.scheduler_fake_stack, nullptr, nullptr);
+}
+
+#else
+
+void enter_scheduler(bool finished) {
+  if (finished || _setjmp(executor.self().place) == 0) _longjmp(executor.scheduler_place, 1);
+}
+
+void enter_fiber(Fiber& fiber) {
+  if (_setjmp(executor.scheduler_place) != 0) return;
+  if (fiber.has_begun) _longjmp(fiber.place, 1);
+  fiber.has_begun = true;
+  setcontext(&fiber.context);
+}
+
 #endif
+
+void fail(const char* what) {
+  if (!executor.runs_a_fiber) throw Failure(what);
+  // No exception leaves a fiber: the scheduler throws this one, and nobody comes back.
+  executor.failure = what;
+  enter_scheduler(true);
+  std::abort();
 }
 
 // One thread fewer that the others wait for.
@@ -214,14 +280,10 @@ void fiber_main() {
 void resume(Cta& cta, int thread) {
   executor.cta = &cta;
   executor.thread = thread;
-  Fiber& fiber = executor.self();
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(&executor.scheduler_fake_stack, fiber.stack.get(), kStackBytes);
-#endif
-  swapcontext(&executor.scheduler, &fiber.context);
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(executor.scheduler_fake_stack, nullptr, nullptr);
-#endif
+  executor.runs_a_fiber = true;
+  enter_fiber(executor.self());
+  executor.runs_a_fiber = false;
+  if (executor.failure != nullptr) fail(executor.failure);
 }
 
 void wait_while(const uint64_t& value, uint64_t seen) {
@@ -269,7 +331,12 @@ void deliver_remote_store(size_t index) {
 }
 
 void prepare(Fiber& fiber) {
+#if defined(__SANITIZE_ADDRESS__)
+  // Whoever used it before may not have left it by returning.
+  __asan_unpoison_memory_region(fiber.stack.get(), kStackBytes);
+#endif
   fiber.done = false;
+  fiber.has_begun = false;
   fiber.watched = nullptr;
   fiber.waited_for_previous_kernel = false;
   fiber.is_at_cluster_barrier = false;
@@ -285,12 +352,16 @@ void run_cluster(std::mt19937_64& random) {
   std::vector<int> order(executor.ctas.size() * static_cast<size_t>(count));
   std::iota(order.begin(), order.end(), 0);
   if (executor.grid->order == Order::kBackward) std::reverse(order.begin(), order.end());
+  if (executor.grid->order == Order::kRandom) std::shuffle(order.begin(), order.end(), random);
   for (Cta& cta : executor.ctas) {
     for (int i = 0; i < count; ++i) prepare(cta.fibers[static_cast<size_t>(i)]);
   }
   for (bool all_done = false; !all_done;) {
+    size_t place = 0;
     if (executor.grid->order == Order::kRandom) {
-      std::shuffle(order.begin(), order.end(), random);
+      // Anew now and then, which takes longer than the threads do; from another place each time.
+      if (random() % 8 == 0) std::shuffle(order.begin(), order.end(), random);
+      place = random() % order.size();
       // Now and then the copy engine is quick, and not in the order of the requests.
       if (!executor.bulk_copies.empty() && random() % 4 == 0) {
         deliver_bulk_copy(random() % executor.bulk_copies.size());
@@ -301,7 +372,9 @@ void run_cluster(std::mt19937_64& random) {
     }
     all_done = true;
     bool progress = false;
-    for (const int thread : order) {
+    for (size_t i = 0; i < order.size(); ++i) {
+      const int thread = order[place];
+      place = place + 1 == order.size() ? 0 : place + 1;
       Cta& cta = executor.ctas[static_cast<size_t>(thread / count)];
       Fiber& fiber = cta.fibers[static_cast<size_t>(thread % count)];
       if (fiber.done) continue;
@@ -336,15 +409,21 @@ void run(const Grid& grid, const std::function<void()>& body) {
   require(grid.num_threads % kWarpSize == 0, "a CTA is not made of whole warps");
   require(grid.cluster_size >= 1 && grid.num_ctas % grid.cluster_size == 0,
           "a grid is not made of whole clusters");
+  // Another kernel may be waiting for this one.
+  struct Nested {
+    Executor outer = std::exchange(executor, Executor{});
+    ~Nested() {
+      for (Cta& cta : executor.ctas) std::free(cta.shared);
+      executor = std::move(outer);
+    }
+  } nested;
   std::mt19937_64 random(grid.seed);
   executor.grid = &grid;
   executor.body = &body;
-  executor.previous_kernel_ended = 0;
-  executor.matrix_traffic = {};
   executor.ctas.resize(static_cast<size_t>(grid.cluster_size));
   const auto shared_bytes = static_cast<size_t>(grid.shared_bytes);
   for (Cta& cta : executor.ctas) {
-    while (cta.fibers.size() < static_cast<size_t>(grid.num_threads)) cta.fibers.emplace_back();
+    cta.fibers = std::vector<Fiber>(static_cast<size_t>(grid.num_threads));
     // Exactly as large as asked for, so that the address sanitizer sees the first byte beyond.
     void* shared = nullptr;
     require(posix_memalign(&shared, 128, shared_bytes) == 0, "no memory");
@@ -365,8 +444,7 @@ void run(const Grid& grid, const std::function<void()>& body) {
     run_cluster(random);
   }
   for (const BulkStore& store : executor.late_stores) store.deliver();
-  executor.late_stores.clear();
-  for (Cta& cta : executor.ctas) std::free(cta.shared);
+  nested.outer.matrix_traffic = executor.matrix_traffic;
 }
 
 int thread_rank() { return executor.thread; }

@@ -9,15 +9,10 @@
 // barrier, or lets its last copy run past its end does not get away with it.
 #pragma once
 
-#include <ucontext.h>
-
 #include <cstddef>
 #include <cstdint>
 #include <functional>
-#include <map>
-#include <memory>
-#include <random>
-#include <vector>
+#include <stdexcept>
 
 namespace simt {
 
@@ -37,8 +32,13 @@ struct Grid {
   std::function<void()> end_previous_kernel;
 };
 
-// Calls body() once for every thread of the grid. Ends the process with a sentence if threads wait
-// for ever.
+// What a kernel did that no kernel may do, as a sentence.
+struct Failure : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// Calls body() once for every thread of the grid. Throws a Failure if threads wait for ever. The
+// end of the previous kernel may be another call of run().
 void run(const Grid& grid, const std::function<void()>& body);
 
 // Inside a body.

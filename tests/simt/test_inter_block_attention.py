@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from .build import Runner, runner_or_skip
-from .cases import Limits, Rows
-from .inter_block_cases import make, run, run_and_check
+from .cases import Limits
+from .inter_block_cases import make, run_and_check
 from .test_depth_attention import HALF
 
 #: Rows of a few kilobytes fit, score vectors only a panel of columns at a time. One multiprocessor
@@ -24,7 +24,7 @@ MIXED = [torch.bfloat16, torch.float32, torch.float16]
 
 #: Flavour and ring. Sanitizers cost much: the other ring is under them in the other file.
 WAYS = [
-    *itertools.product(("plain", "ptx"), ("cp_async", "bulk")),
+    *itertools.product(["plain"], ("cp_async", "bulk")),
     ("sanitized", "bulk"),
 ]
 
@@ -125,41 +125,6 @@ def test_other_aligned_rows_stay_on_chip(way: Way, tmp_path: Path) -> None:
     assert all(result.uses_slots for result in run_and_check(runner, cases, tmp_path))
 
 
-def test_odd_widths_and_misaligned_rows_are_read_in_place(runner: Runner, tmp_path: Path) -> None:
-    cases = [
-        make(1, 1, 1, torch.bfloat16),
-        make(3, 2, 5, torch.float16, query_layout="odd"),
-        make(9, 6, 127, torch.bfloat16, layouts="odd"),
-        make(2, 5, 64, torch.bfloat16, layouts="misaligned"),
-        make(2, 5, 64, torch.bfloat16, query_layout="misaligned"),
-        make(2, 3, 131, MIXED, layouts=["odd", "misaligned"], gain_dtype=torch.float16),
-        make(3, 4, 64, torch.float64, gain_dtype=torch.float64),
-        make(2, 3, 37, [torch.float64, torch.bfloat16], layouts="odd"),
-        # Not even one token fits.
-        make(8, 2, 2048, torch.bfloat16, limits=SMALL, tokens=(1, 2)),
-    ]
-    assert not any(result.uses_slots for result in run_and_check(runner, cases, tmp_path))
-
-
-def test_strided_rows(way: Way, tmp_path: Path) -> None:
-    runner, ring = way
-    cases = [
-        make(
-            3,
-            4,
-            72,
-            dtype,
-            ring=ring,
-            layouts=["sliced", "contiguous"],
-            query_layout="sliced",
-            tokens=(3, 2),
-            order="random",
-        )
-        for dtype in (torch.bfloat16, torch.float32)
-    ]
-    assert all(result.uses_slots for result in run_and_check(runner, cases, tmp_path))
-
-
 def test_more_tiles_than_ctas(way: Way, tmp_path: Path) -> None:
     runner, ring = way
     one = Limits(1, 48 * 1024, 47 * 1024)
@@ -185,58 +150,9 @@ def test_sealed_blocks_bring_their_rms(way: Way, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [*HALF, torch.float32])
-def test_one_source_is_returned_exactly(dtype: torch.dtype, runner: Runner, tmp_path: Path) -> None:
-    case = make(1, 3, 72, dtype)
-    (result,) = run(runner, [case], tmp_path)
-    values = case.sources[0].view.reshape(1, -1, 72).expand(3, -1, -1)
-    assert torch.equal(result.out, values)
-
-
-@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
 def test_large_and_tiny_score_vectors(dtype: torch.dtype, runner: Runner, tmp_path: Path) -> None:
     """Parts of a score vector keep its low bits, whatever its size."""
     cases = [make(3, 2, 64, dtype, scale=scale) for scale in (1e5, 1e-6, 1e-30)]
     cases[0].eps = 1e6  # small 1/rms: logits of ordinary size
     cases.append(make(2, 2, 64, dtype, scale=0.0))
     run_and_check(runner, cases, tmp_path)
-
-
-def test_large_logits_and_ties(runner: Runner, tmp_path: Path) -> None:
-    spiked, tied = make(4, 3, 64, scale=1e4), make(2, 3, 64)
-    tied.sources[1] = Rows(tied.sources[0].storage, tied.sources[0].view)
-    spike, tie = run(runner, [spiked, tied], tmp_path)
-    assert spike.out.isfinite().all()
-    assert spike.stats[4:].abs().max() > 1e3
-    assert torch.equal(tie.out[0], tied.sources[0].view.reshape(-1, 64))
-
-
-@pytest.mark.parametrize("layout", ["contiguous", "misaligned"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_row_of_nan_or_infinity_stays_in_its_row(
-    dtype: torch.dtype, layout: str, runner: Runner, tmp_path: Path
-) -> None:
-    def spoil(ring: str) -> object:
-        case = make(3, 2, 64, dtype, layouts=layout, ring=ring, limits=Limits(1))
-        source = case.sources[1]
-        source.storage[case.hidden + 3] = float("nan")
-        source.storage[4 * case.hidden] = float("inf")
-        return case
-
-    for result in run(runner, [spoil(ring) for ring in RINGS], tmp_path):
-        finite = result.out.isfinite().all(-1).all(0)
-        assert finite.tolist() == [True, False, True, True, False, True]
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_result_of_a_row_depends_on_that_row_alone(
-    dtype: torch.dtype, runner: Runner, tmp_path: Path
-) -> None:
-    whole = make(5, 3, 72, dtype, tokens=(1, 7), limits=Limits(1))
-    alone = make(5, 3, 72, dtype, tokens=(1, 1), limits=Limits(7))
-    alone.queries, alone.key_weights = whole.queries, whole.key_weights
-    for source, of in zip(alone.sources, whole.sources, strict=True):
-        source.storage = of.view[0, 4].clone()
-        source.view = source.storage.reshape(1, 1, -1)
-    large, small = run(runner, [whole, alone], tmp_path)
-    assert torch.equal(large.out[:, 4], small.out[:, 0])
-    assert torch.equal(large.stats[:, 4], small.stats[:, 0])

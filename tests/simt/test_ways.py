@@ -1,47 +1,71 @@
-"""The ways of tests/ops/ways.py are those that the launchers take on an H100."""
+"""The ways of tests/ops/ways.py are those that the operators' launches take on an H100."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
+import torch
+from torch import Tensor
 
-from tests.ops.ways import DEPTH, PHASE_ONE, Way
+from attnres_ext import depth_attention, inter_block_attention
+from tests.ops.cases import make_sources
+from tests.ops.ways import DEPTH, MANY_TOKENS, PHASE_ONE, Way
 
-from . import inter_block_cases
-from .build import runner_or_skip
-from .cases import Limits, run_cases
-from .test_depth_attention import make
-from .test_depth_attention_backward import Backward
-from .test_inter_block_attention_backward import Backward as InterBlockBackward
-
-H100 = Limits(132, 228 * 1024, 227 * 1024)
+from .device import DEVICES, Launched, Simulator
 
 
-def check(way: Way, cases: list[Any], folder: Path, without_cluster: int) -> None:
-    results = [launched for launched, _ in run_cases(runner_or_skip("plain"), cases, folder)]
-    assert (results[0].warps, results[0].columns) == (way.tile or (0, 0))
-    clusters = (way.cluster, way.cluster_backward)[: len(results)]
-    for launched, cluster in zip(results, clusters, strict=True):
-        assert launched.uses_slots is not way.in_place
-        assert launched.resident is way.resident
-        assert launched.cluster_size == (without_cluster if cluster is None else cluster)
+def check(way: Way, launched: Launched, cluster: int | None) -> None:
+    assert launched.uses_slots is not way.in_place
+    assert launched.resident is way.resident
+    assert max(launched.cluster_size, 1) == (cluster or 1)
+    assert launched.starts_early
+
+
+def check_both(simulator: Simulator, way: Way, out: Tensor, leaves: list[Tensor]) -> None:
+    """What was launched for ``out``, and for the gradients of ``leaves``."""
+    (forward,) = simulator.launches()
+    check(way, forward, way.cluster)
+    torch.autograd.grad(out.sum(), leaves)
+    backward, weight_gradients = simulator.launches()
+    check(way, backward, way.cluster_backward)
+    assert weight_gradients.num_spans == 0
+
+
+def leaf(*shape: int) -> Tensor:
+    return (0.1 * torch.randn(shape)).requires_grad_()
+
+
+@pytest.fixture(autouse=True)
+def _h100(simulator: Simulator) -> Iterator[None]:
+    with simulator.using(DEVICES["h100"], order="forward"):
+        simulator.launches()
+        yield
 
 
 @pytest.mark.parametrize("way", DEPTH, ids=lambda way: way.name)
-def test_depth_attention(way: Way, tmp_path: Path) -> None:
+def test_depth_attention(simulator: Simulator, way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATTNRES_CUDA_CONFIG", way.config)
     # One more row than multiprocessors is as many as any number of them. The tile does not ask.
-    tokens = (1, 133 if way.tokens > 133 and way.tile is None else 1)
-    case = make(
-        way.sources, way.hidden, [*way.dtypes], tokens=tokens, limits=H100, config=way.config
-    )
-    check(way, [case] if way.tile else [case, Backward(case)], tmp_path, without_cluster=0)
+    tokens = MANY_TOKENS if way.tokens > MANY_TOKENS and way.tile is None else 1
+    sources = make_sources(way.sources, (tokens, way.hidden), dtype=way.dtypes)
+    query = leaf(way.hidden)
+    if way.tile is not None:
+        with torch.no_grad():
+            depth_attention(sources, query)
+        (launched,) = simulator.launches()
+        check(way, launched, way.cluster)
+        assert (launched.warps, launched.columns) == way.tile
+        return
+    leaves = [source.requires_grad_() for source in sources]
+    check_both(simulator, way, depth_attention(leaves, query), [*leaves, query])
 
 
 @pytest.mark.parametrize("way", PHASE_ONE, ids=lambda way: way.name)
-def test_phase_one(way: Way, tmp_path: Path) -> None:
+def test_phase_one(simulator: Simulator, way: Way) -> None:
     """Their number of tokens makes no difference."""
-    sizes = way.sources, way.queries, way.hidden
-    case = inter_block_cases.make(*sizes, [*way.dtypes], tokens=(1, 1), limits=H100)
-    check(way, [case, InterBlockBackward(case)], tmp_path, without_cluster=1)
+    sources = make_sources(way.sources, (1, way.hidden), dtype=way.dtypes)
+    leaves = [source.requires_grad_() for source in sources]
+    queries = leaf(way.queries, way.hidden)
+    out, lse = inter_block_attention(leaves, queries)
+    check_both(simulator, way, out.float().sum() + lse.sum(), [*leaves, queries])

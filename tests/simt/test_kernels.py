@@ -1,0 +1,76 @@
+"""No kernel is left out: each one that the library holds is what some operator launches."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+from dataclasses import replace
+
+import pytest
+import torch
+
+from attnres_ext import depth_attention, inter_block_attention
+from tests.ops.cases import make_sources
+
+from .device import DEVICES, Device, Simulator
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+H100 = DEVICES["h100"]
+#: Kernels of a set, and the devices that launch them: on one multiprocessor rows are never few
+#: enough to be shared.
+SETS = {"sm80": [DEVICES["a100"]], "sm90": [H100, replace(H100, multiprocessors=1)]}
+
+#: N, D and dtypes: short and long tables of sources, few and many values a thread.
+DEPTH = [
+    *itertools.product((3, 20), (264, 8200), ([BF16], [FP16])),
+    *itertools.product((3, 20), (264,), ([FP32], [BF16, FP32])),
+    # Enough to be shared by a cluster where tokens are few.
+    *itertools.product((9, 20), (2304,), ([BF16], [FP16], [FP32], [BF16, FP32])),
+    *itertools.product((3,), (67,), ([BF16], [FP64])),
+    # Wider than the eight CTAs of a cluster have room for.
+    *itertools.product((2, 17), (65544,), ([BF16], [FP16])),
+]
+#: N, S, D and dtypes.
+PHASE_ONE = [
+    *itertools.product((3, 20), (3,), (264,), ([BF16], [FP16], [FP32], [BF16, FP32])),
+    *itertools.product((3,), (3,), (67,), ([BF16], [FP64])),
+]
+
+
+def launched_on(device: Device, simulator: Simulator) -> set[str]:
+    """Kernels of all those calls, forward and backward."""
+    # More tokens than multiprocessors are not few.
+    tokens = 2 if device.multiprocessors == 1 else 1
+    found = set()
+    with simulator.using(device, order="forward"):
+        for count, *queries, hidden, dtypes in DEPTH + PHASE_ONE:
+            sources = make_sources(count, (tokens, hidden), dtype=dtypes)
+            leaves = [source.requires_grad_() for source in sources]
+            query = (0.01 * torch.randn(*queries, hidden)).requires_grad_()
+            if queries:
+                out, _ = inter_block_attention(leaves, query)
+            else:
+                out = depth_attention(leaves, query)
+            torch.autograd.grad(out.sum(), [*leaves, query])
+            found |= {launched.kernel for launched in simulator.launches()}
+    return found
+
+
+def kernels_in(simulator: Simulator, name: str) -> set[str]:
+    """Those that the library has in a set's namespace."""
+    printed = subprocess.run(
+        ["nm", "-DC", "--defined-only", simulator.path], capture_output=True, text=True, check=True
+    ).stdout
+    symbols = {line.split(" ", 2)[2] for line in printed.splitlines() if line.count(" ") > 1}
+    start = f"void attnres::cuda::{name}::"
+    return {s for s in symbols if s.startswith(start) and "_kernel<" in s.split("(")[0]}
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_every_kernel_is_launched(simulator: Simulator, name: str) -> None:
+    simulator.launches()
+    launched = set().union(*(launched_on(device, simulator) for device in SETS[name]))
+    kernels = kernels_in(simulator, name)
+    assert kernels
+    assert sorted(kernels - launched) == []
+    assert sorted(launched - kernels) == []
