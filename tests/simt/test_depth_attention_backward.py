@@ -310,68 +310,6 @@ def test_rows_too_large_for_a_cta_are_shared(
 
 
 @pytest.mark.parametrize("ring", ["cp_async", "bulk"])
-def test_gradients_are_added_to_what_is_there(ring: str, runner: Runner, tmp_path: Path) -> None:
-    kinds = [NO_BASE, OTHER_BASE, OWN_BASE, SHARED_BASE]
-    mixed = [torch.bfloat16, torch.float32, torch.float16, torch.float16]
-    cases = [
-        Backward(make(4, hidden, dtypes, ring=ring, limits=limits, norm=norm), base_kinds=kinds)
-        for (hidden, dtypes), limits, norm in zip(
-            [
-                (264, torch.bfloat16),
-                (264, torch.float32),
-                (264, mixed),
-                (37, torch.bfloat16),
-                (1024, torch.float16),
-                (9, torch.float64),
-            ],
-            [Limits(), Limits(), Limits(), Limits(), TINY, Limits()],
-            itertools.cycle([True, False]),
-            strict=False,
-        )
-    ]
-    run_and_check(runner, cases, tmp_path)
-
-
-@pytest.mark.parametrize("ring", ["cp_async", "bulk"])
-def test_only_what_is_wanted(ring: str, runner: Runner, tmp_path: Path) -> None:
-    wanted = [True, False, True]
-    cases = [
-        Backward(make(3, 72, torch.bfloat16, ring=ring), wanted=wanted, gains=gains, save=save)
-        for gains, save in itertools.product((True, False), SAVES)
-    ]
-    cases.append(Backward(make(2, 35, torch.float32), wanted=[False, False]))
-    cases.append(Backward(make(2, 40, torch.float32, ring=ring), wanted=[False, False]))
-    run_and_check(runner, cases, tmp_path)
-
-
-@pytest.mark.parametrize("ring", ["cp_async", "bulk"])
-def test_awkward_rows(ring: str, runner: Runner, tmp_path: Path) -> None:
-    mixed = [torch.bfloat16, torch.float32, torch.float16]
-    cases = [
-        Backward(make(4, 264, mixed, ring=ring, order="random", gain_dtype=torch.bfloat16)),
-        Backward(make(3, 264, torch.bfloat16, ring=ring, layouts=["sliced", "contiguous"])),
-        Backward(make(1, 1, torch.bfloat16), save="nothing"),
-        Backward(make(3, 5, torch.float16), save="output"),
-        Backward(make(9, 127, torch.bfloat16, layouts="odd"), grad_layout="odd"),
-        Backward(make(2, 300, torch.float32, layouts="misaligned"), grad_layout="misaligned"),
-        Backward(make(2, 256, torch.bfloat16), grad_layout="misaligned", base_kinds=[1, 2]),
-        Backward(make(2, 37, [torch.float64, torch.bfloat16], layouts="odd")),
-        Backward(make(2, 64, torch.float64, gain_dtype=torch.float64), base_kinds=[0, 2]),
-    ]
-    run_and_check(runner, cases, tmp_path)
-
-
-@pytest.mark.parametrize("ring", ["cp_async", "bulk"])
-def test_many_sources(ring: str, runner: Runner, tmp_path: Path) -> None:
-    cases = [
-        Backward(make(256, 64, torch.bfloat16, ring=ring, tokens=(1, 2)), save="nothing"),
-        Backward(make(17, 64, torch.float32, ring=ring, tokens=(1, 3), limits=TINY)),
-        Backward(make(256, 33, torch.bfloat16, tokens=(1, 1), norm=False)),
-    ]
-    run_and_check(runner, cases, tmp_path)
-
-
-@pytest.mark.parametrize("ring", ["cp_async", "bulk"])
 def test_more_rows_than_ctas(ring: str, runner: Runner, tmp_path: Path) -> None:
     few = Limits(1, 12 * 1024, 11 * 1024)
     cases = [
@@ -380,40 +318,6 @@ def test_more_rows_than_ctas(ring: str, runner: Runner, tmp_path: Path) -> None:
     ]
     for launched in run_and_check(runner, cases, tmp_path):
         assert launched.num_ctas <= 2
-
-
-@pytest.mark.parametrize("ring", ["cp_async", "bulk"])
-def test_merging_a_state(ring: str, runner: Runner, tmp_path: Path) -> None:
-    cases = [
-        Backward(make(2, 264, torch.bfloat16, ring=ring), save="nothing"),
-        Backward(make(2, 64, [torch.float32, torch.bfloat16], ring=ring, norm=False)),
-        Backward(make(2, 136, torch.float16, ring=ring), base_kinds=[NO_BASE, OTHER_BASE]),
-        Backward(make(2, 129, torch.float32), save="nothing"),
-        Backward(make(2, 21, torch.float64), save="nothing"),
-    ]
-    for number, backward in enumerate(cases):
-        case = backward.case
-        row = number % case.num_tokens
-        case.first_logit = 2 * torch.randn(case.num_tokens, dtype=case.compute)
-        case.first_logit[row] = float("-inf")
-        # An empty state may hold anything.
-        case.sources[0].storage[row * case.hidden : (row + 1) * case.hidden] = float("nan")
-    run_and_check(runner, cases, tmp_path)
-
-
-def test_one_source_has_no_query_gradient(runner: Runner, tmp_path: Path) -> None:
-    cases = [
-        Backward(make(1, hidden, dtype, ring=ring, norm=norm), save=save)
-        for (hidden, dtype), ring, norm, save in [
-            ((136, torch.bfloat16), "bulk", True, "nothing"),
-            ((136, torch.float32), "cp_async", False, "stats"),
-            ((31, torch.float32), "bulk", True, "output"),
-        ]
-    ]
-    for _, outputs in run_cases(runner, cases, tmp_path):
-        query, key_weight = outputs[2:4]
-        assert torch.equal(query, torch.zeros_like(query))
-        assert torch.equal(key_weight, torch.zeros_like(key_weight))
 
 
 def test_results_do_not_depend_on_the_order_of_threads(runner: Runner, tmp_path: Path) -> None:
@@ -428,14 +332,3 @@ def test_results_do_not_depend_on_the_order_of_threads(runner: Runner, tmp_path:
     for outputs in others:
         for a, b in zip(first[:-1], outputs[:-1], strict=True):
             assert torch.equal(a, b)
-
-
-def test_a_row_of_nan_stays_in_its_row(runner: Runner, tmp_path: Path) -> None:
-    cases = []
-    for ring in ("cp_async", "bulk"):
-        case = make(3, 64, torch.float32, ring=ring, limits=Limits(1))
-        case.sources[1].storage[case.hidden + 3] = float("nan")
-        cases.append(Backward(case, save="nothing"))
-    for _, outputs in run_cases(runner, cases, tmp_path):
-        for grad in outputs[:3]:
-            assert grad.isfinite().all(-1).tolist() == [True, False, True, True, True, True]
