@@ -43,6 +43,12 @@ def forward_standard(embedding, sublayers, norms, norm_eps):
     return nn.functional.rms_norm(hidden, hidden.shape[-1:], norms[-1], norm_eps)
 
 
+def sublayer(weight, x):
+    """The columns in another order, by a product that autocast narrows, and a nonlinearity."""
+    order = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device).roll(1, 0)
+    return nn.functional.softsign((x @ order) * weight)
+
+
 class Toy(nn.Module):
     """A model around an ``AttentionResiduals``, and the same model written naively.
 
@@ -67,9 +73,8 @@ class Toy(nn.Module):
                 parameter.copy_(torch.randn(size, generator=generator))
 
     def sublayer(self, site, x):
-        """The columns in another order, by a product that autocast narrows, and a nonlinearity."""
-        order = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device).roll(1, 0)
-        return nn.functional.softsign((x @ order) * self.weights[site])
+        """What the sublayer of ``site`` makes of what it has read."""
+        return sublayer(self.weights[site], x)
 
     def forward(self, embedding, cache=None, run=None):
         """``run(function, x)`` calls a sublayer; the default just calls it."""

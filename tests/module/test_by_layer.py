@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 from attnres_ext.residual_graph import Reads
-from tests.module.naive_residual import gradients
+from tests.module.naive_residual import gradients, sublayer
 from tests.module.test_residual import assert_same, embed, toy
 from tests.module.test_residual_autograd import OPTIONS, every_mode
 
@@ -40,7 +40,7 @@ class Layer(nn.Module):
         for site, norm, weight in zip(
             (self.first, self.second), self.norms, self.weights, strict=True
         ):
-            state.write(torch.tanh(state.read(site, norm, self.eps) @ weight))
+            state.write(sublayer(weight, state.read(site, norm, self.eps)))
 
 
 def by_layer(model, compile=nn.Module.compile):

@@ -94,7 +94,7 @@ def test_no_such_site(residual):
 def test_cache_that_does_not_fit(residual):
     with pytest.raises(ValueError, match="cache has 2 slots, expected at least 3"):
         residual.start(torch.zeros(2, 8), cache=AttentionResiduals(8, 1).new_cache(2))
-    with pytest.raises(ValueError, match=r"embedding has shape \(3, 8\), expected \(2, 8\)"):
+    with pytest.raises(RuntimeError, match=r"embedding has shape \(3, 8\), expected \(2, 8\)"):
         residual.start(torch.zeros(3, 8), cache=residual.new_cache(2))
     other = AttentionResiduals(8, 3, sublayers_per_block=2, eps=1e-3)
     with pytest.raises(

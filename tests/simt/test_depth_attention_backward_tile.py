@@ -211,6 +211,16 @@ def test_what_the_tile_leaves_to_the_general_body(runner: Runner, tmp_path: Path
         Backward(make(2, 72, torch.float16, norm=True)),
         Backward(make(11, 72, torch.bfloat16, norm=True)),
         Backward(make(61, 16, torch.bfloat16, tokens=(1, 1))),
+        # Where the driver places no clusters.
+        Backward(
+            make(
+                3,
+                256,
+                torch.bfloat16,
+                limits=Limits(largest_cluster=1),
+                config="backward_cluster=2",
+            )
+        ),
     ]
     assert all(one.warps == 0 for one in run_and_check(runner, cases, tmp_path))
 
