@@ -60,7 +60,8 @@ ALLOWED = {
     "cuda": [STANDARD, VOCABULARY, CUDA, own("cuda")],
     "cuda operators": [STANDARD, VOCABULARY, CUDA, TORCH_STABLE, own("cuda")],
     "ops": [STANDARD, VOCABULARY, TORCH_STABLE, GENERATED, own("ops")],
-    "cpu backend": [STANDARD, VOCABULARY, TORCH_STABLE, own("cpu")],
+    # It asks the processor what it has.
+    "cpu backend": [STANDARD, VOCABULARY, TORCH_STABLE, re.compile(r"<cpuid\.h>"), own("cpu")],
     # Compiled once per instruction set: an inline function of the C++ library would be merged
     # across them.
     "cpu kernels": [re.compile(r'"attnres/params\.hpp"'), INTRINSICS, own("cpu")],
