@@ -88,6 +88,9 @@ def save_checkpoint(
 
     Returns:
         The checkpoint's folder.
+
+    Raises:
+        OSError: It cannot be written; nothing of it stays, and the checkpoints before it do.
     """
     target = folder / f"step-{step:06d}"
     building = folder / f".{target.name}.tmp"
@@ -115,10 +118,14 @@ def save_checkpoint(
         # A finished run that is resumed arrives at the same step again.
         discard(target)
         os.rename(building, target)
-    except Exception:
+    except Exception as error:
         # On a full disk, half a checkpoint would be in the way of a whole one.
         if write:
             shutil.rmtree(building, ignore_errors=True)
+        if isinstance(error, SafetensorError):
+            # It quotes the system's words: Os { code: 28, message: "No space left on device" }.
+            reason = str(error).partition('message: "')[2].partition('"')[0]
+            raise OSError(reason or str(error)) from error
         raise
     sync_directory(folder)
     for _, old in list(checkpoints(folder))[:-keep]:

@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from attnres_ext.training.errors import UserError
 
 
@@ -59,16 +57,12 @@ def writing(what: str, failure: str = "cannot be written", then: str = "") -> It
         then: What the user can do about it.
 
     Raises:
-        UserError: In the place of an ``OSError``, or of safetensors' own error.
+        UserError: In the place of an ``OSError``.
     """
     try:
         yield
     except OSError as error:
         raise UserError(f"{what} {failure}: {error.strerror or error}{then}") from error
-    except SafetensorError as error:
-        # It quotes the system's words: Os { code: 28, message: "No space left on device" }.
-        reason = str(error).partition('message: "')[2].partition('"')[0] or str(error)
-        raise UserError(f"{what} {failure}: {reason}{then}") from error
 
 
 def write_bytes(path: Path, data: bytes) -> None:
