@@ -17,7 +17,8 @@ from attnres_ext.benchmarks.timing import Action
 from attnres_ext.models.kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
 from attnres_ext.models.kimi_linear.configuration import LinearAttentionConfig
 from attnres_ext.models.kimi_linear.mla import KimiLatentState
-from attnres_ext.models.kimi_linear.modeling import KimiLinearState
+from attnres_ext.models.kimi_linear.modeling import KimiDecoderLayer, KimiLinearState
+from attnres_ext.residual_state import ResidualState
 
 #: A small vocabulary: the head of a short stack would otherwise be most of the work.
 _VOCABULARY = 1024
@@ -73,24 +74,28 @@ class Stack:
         before = inner.residual
         inner.residual = self.residuals[arm.name]
         if self.case.work == "reads":
-            inner._sublayers = partial(self._written, inner)
+            for layer in inner.layers:
+                layer.forward = partial(self._read_alone, layer)
         try:
             yield self.model
         finally:
             inner.residual = before
-            vars(inner).pop("_sublayers", None)
+            for layer in inner.layers:
+                vars(layer).pop("forward", None)
 
-    def _written(self, inner: nn.Module, *_: object) -> Iterator[tuple[nn.RMSNorm, Callable]]:
-        """The norms of the sublayers, and in the place of each a tensor that it always writes."""
-        norms = (
-            norm
-            for layer in inner.layers
-            for norm in (layer.input_layernorm, layer.post_attention_layernorm)
-        )
-        for site, norm in enumerate(norms):
-            yield norm, partial(self._write, site)
+    def _read_alone(
+        self, layer: KimiDecoderLayer, x: Tensor, residual: ResidualState, *_: object
+    ) -> Tensor:
+        """A layer's reads; in the place of each sublayer is a tensor that it always writes."""
+        residual.pass_on(x)
+        for site, norm in (
+            (layer.attention_site, layer.input_layernorm),
+            (layer.feed_forward_site, layer.post_attention_layernorm),
+        ):
+            residual.write(self._written(site, residual.read(site, norm.weight, norm.eps)))
+        return residual.pending
 
-    def _write(self, site: int, hidden: Tensor) -> Tensor:
+    def _written(self, site: int, hidden: Tensor) -> Tensor:
         key = site, hidden.shape, hidden.dtype
         if key not in self.written:
             generator = torch.Generator(hidden.device).manual_seed(site)

@@ -50,11 +50,15 @@ class PlainState:
         self._mix = plain.mix
         self._blocks: list[Tensor] = []
         self._partial: Tensor | None = embedding
-        self._next = 0
+        self.pending = embedding  # what was written last
 
     def write(self, x: Tensor) -> None:
         """Adds a sublayer's output to the open block."""
         self._partial = x if self._partial is None else self._partial + x
+        self.pending = x
+
+    def pass_on(self, x: Tensor) -> None:
+        """A layer begins with what was written last."""
 
     def read(self, site: int, norm_weight: Tensor, norm_eps: float) -> Tensor:
         """The input of sublayer ``site``, normalised."""

@@ -31,7 +31,7 @@ class _Existing:
     def __init__(self, source: Tensor):
         self._source = source
 
-    def slot(self, like: Tensor) -> tuple[Tensor, bool]:
+    def slot(self, like: Tensor, stream: object = None) -> tuple[Tensor, bool]:
         """The tensor to write into, and that it must be added to."""
         return self._source.grad, True
 

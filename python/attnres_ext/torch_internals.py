@@ -101,7 +101,10 @@ def saving_hook() -> Callable | None:
 
 
 def is_transformed() -> bool:
-    """Whether a function transform or forward-mode differentiation is under way."""
+    """Whether a function transform or forward-mode differentiation is under way; a graph that is
+    being traced is not asked."""
+    if torch.compiler.is_compiling():
+        return False
     return _has_transforms() or forward_ad._current_level >= 0
 
 

@@ -180,8 +180,8 @@ def test_accumulation_rounds_once(device: str, op: str) -> None:
     wide = [torch.zeros(TOKENS, HIDDEN, device=device) for _ in range(COUNT)]
     in_place(op, arguments, wide, [False] * COUNT)
     sources, *_ = backward(op, arguments)
-    # Phase 1 over rows of two dtypes does without tensor cores.
-    bits = not runs_cuda_kernels(device) or op != "inter_block_attention"
+    # On CUDA rows of two dtypes do without tensor cores, which sum in another order.
+    bits = not runs_cuda_kernels(device)
     for i in range(COUNT):
         assert_same("rounded", wide[i].bfloat16(), sources[i], bits=bits)
         assert not torch.equal(wide[i], sources[i].float())

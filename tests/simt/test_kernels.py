@@ -27,6 +27,8 @@ DEPTH = [
     # Enough to be shared by a cluster where tokens are few.
     *itertools.product((9, 20), (2304,), ([BF16], [FP16], [FP32], [BF16, FP32])),
     *itertools.product((3,), (67,), ([BF16], [FP64])),
+    # So narrow, and so wide, that a warp of a tile has few columns or many.
+    *itertools.product((3,), (72, 7168), ([BF16], [FP16])),
     # Wider than the eight CTAs of a cluster have room for.
     *itertools.product((2, 17), (65544,), ([BF16], [FP16])),
 ]
@@ -35,6 +37,10 @@ PHASE_ONE = [
     *itertools.product((3, 20), (3,), (264,), ([BF16], [FP16], [FP32], [BF16, FP32])),
     *itertools.product((3,), (3,), (67,), ([BF16], [FP64])),
 ]
+
+
+#: Of what runs with tensor cores, and the same without.
+CONFIGS = ("", "depth_attention=rows,backward_depth_attention=rows")
 
 
 def launched_on(device: Device, simulator: Simulator) -> set[str]:
@@ -50,6 +56,10 @@ def launched_on(device: Device, simulator: Simulator) -> set[str]:
             if queries:
                 out, _ = inter_block_attention(leaves, query)
             else:
+                # With an output norm, too.
+                gain = torch.ones(hidden, requires_grad=True)
+                out = depth_attention(leaves, query, out_weight=gain)
+                torch.autograd.grad(out.sum(), [*leaves, query, gain])
                 out = depth_attention(leaves, query)
             torch.autograd.grad(out.sum(), [*leaves, query])
             found |= {launched.kernel for launched in simulator.launches()}
@@ -67,9 +77,14 @@ def kernels_in(simulator: Simulator, name: str) -> set[str]:
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_every_kernel_is_launched(simulator: Simulator, name: str) -> None:
+def test_every_kernel_is_launched(
+    simulator: Simulator, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     simulator.launches()
-    launched = set().union(*(launched_on(device, simulator) for device in SETS[name]))
+    launched = set()
+    for config in CONFIGS:
+        monkeypatch.setenv("ATTNRES_CUDA_CONFIG", config)
+        launched |= set().union(*(launched_on(device, simulator) for device in SETS[name]))
     kernels = kernels_in(simulator, name)
     assert kernels
     assert sorted(kernels - launched) == []

@@ -34,7 +34,7 @@ void call(const Params& p, int) {
 namespace attnres {
 
 const Backend& cpu_backend() {
-  static constexpr Backend kBackend = {
+  static const Backend kBackend = {
       call<&Backend::depth_attention_forward, DepthAttentionForward>,
       call<&Backend::depth_attention_backward, DepthAttentionBackward>,
       call<&Backend::inter_block_forward, InterBlockForward>,
@@ -43,6 +43,7 @@ const Backend& cpu_backend() {
       [](int64_t num_tokens, int) {
         return cuda_backend().num_weight_gradient_parts(num_tokens, simt::use().device);
       },
+      cuda_backend().vector_alignment,
   };
   return kBackend;
 }

@@ -216,6 +216,17 @@ cudaError_t cudaSetDevice(int device) {
   return cudaSuccess;
 }
 
+cudaError_t cudaGetDevice(int* device) {
+  *device = runtime().device;
+  return cudaSuccess;
+}
+
+// Its driver is of the toolkit's version.
+cudaError_t cudaDriverGetVersion(int* version) {
+  *version = CUDART_VERSION;
+  return cudaSuccess;
+}
+
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int number) {
   if (number < 0 || number >= static_cast<int>(runtime().devices.size())) {
     return noted(cudaErrorInvalidDevice);

@@ -20,6 +20,7 @@ from attnres_ext.models.kimi_linear.delta_rule import (
 from attnres_ext.models.kimi_linear.linear import Linear
 from attnres_ext.models.kimi_linear.packing import Packing, Padding
 from attnres_ext.models.kimi_linear.short_convolution import ShortConvolution
+from attnres_ext.torch_internals import is_transformed
 
 __all__ = ["KimiDeltaAttention", "KimiDeltaState"]
 
@@ -177,9 +178,10 @@ class KimiDeltaAttention(nn.Module):
         g = self._log_decay(z.to(dtype)).unflatten(-1, heads)
         beta = beta.to(dtype).sigmoid()
         memory = None if state is None else state.memory
-        # Cheaper token by token than as one chunk.
-        few = q.shape[1] < _SHORTEST_CHUNK
-        if fla_kernels.takes(v):
+        # Cheaper token by token than as one chunk; function transforms run the definition.
+        transformed = is_transformed()
+        few = transformed or q.shape[1] < _SHORTEST_CHUNK
+        if fla_kernels.takes(v) and not transformed:
             few = few and not torch.is_grad_enabled() and packing is None
             ends = None if packing is None else packing.cu_seqlens
             out, memory = fla_kernels.delta_rule(q, k, v, g, beta, memory, ends, few_tokens=few)

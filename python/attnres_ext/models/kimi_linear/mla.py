@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attnres_ext.models.kimi_linear.configuration import KimiLinearConfig
 from attnres_ext.models.kimi_linear.linear import Linear, RMSNorm
 from attnres_ext.models.kimi_linear.packing import Packing, Padding
+from attnres_ext.torch_internals import is_transformed
 
 __all__ = ["KimiLatentState", "KimiMLAAttention"]
 
@@ -141,7 +145,7 @@ class KimiMLAAttention(nn.Module):
         keys, values = expanded.split([self.nope_dim, self.value_dim], dim=-1)
         shared_key = shared_key.unsqueeze(1).expand(-1, self.num_heads, -1, -1)
         keys = torch.cat([keys, shared_key], dim=-1)
-        return F.scaled_dot_product_attention(
+        return _attention(
             queries, keys, values, attn_mask=visible, is_causal=visible is None, scale=self.scale
         )
 
@@ -162,7 +166,13 @@ class KimiMLAAttention(nn.Module):
             every = torch.ones(tokens, length, dtype=torch.bool, device=latents.device)
             visible = every.tril(length - tokens)
         keys = latents.unsqueeze(1).expand(-1, self.num_heads, -1, -1)
-        out = F.scaled_dot_product_attention(
-            queries, keys, keys[..., : self.rank], attn_mask=visible, scale=self.scale
-        )
+        out = _attention(queries, keys, keys[..., : self.rank], attn_mask=visible, scale=self.scale)
         return out @ value_weight.transpose(-1, -2)
+
+
+def _attention(queries: Tensor, keys: Tensor, values: Tensor, **options: Any) -> Tensor:
+    """``F.scaled_dot_product_attention``; function transforms run its definition, since its kernels
+    have no forward-mode derivative."""
+    definition = sdpa_kernel(SDPBackend.MATH) if is_transformed() else nullcontext()
+    with definition:
+        return F.scaled_dot_product_attention(queries, keys, values, **options)

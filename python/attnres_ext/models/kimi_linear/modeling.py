@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+import torch.export
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -76,6 +77,12 @@ class KimiLinearOutput:
     logits: Tensor
     loss: Tensor | None = None
     state: KimiLinearState | None = None
+
+
+# What torch.export returns one of; with a decoding state there is nothing to export.
+torch.export.register_dataclass(
+    KimiLinearOutput, serialized_type_name="attnres_ext.models.kimi_linear.KimiLinearOutput"
+)
 
 
 class KimiDecoderLayer(nn.Module):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from attnres_ext.models.kimi_linear.configuration import KimiLinearConfig
 from attnres_ext.models.kimi_linear.linear import Linear
+from attnres_ext.torch_internals import is_transformed
 
 __all__ = ["KimiExperts", "KimiMLP", "KimiRouter", "KimiSparseMoE", "has_grouped_products"]
 
@@ -92,7 +93,8 @@ class KimiExperts(nn.Module):
                 self.w3.unbind(0),
                 strict=True,
             )
-            if rows.shape[0]
+            # A graph for any load has all experts in it.
+            if torch.compiler.is_compiling() or rows.shape[0]
         ]
         return torch.cat(outs)
 
@@ -206,16 +208,17 @@ class _CountedInBackward(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, load: Tensor, total: Tensor) -> Tensor:
-        """``x`` as it is."""
-        ctx.load, ctx.total = load, total
+    def forward(x: Tensor, load: Tensor, total: Tensor) -> Tensor:
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        """``grad`` as it is."""
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        _, ctx.load, ctx.total = inputs
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
         ctx.total += ctx.load
-        return grad, None, None
+        return gradient, None, None
 
 
 class _ToExperts(torch.autograd.Function):
@@ -291,12 +294,18 @@ class KimiSparseMoE(nn.Module):
         chosen = experts.flatten()
         order = chosen.argsort(stable=True)  # [M * k]: (token, choice) pairs, by expert
         load = torch.zeros_like(self.gate.load, dtype=torch.int64)
-        load.scatter_add_(0, chosen, torch.ones_like(chosen))
-        if self.training:
-            weights = _CountedInBackward.apply(weights, load, self.gate.load)
-        inverse = torch.empty_like(order)
-        inverse[order] = torch.arange(order.numel(), device=order.device)
-        rows = self.experts(_ToExperts.apply(tokens, order, inverse, top_k), load)
-        rows = _ToTokens.apply(rows, order, inverse).unflatten(0, (-1, top_k))  # [M, k, D]
+        load = load.scatter_add(0, chosen, torch.ones_like(chosen))
+        places = torch.arange(order.numel(), device=order.device)
+        inverse = torch.zeros_like(order).scatter(0, order, places)
+        if is_transformed():
+            # Nothing is trained, and what is gathered can be differentiated in any way.
+            rows = self.experts(tokens.index_select(0, order // top_k), load)
+            rows = rows.index_select(0, inverse)
+        else:
+            if self.training:
+                weights = _CountedInBackward.apply(weights, load, self.gate.load)
+            rows = self.experts(_ToExperts.apply(tokens, order, inverse, top_k), load)
+            rows = _ToTokens.apply(rows, order, inverse)
+        rows = rows.unflatten(0, (-1, top_k))  # [M, k, D]
         out = (weights.unsqueeze(-1) * rows).sum(1).to(x.dtype).view_as(x)
         return out if self.shared_experts is None else out + self.shared_experts(x)

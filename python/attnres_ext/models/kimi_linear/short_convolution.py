@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attnres_ext.torch_internals import is_transformed
+
 __all__ = ["ShortConvolution"]
 
 
@@ -39,18 +41,29 @@ class ShortConvolution(nn.Module):
                 not reach back past its beginning. Not together with ``past``.
         """
         weight = self.weight[:, 0].to(x.dtype)
+        convolve = _causal_convolution if is_transformed() else _CausalConvolution.apply
         if past is None:
-            return F.silu(_CausalConvolution.apply(x, weight, position))
+            return F.silu(convolve(x, weight, position))
         tokens, seen = x.shape[1], past.shape[1]
         x = torch.cat([past, x], dim=1)
         past.copy_(x[:, tokens:])
         if tokens == 1:
             return F.silu((x * weight.T).sum(1, keepdim=True))
-        return F.silu(_CausalConvolution.apply(x, weight, None)[:, seen:])
+        return F.silu(convolve(x, weight, None)[:, seen:])
+
+
+def _causal_convolution(x: Tensor, weight: Tensor, position: Tensor | None) -> Tensor:
+    """``out[t] = sum_j weight[:, j] * x[t - (taps - 1) + j]``, zeros before the first token: the
+    definition, which can be differentiated and mapped in any way."""
+    out = x * weight[:, -1]
+    for delay in range(1, min(weight.shape[-1], x.shape[1])):
+        reached = F.pad(_reached(x[:, :-delay], position, delay), (0, 0, delay, 0))
+        out = out + reached * weight[:, -1 - delay]
+    return out
 
 
 class _CausalConvolution(torch.autograd.Function):
-    """``out[t] = sum_j weight[:, j] * x[t - (taps - 1) + j]``, zeros before the first token.
+    """The same with a backward of its own.
 
     One fused multiply-add over the whole tensor per tap, in both directions and in the layout that
     ``x`` has. A grouped ``conv1d`` wants channels first, and its backward took twice as long.
