@@ -1,0 +1,55 @@
+"""Function transforms and export of Kimi Linear."""
+
+import pytest
+import torch
+from torch.func import functional_call, grad, jvp
+
+from attnres_ext.models.kimi_linear import KimiLinearForCausalLM, presets
+
+
+def make_model(**changes):
+    torch.manual_seed(0)
+    model = KimiLinearForCausalLM(presets("tiny", **changes)).double()
+    with torch.no_grad():
+        for query in model.residual.queries:
+            query.normal_(std=0.3)
+    return model, torch.randint(200, (1, 24))
+
+
+@pytest.mark.parametrize("mode", ["standard", "block"])
+def test_transforms(mode):
+    """``torch.func`` runs the definitions: gradients are those of a backward pass, and forward mode
+    agrees with them."""
+    model, ids = make_model(residual=mode)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(values):
+        return functional_call(model, values, (ids,), {"labels": ids}).loss
+
+    gradients = grad(loss)(parameters)
+    model(ids, labels=ids).loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-8, atol=1e-10)
+    tangents = {name: torch.randn_like(p) for name, p in parameters.items()}
+    _, along = jvp(loss, (parameters,), (tangents,))
+    expected = sum((gradients[name] * tangents[name]).sum() for name in parameters)
+    torch.testing.assert_close(along, expected, rtol=1e-8, atol=1e-10)
+
+
+def test_transforms_count_no_tokens():
+    model, ids = make_model()
+    loads = [m.load for m in model.modules() if hasattr(m, "load")]
+    grad(lambda p: functional_call(model, p, (ids,), {"labels": ids}).loss)(
+        {name: p.detach() for name, p in model.named_parameters()}
+    )
+    assert loads
+    assert not any(load.any() for load in loads)
+
+
+def test_export():
+    """Without routed experts, whose shapes depend on the tokens."""
+    model, ids = make_model(first_k_dense_replace=4)
+    with torch.no_grad():
+        program = torch.export.export(model.eval(), (ids,), strict=False)
+    other = torch.randint(200, ids.shape)
+    torch.testing.assert_close(program.module()(other).logits, model(other).logits)
