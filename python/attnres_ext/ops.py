@@ -90,7 +90,7 @@ def depth_attention(
     """
     if not isinstance(sources, list):
         sources = _as_list("depth_attention: sources", sources)
-    if _transformed():
+    if is_transformed():
         return reference.depth_attention(
             sources, query, key_weight, out_weight=out_weight, eps=eps, out_eps=out_eps,
             scale=scale, return_weights=return_weights,
@@ -158,7 +158,7 @@ def accumulate_depth_attention(
     """
     if not isinstance(blocks, list):
         blocks = _as_list("accumulate_depth_attention: blocks", blocks)
-    if _transformed():
+    if is_transformed():
         return reference.accumulate_depth_attention(
             partial, delta, blocks, query, key_weight, out_weight=out_weight, eps=eps,
             out_eps=out_eps, scale=scale,
@@ -230,7 +230,7 @@ def inter_block_attention(
     """
     if not isinstance(blocks, list):
         blocks = _as_list("inter_block_attention: blocks", blocks)
-    if _transformed():
+    if is_transformed():
         return reference.inter_block_attention(blocks, queries, key_weights, eps=eps, scale=scale)
     if _traced():
         return _ops.inter_block_attention_with_stats.default(
@@ -280,7 +280,7 @@ def merge_partial(
         ``(hidden [..., D], new_partial)``. ``new_partial`` is the rounded sum where both a partial
         and a delta are given, else the one that is given, else None.
     """
-    if _transformed():
+    if is_transformed():
         return reference.merge_partial(
             out, lse, partial, delta, query, key_weight, out_weight=out_weight, eps=eps,
             out_eps=out_eps, scale=scale,
@@ -315,10 +315,6 @@ def _as_list(name: str, sources: Sources) -> list[Tensor]:
         return list(sources)
     except TypeError:
         raise TypeError(f"{name} is {_kind(sources)}, expected tensors") from None
-
-
-def _transformed() -> bool:
-    return not _traced() and is_transformed()
 
 
 #: Tensors of each operator as `_needs_gradient` gets them; the last name of three of them is that

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from attnres_ext.cli import bench_report
 from attnres_ext.cli.arguments import HelpFormatter, list_of, number
 from attnres_ext.training.errors import UserError
+from attnres_ext.training.files import shown, writing
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -193,13 +194,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _make_folder(path: Path) -> None:
     """Finds out now, not after minutes of measuring, that nothing can be written there."""
-    try:
+    name = f"--out {shown(path)}"
+    with writing(name, "cannot be made"):
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        what = "written to" if path.is_dir() else "made"
-        raise UserError(f"--out {path} cannot be {what}: {error.strerror}") from None
+    with writing(name, "cannot be written to"), tempfile.TemporaryFile(dir=path):
+        pass
 
 
 @dataclass(frozen=True)
