@@ -1,0 +1,21 @@
+"""Past one device: pipelines, and block representations sharded along the sequence.
+
+What is here decides and counts; processes, groups and schedules are those of ``torch.distributed``.
+"""
+
+from attnres_ext.parallel.routing import PipelinePlan, plan_pipeline
+from attnres_ext.parallel.split import check_world_size, first_sites_of, place_stages, split_evenly
+from attnres_ext.parallel.traffic import Traffic, count_traffic, peak_blocks, tensor_bytes
+
+__all__ = [
+    "PipelinePlan",
+    "Traffic",
+    "check_world_size",
+    "count_traffic",
+    "first_sites_of",
+    "peak_blocks",
+    "place_stages",
+    "plan_pipeline",
+    "split_evenly",
+    "tensor_bytes",
+]
