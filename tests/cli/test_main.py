@@ -1,4 +1,5 @@
 import dataclasses
+import re
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ from attnres_ext.cli.main import main, make_parser
 from attnres_ext.training.loop import Settings
 from attnres_ext.version import __version__
 
-SUBCOMMANDS = ["train", "generate", "inspect", "info", "bench"]
+SUBCOMMANDS = ["train", "generate", "inspect", "info", "bench", "plan-pipeline"]
 
 
 def test_help_names_every_subcommand(capsys):
@@ -17,7 +18,7 @@ def test_help_names_every_subcommand(capsys):
     assert exit.value.code == 0
     text = capsys.readouterr().out
     for name in SUBCOMMANDS:
-        assert f"    {name} " in text
+        assert re.search(rf"^    {name}\b", text, re.MULTILINE)
     assert "examples:" in text
 
 
@@ -56,6 +57,7 @@ def test_bad_arguments_are_one_sentence(argv, capsys):
 def test_an_option_that_a_command_has_not_refers_to_its_own_help(name, capsys):
     required = {"train": ["--out", "x"], "generate": ["--checkpoint", "x"]}
     required["inspect"] = ["x", "--out", "y"]
+    required["plan-pipeline"] = ["--pipeline", "2"]
     with pytest.raises(SystemExit) as exit:
         main([name, *required.get(name, []), "--colour=red"])
     assert exit.value.code == 2

@@ -11,13 +11,9 @@ import torch
 
 from attnres_ext import _C
 from attnres_ext._native import LIBRARY
+from attnres_ext.cli.model_option import read_config
 from attnres_ext.devices import plan_device
-from attnres_ext.models.kimi_linear import (
-    KimiLinearConfig,
-    KimiLinearForCausalLM,
-    preset_names,
-    presets,
-)
+from attnres_ext.models.kimi_linear import KimiLinearForCausalLM
 from attnres_ext.models.kimi_linear.kda import KimiDeltaState
 from attnres_ext.models.kimi_linear.mla import KimiLatentState
 from attnres_ext.training.errors import UserError
@@ -136,21 +132,7 @@ def collect_state(
     Raises:
         UserError: There is no such model, or it cannot work, or is too short.
     """
-    path = Path(model)
-    try:
-        known = model in preset_names() and not path.is_file()
-        config = presets(model) if known else KimiLinearConfig.from_json(path)
-        blocks = config.sublayers_per_block
-        if residual == "block" and blocks is None:
-            raise ValueError("it has no sublayers_per_block, which --residual block needs")
-        config = config.replace(residual=residual or config.residual)
-    except OSError as error:
-        raise UserError(
-            f"--model {model} is no preset ({', '.join(preset_names())}) and cannot be read: "
-            f"{error.strerror}"
-        ) from error
-    except (ValueError, TypeError) as error:
-        raise UserError(f"--model {model}: {error}") from error
+    config = read_config(model, residual)
     if length > config.model_max_length:
         raise UserError(
             f"--length {length} is more than the {config.model_max_length} tokens that the model "

@@ -8,13 +8,14 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 from typing import NoReturn
 
 from attnres_ext.training.errors import UserError
 from attnres_ext.training.files import shown
 from attnres_ext.version import __version__
 
-_SUBCOMMANDS = ("train", "generate", "inspect", "info", "bench")
+_SUBCOMMANDS = ("train", "generate", "inspect", "info", "bench", "plan-pipeline")
 
 _DESCRIPTION = """\
 Attention Residuals: train a Kimi Linear language model whose layers attend over depth, generate
@@ -28,6 +29,7 @@ examples:
   attnres inspect runs/first --out runs/first/depth   where each layer looks, how large things are
   attnres info                                        what is installed, what this machine can run
   attnres bench --device cpu                          operators against eager and torch.compile
+  attnres plan-pipeline --model 48b --pipeline 4      which block goes to which rank, and when
 
 `attnres COMMAND --help` explains each command.
 """
@@ -56,7 +58,7 @@ def make_parser(subcommands: Sequence[str] = _SUBCOMMANDS) -> argparse.ArgumentP
     parser.add_argument("--version", action="version", version=f"attnres {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in subcommands:
-        module = importlib.import_module(f"attnres_ext.cli.{name}")
+        module = _module(name)
         module.add_parser(subparsers)
     return parser
 
@@ -84,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         words = shlex.join(strange)
         parser.exit(2, f"{command}: unrecognized arguments: {words} (see {command} --help)\n")
     args.command_line = shlex.join(["attnres", *argv])
-    module = importlib.import_module(f"attnres_ext.cli.{args.command}")
+    module = _module(args.command)
     try:
         code = module.run(args)
         # Where output goes to a file, a full disk is found here and not behind our back.
@@ -109,6 +111,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not error.filename:
             _drop_output()
         return 2
+
+
+def _module(subcommand: str) -> ModuleType:
+    return importlib.import_module(f"attnres_ext.cli.{subcommand.replace('-', '_')}")
 
 
 def _drop_output() -> None:

@@ -20,7 +20,8 @@ class Traffic:
         naive: One way without a cache: the sums and every block.
         padded: One way with the cache, if each hop sent as many tensors as the widest.
         widest: Tensors of the widest hop, forward.
-        widest_naive: Without a cache.
+        widest_backward: Of the widest hop, backward.
+        widest_naive: Of the widest hop without a cache.
     """
 
     forward: int
@@ -28,6 +29,7 @@ class Traffic:
     naive: int
     padded: int
     widest: int
+    widest_backward: int
     widest_naive: int
 
 
@@ -37,14 +39,15 @@ def count_traffic(plan: PipelinePlan) -> Traffic:
     def sizes(name: str) -> list[int]:
         return [1 + len(getattr(hop, name)) for hop in _crossing(plan)]
 
-    forward, naive = sizes("blocks"), sizes("closed")
+    forward, backward, naive = sizes("blocks"), sizes("gradients"), sizes("closed")
     widest = max(forward, default=0)
     return Traffic(
         forward=sum(forward),
-        backward=sum(sizes("gradients")),
+        backward=sum(backward),
         naive=sum(naive),
         padded=widest * len(forward),
         widest=widest,
+        widest_backward=max(backward, default=0),
         widest_naive=max(naive, default=0),
     )
 
