@@ -4,11 +4,16 @@ What is here decides and counts; processes, groups and schedules are those of ``
 """
 
 from attnres_ext.parallel.routing import PipelinePlan, plan_pipeline
+from attnres_ext.parallel.sequence import SequenceParallel, SequenceState
+from attnres_ext.parallel.shards import SequenceShards
 from attnres_ext.parallel.split import check_world_size, first_sites_of, place_stages, split_evenly
 from attnres_ext.parallel.traffic import Traffic, count_traffic, peak_blocks, tensor_bytes
 
 __all__ = [
     "PipelinePlan",
+    "SequenceParallel",
+    "SequenceShards",
+    "SequenceState",
     "Traffic",
     "check_world_size",
     "count_traffic",

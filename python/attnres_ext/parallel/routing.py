@@ -2,7 +2,7 @@
 
 A site attends over every block that was finished before it, so every stage needs all of them, and a
 pass that only hands on what it was given sends most blocks again and again. Cross-stage caching
-(paper, section 3.2, "Pipeline parallelism") lets a rank with several stages keep a block; a *hop*,
+(paper, Fig. 3) lets a rank with several stages keep a block; a *hop*,
 from one stage to the next, then brings only what the receiver lacks.
 
 Blocks are counted as a model counts them: 0 is the embedding, and block ``n`` is closed at site ``n
@@ -220,7 +220,7 @@ def plan_pipeline(
     gradients: str = "chained",
     embedding_gradient: bool = True,
 ) -> PipelinePlan:
-    """Routes every block of a pipeline (paper, section 3.2).
+    """Routes every block of a pipeline (paper, Fig. 3).
 
     Args:
         num_sublayers: Sublayers of the model; attention and MLP count one each.

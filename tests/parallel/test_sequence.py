@@ -1,0 +1,193 @@
+"""Blocks sharded along the sequence: the same model on one device and on several ranks."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from attnres_ext import AttentionResiduals
+from attnres_ext.parallel import SequenceParallel
+from tests.parallel.processes import run
+from tests.parallel.sharded_model import (
+    HIDDEN,
+    SUBLAYERS,
+    VOCABULARY,
+    own_channels,
+    part_of,
+    whole_model,
+)
+from tests.tool import load_tool
+
+MODES = [
+    {"mode": "standard"},
+    {"two_phase": False},
+    {"two_phase": True, "save": "nothing"},
+    {"mode": "full", "save": "output"},
+]
+# Over three ranks: equal parts, a short one, and a rank without tokens.
+LENGTHS = (6, 7, 2)
+
+
+def close(actual, expected):
+    # Sums over ranks are taken in another order, in float64; query and gains' are float32.
+    tolerance = 1e-5 if actual.dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def examples(length, microbatches=1, batch=2):
+    generator = torch.Generator().manual_seed(length)
+    draw = torch.randint(VOCABULARY, (microbatches, 2, batch, length), generator=generator)
+    return [tuple(pair) for pair in draw]
+
+
+def trains_as_one(rank, world, options, length, checkpointing=False, microbatches=1):
+    whole = whole_model(**options)
+    part = part_of(whole, rank, world, **options)
+    parallel = SequenceParallel(part.residual)
+    shards = parallel.shards(length)
+    for ids, targets in examples(length, microbatches):
+        expected = whole(whole.residual.start(whole.embed(ids)))
+        whole.loss(expected, targets).backward()
+        state = parallel.start(part.embed(shards.part(ids, 1)), shards)
+        hidden = part(state, checkpointing)
+        assert hidden.shape == (2, len(shards.own), HIDDEN)
+        close(hidden, shards.part(expected))
+        close(shards.gather(hidden), expected)
+        part.loss(hidden, shards.part(targets, 1)).backward()
+    parallel.reduce_gradients(part.used_on_shards())
+    for (name, actual), expected in zip(part.named_parameters(), whole.parameters(), strict=True):
+        close(actual.grad, own_channels(name, expected.grad, rank, world))
+
+
+def every_training(rank, world):
+    for options in MODES:
+        trains_as_one(rank, world, options, 7, checkpointing=True)
+    for length in LENGTHS:
+        trains_as_one(rank, world, {}, length, microbatches=max(1, length // 3))
+    leaves_frozen_parameters_alone(rank, world)
+    other_layouts(rank, world)
+    keeps_its_part(rank, world)
+    refuses(rank, world)
+
+
+def leaves_frozen_parameters_alone(rank, world):
+    part = part_of(whole_model(), rank, world)
+    part.embed.requires_grad_(False)
+    part.residual.queries[1].requires_grad_(False)
+    parallel = SequenceParallel(part.residual)
+    shards = parallel.shards(6)
+    ((ids, targets),) = examples(6)
+    state = parallel.start(part.embed(shards.part(ids, 1)), shards)
+    part.loss(part(state), shards.part(targets, 1)).backward()
+    parallel.reduce_gradients(part.used_on_shards())
+    assert part.embed.weight.grad is None
+    assert part.residual.queries[1].grad is None
+    assert part.residual.queries[2].grad.abs().max() > 0
+
+
+def other_layouts(rank, world):
+    """Tokens first, as Megatron has them; tokens alone; a mesh in the place of a group."""
+    mesh = dist.device_mesh.init_device_mesh("cpu", (world,))
+    x = torch.randn(7, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    residual = AttentionResiduals(4, 2, sublayers_per_block=1)
+    for whole, dim in ((x, 0), (x[:, 0], 0), (x[:, 0], -2), (x.transpose(0, 1), 1)):
+        shards = SequenceParallel(residual, mesh, dim=dim).shards(7)
+        part = shards.part(whole).clone().requires_grad_()
+        gathered = shards.gather(part)
+        assert torch.equal(gathered, whole)
+        (gathered * whole).sum().backward()
+        close(part.grad, world * shards.part(whole))
+        addend = whole.clone().requires_grad_()
+        summed = shards.scatter_sum((rank + 1) * addend)
+        close(summed, shards.part(whole) * sum(range(1, world + 1)))
+        (summed * shards.part(whole)).sum().backward()
+        close(addend.grad, (rank + 1) * whole)
+
+
+def keeps_its_part(rank, world):
+    """Each rank holds N * (T/P) * D values, in training and in a cache."""
+    batch, length = 2, 3072
+    part = part_of(whole_model(save="nothing"), rank, world, save="nothing")
+    parallel = SequenceParallel(part.residual)
+    shards = parallel.shards(length)
+
+    def written():
+        return torch.zeros(batch, length // world, HIDDEN, dtype=torch.float64)
+
+    embedding = written().requires_grad_()
+    with load_tool("training_memory").KeptBytes(embedding) as kept:
+        state = parallel.start(embedding, shards)
+        for site in range(SUBLAYERS):
+            assert state.read(site).shape == (batch, length, HIDDEN)
+            state.local.write(written())
+        # A sum for each sublayer, which a standard residual keeps, too, and no gathered tensor.
+        assert kept.live() == SUBLAYERS * embedding.nbytes
+    # In a cache the embedding has a slot, and each token of a slot its 1/rms.
+    cache = parallel.new_cache((batch, length), dtype=torch.bfloat16)
+    assert cache.shape == (batch, length // world, HIDDEN)
+    slots = part.residual.num_blocks + 1
+    assert cache.nbytes == slots * batch * (length // world) * (HIDDEN * 2 + 4)
+    # Kimi K3, in sizes without values.
+    big = AttentionResiduals(7168, 186, sublayers_per_block=24, device="meta")
+    whole = SequenceParallel(big).new_cache(3 * 2**16, dtype=torch.bfloat16, device="meta")
+    tokens = 3 * 2**16 // world
+    assert whole.nbytes == 9 * tokens * (7168 * 2 + 4)
+
+
+def refuses(rank, world):
+    part = part_of(whole_model(), rank, world)
+    parallel = SequenceParallel(part.residual)
+    shards = parallel.shards(6)
+    with pytest.raises(ValueError, match="start: embedding has shape .2, 6, 12., expected 2 tokens "
+                       f"along dimension -2: rank {rank}'s part of 6 over 3"):  # fmt: skip
+        parallel.start(torch.zeros(2, 6, HIDDEN), shards)
+    state = parallel.start(torch.zeros(2, 2, HIDDEN), shards)
+    assert state.site == 0
+    assert state.read(0).shape == (2, 6, HIDDEN)
+    assert state.site == 1
+    with pytest.raises(ValueError, match=r"write: x has shape .2, 2, 12., expected 6 tokens"):
+        state.write(torch.zeros(2, 2, HIDDEN))
+    with pytest.raises(TypeError, match="write: x is a NoneType, expected a tensor"):
+        state.write(None)
+    with pytest.raises(ValueError, match="length is -1"):
+        parallel.shards(-1)
+    with pytest.raises(ValueError, match="dim is -1, the hidden size"):
+        SequenceParallel(part.residual, dim=-1)
+
+
+def test_training(tmp_path):
+    run(every_training, 3, tmp_path)
+
+
+def prefill(rank, world):
+    for options in MODES:
+        for side in ({}, {"reuse_result": True}):
+            in_chunks(rank, world, options, side)
+
+
+@torch.no_grad()
+def in_chunks(rank, world, options, cache_options):
+    """A prompt of 13 tokens in chunks of 8: each chunk goes through all layers, in one cache."""
+    whole = whole_model(**options)
+    part = part_of(whole, rank, world, **options)
+    parallel = SequenceParallel(part.residual)
+    chunk, batch = 8, 2
+    ((ids, _),) = examples(13)
+    cache = parallel.new_cache((batch, chunk), dtype=torch.float64, **cache_options)
+    if options.get("mode") != "standard":
+        assert cache.capacity == whole.residual.num_blocks + 1
+    for begin in range(0, 13, chunk):
+        part_ids = ids[:, begin : begin + chunk]
+        expected = whole(whole.residual.start(whole.embed(part_ids)))
+        shards = parallel.shards(part_ids.shape[1])
+        own = shards.part(part_ids, 1)
+        state = parallel.start(part.embed(own), shards, cache.resized(own.shape))
+        close(shards.gather(part(state)), expected)
+
+
+def test_prefill(tmp_path):
+    run(prefill, 2, tmp_path)
+
+
+def test_no_process_group():
+    with pytest.raises(RuntimeError, match="there is no process group"):
+        SequenceParallel(AttentionResiduals(4, 2))
