@@ -74,10 +74,7 @@ def _deposit(
         own = None
         if need:
             if buffer is None:
-                own, add = (
-                    torch.empty(source.shape, dtype=source.dtype, device=source.device),
-                    False,
-                )
+                own, add = torch.empty_like(source, memory_format=torch.contiguous_format), False
                 gradients.append(own)
             else:
                 slot, add = buffer.slot(source, stream)
@@ -208,6 +205,8 @@ def _depth_attention_backward(ctx, needs, grad_out, grad_weights=None, *_):
 
 def _zero_gradient(sources: Sequence[Tensor]) -> Tensor:
     """The gradient of an output that nothing depends on, as one value seen from everywhere."""
+    if hasattr(sources[0], "to_local"):  # a DTensor is not expanded
+        return torch.zeros_like(sources[0])
     return torch.zeros((), dtype=sources[0].dtype, device=sources[0].device).expand(
         sources[0].shape
     )

@@ -58,7 +58,7 @@ class GradientBuffer:
         if self._gradient is not None and self._task == task:
             follow(stream, last, (self._gradient,))
             return self._gradient, True
-        self._gradient = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+        self._gradient = torch.empty_like(like, memory_format=torch.contiguous_format)
         self._task = task
         return self._gradient, False
 

@@ -22,5 +22,15 @@ __all__ = [
     "place_stages",
     "plan_pipeline",
     "split_evenly",
+    "support_dtensor",
     "tensor_bytes",
 ]
+
+
+def support_dtensor() -> None:
+    """Lets the operators, and modules that use them, take ``DTensor``: sharded tokens, replicated
+    queries and gains (see :mod:`attnres_ext.parallel.dtensor`). Call it once."""
+    # Who has no DTensor need not wait until torch has loaded them.
+    from attnres_ext.parallel import dtensor
+
+    dtensor.register()

@@ -16,7 +16,6 @@ from itertools import chain
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from attnres_ext.cache import BlockCache
 from attnres_ext.parallel.shards import SequenceShards
@@ -140,7 +139,7 @@ class SequenceParallel:
             if parameter.grad is None:  # on a rank without tokens, say
                 parameter.grad = torch.zeros_like(parameter)
             gradient = parameter.grad
-            if isinstance(gradient, DTensor):  # a shard of what another group has
+            if hasattr(gradient, "to_local"):  # a DTensor: a shard, as FSDP has them
                 gradient = gradient.to_local()
             by_kind.setdefault((gradient.dtype, gradient.device), []).append(gradient)
         for gradients in by_kind.values():
