@@ -1,0 +1,92 @@
+"""FSDP2 with a bfloat16 policy around the model, and float32 queries and key gains in it."""
+
+import copy
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import (
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+
+from tests.parallel.processes import run
+from tests.parallel.sharded_model import VOCABULARY, whole_model
+
+BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+
+
+class Trained(nn.Module):
+    def __init__(self, model, checkpointing):
+        super().__init__()
+        self.model, self.checkpointing = model, checkpointing
+
+    def forward(self, ids):
+        model = self.model
+        assert model.residual.queries[1].dtype == torch.float32
+        assert model.norms[0].weight.dtype == torch.bfloat16
+        hidden = model(model.residual.start(model.embed(ids)), self.checkpointing)
+        assert hidden.dtype == torch.bfloat16
+        return model.loss(hidden, ids)
+
+
+def shard(trained, mesh):
+    residual = trained.model.residual
+    fully_shard(residual, mesh=mesh, reshard_after_forward=False)
+    register_fsdp_forward_method(residual, "start")
+    for sublayer in trained.model.sublayers:
+        fully_shard(sublayer, mesh=mesh, mp_policy=BF16)
+    fully_shard(trained, mesh=mesh, mp_policy=BF16)
+
+
+def gradients_of_one(model, batches):
+    """Float32 sums of the gradients of a model in bfloat16 but for its residual's parameters."""
+    half = copy.deepcopy(model)
+    for name, parameter in half.named_parameters():
+        if not name.startswith("residual"):
+            parameter.data = parameter.data.bfloat16()
+    sums = [torch.zeros_like(parameter) for parameter in model.parameters()]
+    for ids in batches:
+        half.zero_grad()
+        Trained(half, False)(ids).backward()
+        for total, parameter in zip(sums, half.parameters(), strict=True):
+            if parameter.grad is not None:
+                total += parameter.grad.float()
+    return sums
+
+
+def trains_as_one(rank, world, options, checkpointing, frozen):
+    mesh = dist.device_mesh.init_device_mesh("cpu", (world,))
+    generator = torch.Generator().manual_seed(7)
+    batches = torch.randint(VOCABULARY, (2 * world, 2, 6), generator=generator).unbind()
+    model = whole_model(dtype=torch.float32, **options)
+    model.embed.requires_grad_(not frozen)
+    expected = gradients_of_one(model, batches)
+    trained = Trained(model, checkpointing)
+    shard(trained, mesh)
+    for _ in range(2):  # the second step finds everything as the first did
+        trained.zero_grad()
+        trained.set_requires_gradient_sync(False)
+        trained(batches[rank]).backward()
+        assert all(parameter.grad is None for parameter in trained.parameters())
+        trained.set_requires_gradient_sync(True)
+        trained(batches[world + rank]).backward()
+        for parameter, total in zip(trained.parameters(), expected, strict=True):
+            if not parameter.requires_grad:
+                assert parameter.grad is None
+                continue
+            assert parameter.grad.dtype == torch.float32
+            torch.testing.assert_close(
+                parameter.grad.full_tensor(), total / world, rtol=1e-5, atol=1e-5
+            )
+
+
+def every_case(rank, world):
+    for options in ({"two_phase": False}, {"two_phase": True}):
+        for checkpointing in (False, True):
+            trains_as_one(rank, world, options, checkpointing, frozen=checkpointing)
+
+
+def test_two_processes(tmp_path):
+    run(every_case, 2, tmp_path)
