@@ -11,8 +11,9 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 
+from attnres_ext.parallel import SequenceParallel
 from tests.parallel.processes import run
-from tests.parallel.sharded_model import VOCABULARY, whole_model
+from tests.parallel.sharded_model import VOCABULARY, own_channels, part_of, whole_model
 
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
@@ -90,3 +91,46 @@ def every_case(rank, world):
 
 def test_two_processes(tmp_path):
     run(every_case, 2, tmp_path)
+
+
+class Sequences(nn.Module):
+    """A part of a model on a sequence's part; gradients are its group's, and its replicas'."""
+
+    def __init__(self, part, parallel):
+        super().__init__()
+        self.part, self.parallel = part, parallel
+
+    def forward(self, ids):
+        shards = self.parallel.shards(ids.shape[1])
+        own = shards.part(ids, 1)
+        hidden = self.part(self.parallel.start(self.part.embed(own), shards))
+        return self.part.loss(hidden, own)
+
+
+def on_a_plane(rank, world):
+    """Replicas over one dimension of a mesh, tensor and sequence parallelism over the other."""
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    replica, place = mesh.get_coordinate()
+    generator = torch.Generator().manual_seed(7)
+    batches = torch.randint(VOCABULARY, (2, 2, 5), generator=generator).unbind()
+    whole = whole_model()
+    for ids in batches:
+        (whole.loss(whole(whole.residual.start(whole.embed(ids))), ids) / 2).backward()
+    part = part_of(whole, place, 2)
+    parallel = SequenceParallel(part.residual, mesh["tensor"])
+    sequences = Sequences(part, parallel)
+    fully_shard(part.residual, mesh=mesh["data"], reshard_after_forward=False)
+    register_fsdp_forward_method(part.residual, "start")
+    fully_shard(sequences, mesh=mesh["data"])
+    sequences(batches[replica]).backward()
+    parallel.reduce_gradients(part.used_on_shards())
+    for (name, actual), expected in zip(part.named_parameters(), whole.parameters(), strict=True):
+        expected = own_channels(name, expected.grad, place, 2)
+        tolerance = 1e-5 if expected.dtype == torch.float32 else 1e-12
+        torch.testing.assert_close(
+            actual.grad.full_tensor(), expected, rtol=tolerance, atol=tolerance
+        )
+
+
+def test_with_sequence_parallelism(tmp_path):
+    run(on_a_plane, 4, tmp_path)
