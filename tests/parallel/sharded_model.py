@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from attnres_ext import AttentionResiduals
 
-VOCABULARY, HIDDEN, INNER, SUBLAYERS = 11, 12, 6, 5
+VOCABULARY, HIDDEN, INNER, SUBLAYERS = 11, 12, 8, 5
 
 
 class Mixer(nn.Module):

@@ -16,10 +16,9 @@ from torch.distributed.tensor import (
 
 import attnres_ext
 from attnres_ext.parallel import support_dtensor
-from tests.parallel.processes import run
 from tests.parallel.sharded_model import HIDDEN, SUBLAYERS, whole_model
 
-BATCH, LENGTH = 2, 5  # of which three ranks have 2, 2 and 1
+BATCH, LENGTH = 2, 5  # of which four ranks have 2, 2, 1 and none
 LAYOUTS = [[Shard(1)], [Shard(0)], [Replicate()]]
 
 
@@ -143,7 +142,9 @@ def module_agrees(mesh, placements, options):
         close(whole(one.grad), other.grad)
 
 
-def refuses(mesh):
+def refuses(rank):
+    support_dtensor()
+    mesh = line()
     plain = tokens(1)
     rows = distribute_tensor(plain, mesh, [Shard(1)])
     columns = distribute_tensor(plain, mesh, [Shard(2)])
@@ -169,31 +170,47 @@ def refuses(mesh):
         cache.write(rows)
 
 
-def on_a_line(rank, world):
+def line():
+    return dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
+
+
+def operators_agree(rank, placements):
     support_dtensor()
     support_dtensor()  # again does nothing
-    mesh = dist.device_mesh.init_device_mesh("cpu", (world,))
-    for placements in LAYOUTS:
-        for call in operators().values():
-            operator_agrees(call, mesh, placements)
-    for options in ({"two_phase": False}, {"two_phase": True}, {"mode": "standard"}):
-        module_agrees(mesh, [Shard(1)], options)
-    refuses(mesh)
+    mesh = line()
+    for call in operators().values():
+        operator_agrees(call, mesh, placements)
 
 
-def on_a_plane(rank, world):
+def modules_agree(rank, options):
+    support_dtensor()
+    module_agrees(line(), [Shard(1)], options)
+
+
+def on_a_plane(rank):
     """Sequences over one dimension of the mesh, their tokens over the other."""
     support_dtensor()
     mesh = dist.device_mesh.init_device_mesh("cpu", (2, 2))
     placements = [Shard(0), Shard(1)]
-    for name in ("depth_attention", "accumulate", "two phases"):
-        operator_agrees(operators()[name], mesh, placements)
+    operator_agrees(operators()["two phases"], mesh, placements)
     module_agrees(mesh, placements, {})
 
 
-def test_three_ranks(tmp_path):
-    run(on_a_line, 3, tmp_path)
+@pytest.mark.parametrize("placements", LAYOUTS, ids=str)
+def test_operators(four, placements):
+    four.run(operators_agree, placements)
 
 
-def test_two_dimensions(tmp_path):
-    run(on_a_plane, 4, tmp_path)
+@pytest.mark.parametrize(
+    "options", [{"two_phase": False}, {"two_phase": True}, {"mode": "standard"}], ids=str
+)
+def test_modules(four, options):
+    four.run(modules_agree, options)
+
+
+def test_two_dimensions(four):
+    four.run(on_a_plane)
+
+
+def test_what_would_need_communication_is_refused(four):
+    four.run(refuses)

@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -12,7 +13,6 @@ from torch.distributed.fsdp import (
 )
 
 from attnres_ext.parallel import SequenceParallel
-from tests.parallel.processes import run
 from tests.parallel.sharded_model import VOCABULARY, own_channels, part_of, whole_model
 
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -57,7 +57,8 @@ def gradients_of_one(model, batches):
     return sums
 
 
-def trains_as_one(rank, world, options, checkpointing, frozen):
+def trains_as_one(rank, options, checkpointing, frozen):
+    world = dist.get_world_size()
     mesh = dist.device_mesh.init_device_mesh("cpu", (world,))
     generator = torch.Generator().manual_seed(7)
     batches = torch.randint(VOCABULARY, (2 * world, 2, 6), generator=generator).unbind()
@@ -83,14 +84,12 @@ def trains_as_one(rank, world, options, checkpointing, frozen):
             )
 
 
-def every_case(rank, world):
-    for options in ({"two_phase": False}, {"two_phase": True}):
-        for checkpointing in (False, True):
-            trains_as_one(rank, world, options, checkpointing, frozen=checkpointing)
-
-
-def test_two_processes(tmp_path):
-    run(every_case, 2, tmp_path)
+@pytest.mark.parametrize(
+    ("two_phase", "checkpointing", "frozen"),
+    [(False, False, False), (True, False, True), (True, True, False), (False, True, True)],
+)
+def test_float32_queries_in_a_bfloat16_policy(four, two_phase, checkpointing, frozen):
+    four.run(trains_as_one, {"two_phase": two_phase}, checkpointing, frozen)
 
 
 class Sequences(nn.Module):
@@ -107,7 +106,7 @@ class Sequences(nn.Module):
         return self.part.loss(hidden, own)
 
 
-def on_a_plane(rank, world):
+def on_a_plane(rank):
     """Replicas over one dimension of a mesh, tensor and sequence parallelism over the other."""
     mesh = dist.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
     replica, place = mesh.get_coordinate()
@@ -132,5 +131,5 @@ def on_a_plane(rank, world):
         )
 
 
-def test_with_sequence_parallelism(tmp_path):
-    run(on_a_plane, 4, tmp_path)
+def test_with_sequence_parallelism(four):
+    four.run(on_a_plane)

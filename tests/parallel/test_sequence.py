@@ -6,7 +6,6 @@ import torch.distributed as dist
 
 from attnres_ext import AttentionResiduals
 from attnres_ext.parallel import SequenceParallel
-from tests.parallel.processes import run
 from tests.parallel.sharded_model import (
     HIDDEN,
     SUBLAYERS,
@@ -23,8 +22,9 @@ MODES = [
     {"two_phase": True, "save": "nothing"},
     {"mode": "full", "save": "output"},
 ]
-# Over three ranks: equal parts, a short one, and a rank without tokens.
-LENGTHS = (6, 7, 2)
+# Over four ranks: equal parts, a short one, and ranks without tokens.
+LENGTHS = (8, 7, 2)
+WORLD = 4
 
 
 def close(actual, expected):
@@ -39,9 +39,9 @@ def examples(length, microbatches=1, batch=2):
     return [tuple(pair) for pair in draw]
 
 
-def trains_as_one(rank, world, options, length, checkpointing=False, microbatches=1):
+def trains_as_one(rank, options, length, checkpointing=False, microbatches=1):
     whole = whole_model(**options)
-    part = part_of(whole, rank, world, **options)
+    part = part_of(whole, rank, WORLD, **options)
     parallel = SequenceParallel(part.residual)
     shards = parallel.shards(length)
     for ids, targets in examples(length, microbatches):
@@ -55,22 +55,11 @@ def trains_as_one(rank, world, options, length, checkpointing=False, microbatche
         part.loss(hidden, shards.part(targets, 1)).backward()
     parallel.reduce_gradients(part.used_on_shards())
     for (name, actual), expected in zip(part.named_parameters(), whole.parameters(), strict=True):
-        close(actual.grad, own_channels(name, expected.grad, rank, world))
+        close(actual.grad, own_channels(name, expected.grad, rank, WORLD))
 
 
-def every_training(rank, world):
-    for options in MODES:
-        trains_as_one(rank, world, options, 7, checkpointing=True)
-    for length in LENGTHS:
-        trains_as_one(rank, world, {}, length, microbatches=max(1, length // 3))
-    leaves_frozen_parameters_alone(rank, world)
-    other_layouts(rank, world)
-    keeps_its_part(rank, world)
-    refuses(rank, world)
-
-
-def leaves_frozen_parameters_alone(rank, world):
-    part = part_of(whole_model(), rank, world)
+def leaves_frozen_parameters_alone(rank):
+    part = part_of(whole_model(), rank, WORLD)
     part.embed.requires_grad_(False)
     part.residual.queries[1].requires_grad_(False)
     parallel = SequenceParallel(part.residual)
@@ -84,9 +73,9 @@ def leaves_frozen_parameters_alone(rank, world):
     assert part.residual.queries[2].grad.abs().max() > 0
 
 
-def other_layouts(rank, world):
+def other_layouts(rank):
     """Tokens first, as Megatron has them; tokens alone; a mesh in the place of a group."""
-    mesh = dist.device_mesh.init_device_mesh("cpu", (world,))
+    mesh = dist.device_mesh.init_device_mesh("cpu", (WORLD,))
     x = torch.randn(7, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     residual = AttentionResiduals(4, 2, sublayers_per_block=1)
     for whole, dim in ((x, 0), (x[:, 0], 0), (x[:, 0], -2), (x.transpose(0, 1), 1)):
@@ -95,23 +84,23 @@ def other_layouts(rank, world):
         gathered = shards.gather(part)
         assert torch.equal(gathered, whole)
         (gathered * whole).sum().backward()
-        close(part.grad, world * shards.part(whole))
+        close(part.grad, WORLD * shards.part(whole))
         addend = whole.clone().requires_grad_()
         summed = shards.scatter_sum((rank + 1) * addend)
-        close(summed, shards.part(whole) * sum(range(1, world + 1)))
+        close(summed, shards.part(whole) * sum(range(1, WORLD + 1)))
         (summed * shards.part(whole)).sum().backward()
         close(addend.grad, (rank + 1) * whole)
 
 
-def keeps_its_part(rank, world):
+def keeps_its_part(rank):
     """Each rank holds N * (T/P) * D values, in training and in a cache."""
-    batch, length = 2, 3072
-    part = part_of(whole_model(save="nothing"), rank, world, save="nothing")
+    batch, length = 2, 4096
+    part = part_of(whole_model(save="nothing"), rank, WORLD, save="nothing")
     parallel = SequenceParallel(part.residual)
     shards = parallel.shards(length)
 
     def written():
-        return torch.zeros(batch, length // world, HIDDEN, dtype=torch.float64)
+        return torch.zeros(batch, length // WORLD, HIDDEN, dtype=torch.float64)
 
     embedding = written().requires_grad_()
     with load_tool("training_memory").KeptBytes(embedding) as kept:
@@ -123,28 +112,28 @@ def keeps_its_part(rank, world):
         assert kept.live() == SUBLAYERS * embedding.nbytes
     # In a cache the embedding has a slot, and each token of a slot its 1/rms.
     cache = parallel.new_cache((batch, length), dtype=torch.bfloat16)
-    assert cache.shape == (batch, length // world, HIDDEN)
+    assert cache.shape == (batch, length // WORLD, HIDDEN)
     slots = part.residual.num_blocks + 1
-    assert cache.nbytes == slots * batch * (length // world) * (HIDDEN * 2 + 4)
+    assert cache.nbytes == slots * batch * (length // WORLD) * (HIDDEN * 2 + 4)
     # Kimi K3, in sizes without values.
     big = AttentionResiduals(7168, 186, sublayers_per_block=24, device="meta")
-    whole = SequenceParallel(big).new_cache(3 * 2**16, dtype=torch.bfloat16, device="meta")
-    tokens = 3 * 2**16 // world
+    whole = SequenceParallel(big).new_cache(2**17, dtype=torch.bfloat16, device="meta")
+    tokens = 2**17 // WORLD
     assert whole.nbytes == 9 * tokens * (7168 * 2 + 4)
 
 
-def refuses(rank, world):
-    part = part_of(whole_model(), rank, world)
+def refuses(rank):
+    part = part_of(whole_model(), rank, WORLD)
     parallel = SequenceParallel(part.residual)
-    shards = parallel.shards(6)
-    with pytest.raises(ValueError, match="start: embedding has shape .2, 6, 12., expected 2 tokens "
-                       f"along dimension -2: rank {rank}'s part of 6 over 3"):  # fmt: skip
-        parallel.start(torch.zeros(2, 6, HIDDEN), shards)
+    shards = parallel.shards(8)
+    with pytest.raises(ValueError, match="start: embedding has shape .2, 8, 12., expected 2 tokens "
+                       f"along dimension -2: rank {rank}'s part of 8 over 4"):  # fmt: skip
+        parallel.start(torch.zeros(2, 8, HIDDEN), shards)
     state = parallel.start(torch.zeros(2, 2, HIDDEN), shards)
     assert state.site == 0
-    assert state.read(0).shape == (2, 6, HIDDEN)
+    assert state.read(0).shape == (2, 8, HIDDEN)
     assert state.site == 1
-    with pytest.raises(ValueError, match=r"write: x has shape .2, 2, 12., expected 6 tokens"):
+    with pytest.raises(ValueError, match=r"write: x has shape .2, 2, 12., expected 8 tokens"):
         state.write(torch.zeros(2, 2, HIDDEN))
     with pytest.raises(TypeError, match="write: x is a NoneType, expected a tensor"):
         state.write(None)
@@ -154,21 +143,35 @@ def refuses(rank, world):
         SequenceParallel(part.residual, dim=-1)
 
 
-def test_training(tmp_path):
-    run(every_training, 3, tmp_path)
+@pytest.mark.parametrize("options", MODES, ids=str)
+def test_checkpointed_training(four, options):
+    four.run(trains_as_one, options, 7, True)
 
 
-def prefill(rank, world):
+@pytest.mark.parametrize("length", LENGTHS)
+def test_training(four, length):
+    """The gradients of several microbatches are reduced together."""
+    four.run(trains_as_one, {}, length, False, max(1, length // 3))
+
+
+@pytest.mark.parametrize(
+    "function", [leaves_frozen_parameters_alone, other_layouts, keeps_its_part, refuses]
+)
+def test_shards(four, function):
+    four.run(function)
+
+
+def prefill(rank):
     for options in MODES:
         for side in ({}, {"reuse_result": True}):
-            in_chunks(rank, world, options, side)
+            in_chunks(rank, options, side)
 
 
 @torch.no_grad()
-def in_chunks(rank, world, options, cache_options):
+def in_chunks(rank, options, cache_options):
     """A prompt of 13 tokens in chunks of 8: each chunk goes through all layers, in one cache."""
     whole = whole_model(**options)
-    part = part_of(whole, rank, world, **options)
+    part = part_of(whole, rank, WORLD, **options)
     parallel = SequenceParallel(part.residual)
     chunk, batch = 8, 2
     ((ids, _),) = examples(13)
@@ -184,8 +187,8 @@ def in_chunks(rank, world, options, cache_options):
         close(shards.gather(part(state)), expected)
 
 
-def test_prefill(tmp_path):
-    run(prefill, 2, tmp_path)
+def test_prefill(four):
+    four.run(prefill)
 
 
 def test_no_process_group():
