@@ -1,5 +1,8 @@
 """The routing table of a pipeline: its figures, what follows it through, what it refuses."""
 
+import re
+from pathlib import Path
+
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -78,6 +81,21 @@ def test_traffic_of_real_models(layers, block, ranks, turns, placement, naive, c
         assert count_traffic(chained).backward == naive
         widths = [1 + len(hop.blocks) for hop in plan.hops if hop.crosses]
         assert traffic.padded == max(widths) * len(widths) == traffic.widest * len(widths)
+
+
+def test_figures_of_the_documentation():
+    text = (Path(__file__).resolve().parents[2] / "docs" / "parallel.md").read_text()
+    model, checked = None, 0
+    row = r"^\| (?:(\d+) layers, blocks of (\d+) )?\| (\d), (\d) (loop|V) \|([ \d|]+)\|$"
+    for *sizes, ranks, turns, placement, counts in re.findall(row, text, re.MULTILINE):
+        model = [int(size) for size in sizes] if all(sizes) else model
+        shape = (*model, int(ranks), int(turns), placement.lower())
+        plans = [even_plan(*shape, cache=cache) for cache in ("nothing", "received", "own")]
+        expected = [count_traffic(plan).forward for plan in plans]
+        expected.append(count_traffic(plans[-1]).padded)
+        assert [int(count) for count in counts.split("|")] == expected
+        checked += 1
+    assert checked == 6
 
 
 def test_figure_of_the_paper():
