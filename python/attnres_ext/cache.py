@@ -353,6 +353,10 @@ class BlockCache:
                 "keeps none; run under torch.no_grad or torch.inference_mode"
             )
 
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` lies in the memory of the slots."""
+        return tensor.untyped_storage().data_ptr() == self._slots.untyped_storage().data_ptr()
+
     def stacked(self, vectors: Sequence[Sequence[Tensor]]) -> Tensor:
         """Equally many vectors ``[D]`` of each kind as ``[kinds, count, D]``, in memory of the
         cache's own."""

@@ -62,6 +62,12 @@ class GradientBuffer:
         self._task = task
         return self._gradient, False
 
+    def deposit(self, gradient: Tensor) -> None:
+        """Adds a gradient that no kernel of ours writes; it stays the caller's."""
+        collected, add = self.slot(gradient, side_stream.current_stream(gradient.device))
+        with torch.no_grad():
+            collected.add_(gradient) if add else collected.copy_(gradient)
+
     def take(self) -> Tensor | None:
         """The gradient that this backward pass collected, for the current stream, or None; the
         buffer is empty afterwards."""

@@ -18,6 +18,7 @@ from attnres_ext.recording import Record
 from attnres_ext.residual_cached import CachedState
 from attnres_ext.residual_state import ResidualState
 from attnres_ext.residual_training import TrainingState
+from attnres_ext.suspended import SuspendedPass, check_resumable
 
 __all__ = ["AttentionResiduals"]
 
@@ -97,6 +98,8 @@ class AttentionResiduals(nn.Module):
         queries: ``num_sites`` parameters ``[D]``, float32, initially 0; the last is the output
             site's.
         key_weights: ``num_sites`` parameters ``[D]``, float32, initially 1.
+        sites: The sites whose parameters the module keeps: all, or after :meth:`keep_sites` those
+            of a piece; the lists have None for the others.
     """
 
     def __init__(
@@ -159,6 +162,7 @@ class AttentionResiduals(nn.Module):
         def vector() -> Tensor:
             return torch.empty(hidden_size, device=device, dtype=torch.float32)
 
+        self.sites = range(self.num_sites)
         count = 0 if mode == "standard" else self.num_sites
         # Made in inference mode, they could not be trained outside of it.
         with torch.inference_mode(False):
@@ -177,12 +181,43 @@ class AttentionResiduals(nn.Module):
 
     def reset_parameters(self) -> None:
         """Zero queries and unit gains: every site reads the plain average of its sources."""
-        for query in self.queries:
-            nn.init.zeros_(query)
-        for key_weight in self.key_weights:
-            nn.init.ones_(key_weight)
         if self.mode == "standard":
             nn.init.zeros_(self.zero_query)
+            return
+        for site in self.sites:
+            nn.init.zeros_(self.queries[site])
+            nn.init.ones_(self.key_weights[site])
+
+    def keep_sites(self, sites: range) -> None:
+        """Drops the parameters of all other sites: a pipeline stage owns those that it reads.
+
+        Names of parameters stay as they are, so one checkpoint serves every split. A pass is begun
+        where site 0 is, and resumed elsewhere (:meth:`resume`).
+
+        Args:
+            sites: Sites that follow one another, of those that the module keeps so far.
+
+        Raises:
+            ValueError: If it is another range, or an empty one.
+        """
+        own = self.sites
+        if not isinstance(sites, range):
+            kind = type(sites).__name__
+            raise TypeError(f"keep_sites: sites is a {kind}, expected a range")
+        if not sites or sites.step != 1 or sites[0] not in own or sites[-1] not in own:
+            raise ValueError(
+                f"keep_sites: sites is {sites}, expected sites that follow one another, of "
+                f"{own[0]} to {own[-1]}"
+            )
+        self.sites = sites
+        if self.mode == "standard":
+            return
+        for site in own:
+            if site not in sites:
+                # A list has an entry for every site: what is None has no name among parameters.
+                for vectors in (self.queries, self.key_weights):
+                    delattr(vectors, str(site))
+                    vectors[site] = None
 
     @property
     def num_sites(self) -> int:
@@ -200,6 +235,15 @@ class AttentionResiduals(nn.Module):
         """Whether the sum that ``site`` reads last is a finished block (the embedding, at site
         0)."""
         return self.mode != "standard" and site % self.sublayers_per_block == 0
+
+    def num_blocks_before(self, site: int) -> int:
+        """How many blocks, the embedding among them, are finished before ``site`` adds what was
+        written."""
+        return 0 if self.mode == "standard" else -(-site // self.sublayers_per_block)
+
+    def has_partial_before(self, site: int) -> bool:
+        """Whether a sum is open before ``site`` adds what was written."""
+        return site > 0 and not self.closes_block(site - 1)
 
     def sites_of_block(self, block: int) -> range:
         """The sites that read ``block`` (counted from 1) while it is open or just finished.
@@ -268,8 +312,32 @@ class AttentionResiduals(nn.Module):
                 f"expected [..., {self.hidden_size}]"
             )
         if cache is not None:
-            return CachedState(self, embedding, cache)
+            return CachedState(self, cache, embedding)
         return TrainingState(self, embedding)
+
+    def resume(self, suspended: SuspendedPass, cache: BlockCache | None = None) -> ResidualState:
+        """Goes on with a forward pass that was suspended (:meth:`ResidualState.suspend`), in this
+        process or another.
+
+        Where a block in two phases is cut, each piece runs phase 1 for its own sites.
+
+        Args:
+            suspended: Where it stopped. To go backward through both pieces, give
+                :meth:`SuspendedPass.detach` of it, and the gradients found to the first one's
+                :meth:`SuspendedPass.backward`; tensors still connected to their graph work, too.
+            cache: As for :meth:`start`; blocks and the open sum are copied into it.
+
+        Returns:
+            A state to read from, beginning with site ``suspended.site``, and to write to.
+
+        Raises:
+            ValueError: If ``suspended`` or ``cache`` does not fit the module, or another module
+                keeps the site.
+        """
+        check_resumable(self, suspended)
+        state = TrainingState(self, None) if cache is None else CachedState(self, cache)
+        state._go_on(suspended)
+        return state
 
     def new_cache(
         self,

@@ -105,6 +105,7 @@ class Reads:
     def __init__(self, state: TrainingState | CachedState) -> None:
         self._state = weakref.ref(state)
         self._eps = state._residual.eps
+        self._first_site = state._residual.sites.start
         self._number = next(self._numbers)
         self._all[self._number] = self
         self._count = 0  # of reads
@@ -279,10 +280,11 @@ class Reads:
             self._gradients[kind, site] = gradient if before is None else before + gradient
 
     def collected(self, kind: int, like: Sequence[Tensor]) -> list[Tensor]:
-        """Gradients of all queries (0) or key gains (1) in this backward pass."""
+        """Gradients of all queries (0) or key gains (1) that the module keeps, in this backward
+        pass."""
         found = self._gradients if self._task == backward_pass() else {}
         gradients = []
-        for site, parameter in enumerate(like):
+        for site, parameter in enumerate(like, start=self._first_site):
             gradient = found.pop((kind, site), None)
             if gradient is None:
                 gradients.append(torch.zeros_like(parameter))

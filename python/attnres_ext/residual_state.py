@@ -12,6 +12,7 @@ from torch import Tensor
 from attnres_ext import ops
 from attnres_ext.profiling import naming
 from attnres_ext.residual_graph import CHECKPOINTS, Reads
+from attnres_ext.suspended import SuspendedPass
 
 if TYPE_CHECKING:
     from attnres_ext.residual import AttentionResiduals
@@ -50,7 +51,8 @@ class ResidualState(ABC):
 
     def __init__(self, residual: AttentionResiduals, embedding: Tensor | None) -> None:
         self._residual = residual
-        self._site = 0  # the next to read
+        self._site = self._first_site = 0  # the next to read, and the first that was
+        self._is_suspended = False
         self._pending: Tensor | None = embedding
         if embedding is not None:
             self._fit(embedding)
@@ -107,6 +109,7 @@ class ResidualState(ABC):
                 raise RuntimeError("write: called twice before the next site was read")
             self._pending = x
             return
+        self._check_going_on("write")
         if self._site == self._residual.num_sites:
             raise RuntimeError(
                 "write: the output is read, this forward pass is over; call start for another one"
@@ -120,6 +123,59 @@ class ResidualState(ABC):
             )
         self._check_written(x)
         self._pending = x
+
+    def suspend(self) -> SuspendedPass:
+        """Stops here, between two sites; :meth:`AttentionResiduals.resume` goes on, in this process
+        or another.
+
+        This state can be neither read nor written any more. Gradients that come back for the
+        tensors (:meth:`SuspendedPass.backward`) go on to what was read and written until now.
+
+        Returns:
+            Everything that the sites to come read.
+
+        Raises:
+            RuntimeError: If nothing was written yet, the output is read, the pass was suspended
+                already, or a layer is being compiled that does not begin the pass itself.
+        """
+        if self.in_graph():
+            raise RuntimeError(
+                "suspend: a layer is being compiled that the pass did not begin in; suspend "
+                "outside of it, or begin or resume the pass in what is compiled"
+            )
+        self._check_going_on("suspend")
+        if self._site == self._residual.num_sites:
+            raise RuntimeError("suspend: the output is read, nothing is left to go on with")
+        if self._site == 0 and self._pending is None:
+            raise RuntimeError("suspend: nothing was written yet, write the embedding first")
+        suspended = self._suspend()
+        self._is_suspended, self._pending = True, None
+        return suspended
+
+    def _check_going_on(self, call: str) -> None:
+        if self._is_suspended:
+            raise RuntimeError(
+                f"{call}: this pass was suspended before site {self._site}; the module's resume "
+                "goes on with it"
+            )
+
+    def _suspend(self) -> SuspendedPass:
+        """What the sites to come read, and what waits for them."""
+        raise NotImplementedError
+
+    def _go_on(self, suspended: SuspendedPass) -> None:
+        """Begins where another state was suspended."""
+        self._site = self._first_site = suspended.site
+        self._fit(suspended.tensors[0])
+        for source in (*suspended.blocks, suspended.partial):
+            if source is not None:
+                self._widen(source)
+        self._pending = suspended.pending
+
+    def _sites_read_together(self, block: int) -> range:
+        """The sites of ``block`` that phase 1 runs for: those that this state comes by."""
+        sites, own = self._residual.sites_of_block(block), self._residual.sites
+        return range(max(sites.start, self._first_site), min(sites.stop, own.stop))
 
     def _fit(self, embedding: Tensor) -> None:
         """What is written from now on is like ``embedding``."""
@@ -182,6 +238,7 @@ class ResidualState(ABC):
         return self._take_turn(self._residual.num_sublayers, norm_weight, norm_eps)
 
     def _take_turn(self, site: int, norm_weight: Tensor | None, norm_eps: float | None) -> Tensor:
+        self._check_going_on("read")
         if site != self._site:
             over = self._site == self._residual.num_sites
             turn = "every site is read" if over else f"site {self._site} is next"
@@ -189,6 +246,7 @@ class ResidualState(ABC):
                 f"read: site {site} was asked for, but {turn}; sites are read once and in order. "
                 + CHECKPOINTS
             )
+        self._check_kept(site)
         if self._pending is None:
             raise RuntimeError(
                 f"read: nothing was written since site {site - 1} was read; "
@@ -208,6 +266,14 @@ class ResidualState(ABC):
         )
         with naming(site):
             return self._read(site, delta, reading)
+
+    def _check_kept(self, site: int) -> None:
+        own = self._residual.sites
+        if site not in own:
+            raise RuntimeError(
+                f"read: site {site} is none of those that this module keeps, {own[0]} to "
+                f"{own[-1]}; suspend the pass here, and resume it where the site is kept"
+            )
 
     def _check_norm(self, norm_weight: Tensor | None) -> None:
         if norm_weight is not None and not isinstance(norm_weight, Tensor):

@@ -23,6 +23,7 @@ from attnres_ext.randomness import go_back_to, register_as_argument, where_it_st
 from attnres_ext.recomputation import Region, Snapshot, keep, unseen, unselected
 from attnres_ext.residual_graph import ReadInGraph
 from attnres_ext.residual_state import Reading, ResidualState
+from attnres_ext.suspended import SuspendedPass, hand_over
 from attnres_ext.torch_internals import StopRecomputation, backward_pass, saving_hook
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class _BlockState(ResidualState):
     def _phase_weights(self, block: int) -> tuple[Tensor, Tensor, float]:
         """Queries and key gains ``[S, D]`` of a block's sites, and the keys' epsilon."""
         residual = self._residual
-        sites = residual.sites_of_block(block)
+        sites = self._sites_read_together(block)
         queries = torch.stack([residual.queries[site] for site in sites])
         return queries, torch.stack([residual.key_weights[site] for site in sites]), residual.eps
 
@@ -65,7 +66,7 @@ class _BlockState(ResidualState):
         closes = residual.closes_block(site)
         self._begin_block(site, delta)
         if self._phase is not None:
-            index = site - residual.sites_of_block(len(self._blocks))[0]
+            index = site - self._sites_read_together(len(self._blocks))[0]
             hidden, partial = self._phase.merge(index, self._partial, delta, reading)
         elif closes and self._partial is None:
             # The delta is a block: as one, it gets all its gradients, this site's too, in its
@@ -118,6 +119,37 @@ class TrainingState(_BlockState):
         self._orphans: list[Snapshot] = []  # snapshots of reads that have no node in the graph
         self._repetition: _Repetition | None = None
 
+    def _suspend(self) -> SuspendedPass:
+        self._check_gradients("suspend")
+        if self._read_by_graph:
+            self._leave_graph()
+        suspended = SuspendedPass(self._site, tuple(self._blocks), self._partial, self._pending)
+        suspended = hand_over(suspended, tuple(self._buffers), self._last)
+        self._forget()
+        return suspended
+
+    def _go_on(self, suspended: SuspendedPass) -> None:
+        super()._go_on(suspended)
+        self._partial = suspended.partial
+        # Compiled reads hang together by the sum, or the last block: backward goes from there to
+        # phase 1 and to all blocks, as in a pass that was never cut.
+        for block in suspended.blocks:
+            self._append_block(self._before_last_block(block))
+        if self._partial is not None and self._blocks:
+            block = len(self._blocks)
+            self._partial = self._before_last_block(self._partial)
+            if self._residual.reads_in_two_phases(block, self._partial, self._has_gradients):
+                self._begin_phase(block)
+            if isinstance(self._phase, GatheringPhaseOne):
+                self._partial = after(self._partial, self._phase.token)
+        if self._partial is not None:
+            self._last = self._partial
+
+    def _before_last_block(self, tensor: Tensor) -> Tensor:
+        """``tensor``, which in the backward comes before the last block's gradient is taken."""
+        tapped = self._buffers and self._buffers[-1] is not None
+        return after(tensor, self._last) if tapped else tensor
+
     def write(self, x: Tensor) -> None:
         """Adds a sublayer's output; when that is repeated, to what is repeated.
 
@@ -148,7 +180,8 @@ class TrainingState(_BlockState):
             super().pass_on(x)
 
     def _expects_write(self) -> bool:
-        return self._pending is None and self._site < self._residual.num_sites
+        over = self._is_suspended or self._site == self._residual.num_sites
+        return self._pending is None and not over
 
     def _take_turn(self, site: int, norm_weight: Tensor | None, norm_eps: float | None) -> Tensor:
         if site < self._site and not torch.compiler.is_compiling():
@@ -229,7 +262,11 @@ class TrainingState(_BlockState):
         self._check_norm(norm_weight)
         residual = self._residual
         if self._ticket is None and residual.mode != "standard":
-            parameters = list(residual.queries), list(residual.key_weights)
+            sites = residual.sites
+            parameters = (
+                [vectors[site] for site in sites]
+                for vectors in (residual.queries, residual.key_weights)
+            )
             self._ticket = _graph.sites.default(self._cursor, *parameters)
         hidden, self._last, self._cursor = _graph.read.default(
             self._cursor, self._ticket, self._last, self._take_pending(), norm_weight, norm_eps,
@@ -242,8 +279,10 @@ class TrainingState(_BlockState):
         written."""
         self._check_written(delta)
         residual, site = self._residual, self._site
+        self._check_going_on("read")
         if site == residual.num_sites:
             raise RuntimeError("read: every site is read; sites are read once and in order")
+        self._check_kept(site)
         begins = not self._open if self._read_by_graph else self._partial is None
         if begins and site > 0:
             self._end_phase()
@@ -253,7 +292,7 @@ class TrainingState(_BlockState):
                 self._phase = GatheringPhaseOne.again(results)
         phase, index = self._phase, 0
         if phase is not None:
-            index = site - residual.sites_of_block(len(self._blocks))[0]
+            index = site - self._sites_read_together(len(self._blocks))[0]
         needs = [block.requires_grad for block in self._blocks]
         gathers = all(buffer for buffer, need in zip(self._buffers, needs, strict=True) if need)
         if not gathers or isinstance(phase, FunctionalPhaseOne):
@@ -385,6 +424,7 @@ class _Repetition(_BlockState):
     def __init__(self, state: TrainingState, region: Region) -> None:
         self._residual = state._residual
         self._shape, self._device, self._width = state._shape, state._device, state._width
+        self._first_site, self._is_suspended = state._first_site, False
         self._of = weakref.ref(state)  # which holds this
         self.region = region
 
@@ -426,7 +466,7 @@ class _Repetition(_BlockState):
         eps = self._residual.eps
         if self._phase is None:
             return ops.depth_attention([*snapshot.blocks, snapshot.value], **reading, eps=eps)
-        index = self._site - 1 - self._residual.sites_of_block(len(self._blocks))[0]
+        index = self._site - 1 - self._sites_read_together(len(self._blocks))[0]
         out, lse, _ = self._phase.results.get()
         hidden, _ = ops.merge_partial(
             out[index], lse[index], snapshot.value, None, **reading, eps=eps
