@@ -18,7 +18,7 @@ from attnres_ext.recording import Record
 from attnres_ext.residual_cached import CachedState
 from attnres_ext.residual_state import ResidualState
 from attnres_ext.residual_training import TrainingState
-from attnres_ext.suspended import SuspendedPass, check_resumable
+from attnres_ext.suspended import SuspendedPass, check_resumable, describe_sites
 
 __all__ = ["AttentionResiduals"]
 
@@ -195,19 +195,20 @@ class AttentionResiduals(nn.Module):
         where site 0 is, and resumed elsewhere (:meth:`resume`).
 
         Args:
-            sites: Sites that follow one another, of those that the module keeps so far.
+            sites: Sites that follow one another, of those that the module keeps so far; none, where
+                a stage has the embedding alone.
 
         Raises:
-            ValueError: If it is another range, or an empty one.
+            ValueError: If it is another range.
         """
         own = self.sites
         if not isinstance(sites, range):
             kind = type(sites).__name__
             raise TypeError(f"keep_sites: sites is a {kind}, expected a range")
-        if not sites or sites.step != 1 or sites[0] not in own or sites[-1] not in own:
+        if sites.step != 1 or any(end not in own for end in (*sites[:1], *sites[-1:])):
             raise ValueError(
                 f"keep_sites: sites is {sites}, expected sites that follow one another, of "
-                f"{own[0]} to {own[-1]}"
+                f"{describe_sites(own)}"
             )
         self.sites = sites
         if self.mode == "standard":

@@ -12,7 +12,7 @@ from torch import Tensor
 from attnres_ext import ops
 from attnres_ext.profiling import naming
 from attnres_ext.residual_graph import CHECKPOINTS, Reads
-from attnres_ext.suspended import SuspendedPass
+from attnres_ext.suspended import SuspendedPass, describe_sites
 
 if TYPE_CHECKING:
     from attnres_ext.residual import AttentionResiduals
@@ -271,8 +271,9 @@ class ResidualState(ABC):
         own = self._residual.sites
         if site not in own:
             raise RuntimeError(
-                f"read: site {site} is none of those that this module keeps, {own[0]} to "
-                f"{own[-1]}; suspend the pass here, and resume it where the site is kept"
+                f"read: site {site} is none of those that this module keeps, "
+                f"{describe_sites(own)}; suspend the pass here, and resume it where the site is "
+                "kept"
             )
 
     def _check_norm(self, norm_weight: Tensor | None) -> None:

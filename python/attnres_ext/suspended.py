@@ -9,19 +9,21 @@ gradient buffers begin (:class:`_HandOver`), before any of its own sites adds to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from attnres_ext.gradient_buffer import GradientBuffer, can_gather
+from attnres_ext.torch_internals import register_pytree_node
 
 if TYPE_CHECKING:
     from attnres_ext.residual import AttentionResiduals
 
-__all__ = ["SuspendedPass", "check_resumable", "hand_over"]
+__all__ = ["SuspendedPass", "check_resumable", "describe_sites", "hand_over"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,10 +61,7 @@ class SuspendedPass:
                 f"with_tensors: {len(tensors)} tensors came, expected {len(self.tensors)}: the "
                 "blocks, the sum if one is open, and what is pending"
             )
-        count, rest = len(self.blocks), iter(tensors[len(self.blocks) :])
-        partial = None if self.partial is None else next(rest)
-        pending = None if self.pending is None else next(rest)
-        return replace(self, blocks=tuple(tensors[:count]), partial=partial, pending=pending)
+        return _from_tensors(tensors, self.site, len(self.blocks), self.partial is not None)
 
     def summed(self) -> SuspendedPass:
         """The same with what is pending added to the open sum: one tensor less to send. Bits stay
@@ -103,6 +102,26 @@ class SuspendedPass:
         ]
         if pairs:
             torch.autograd.backward(*zip(*pairs, strict=True))
+
+
+# Wrappers of modules look for tensors among arguments and results.
+register_pytree_node(
+    SuspendedPass,
+    lambda suspended: (
+        list(suspended.tensors),
+        (suspended.site, len(suspended.blocks), suspended.partial is not None),
+    ),
+    lambda tensors, place: _from_tensors(tensors, *place),
+)
+
+
+def _from_tensors(
+    tensors: Iterable[Tensor], site: int, num_blocks: int, has_partial: bool
+) -> SuspendedPass:
+    rest = iter(tensors)
+    blocks = tuple(islice(rest, num_blocks))
+    partial = next(rest) if has_partial else None
+    return SuspendedPass(site, blocks, partial, next(rest, None))
 
 
 class _HandOver(torch.autograd.Function):
@@ -151,6 +170,11 @@ def hand_over(
     return suspended.with_tensors(_HandOver.apply(buffers, *tensors, *anchors)[: len(tensors)])
 
 
+def describe_sites(sites: range) -> str:
+    """For messages: the first and the last."""
+    return f"{sites[0]} to {sites[-1]}" if sites else "none"
+
+
 def check_resumable(residual: AttentionResiduals, suspended: SuspendedPass) -> None:
     """Raises unless ``residual`` can go on from ``suspended``.
 
@@ -165,8 +189,8 @@ def check_resumable(residual: AttentionResiduals, suspended: SuspendedPass) -> N
     site, own = suspended.site, residual.sites
     if site not in own:
         raise ValueError(
-            f"resume: suspended is at site {site}, expected one that this module keeps, {own[0]} "
-            f"to {own[-1]}"
+            f"resume: suspended is at site {site}, expected one that this module keeps, "
+            f"{describe_sites(own)}"
         )
     count = residual.num_blocks_before(site)
     if len(suspended.blocks) != count:

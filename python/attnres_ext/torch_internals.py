@@ -31,6 +31,7 @@ __all__ = [
     "is_transformed",
     "keeps_graph",
     "may_have_hooks",
+    "pipeline_stage",
     "records_selectively",
     "register_pytree_node",
     "saving_hook",
@@ -92,6 +93,41 @@ _find("autograd.forward_ad._current_level")  # a number that changes: looked up 
 
 #: What selective checkpointing watches a first forward with.
 _Recording = type(create_selective_checkpoint_contexts([])[0])
+
+
+# What of a pipeline's stage is called or taken the place of.
+_STAGE_NAMES = (
+    "_compute_outputs",
+    "_post_metadata_inference_cleanup",
+    "_prepare_forward_infra",
+    "_resolve_peer_global_rank",
+    "backward_maybe_with_nosync",
+    "backward_one_chunk",
+    "backward_weight_one_chunk",
+    "clear_runtime_states",
+    "forward_maybe_with_nosync",
+    "forward_one_chunk",
+    "get_bwd_recv_ops",
+    "get_bwd_send_ops",
+)
+
+
+def pipeline_stage() -> type:
+    """torch's stage of a pipeline: ``torch.distributed.pipelining.PipelineStage``.
+
+    Raises:
+        ImportError: If it is not what a stage of ours can be made of.
+    """
+    from torch.distributed.pipelining import PipelineStage
+
+    missing = [name for name in _STAGE_NAMES if not hasattr(PipelineStage, name)]
+    if missing:
+        raise ImportError(
+            f"attnres_ext: torch {torch.__version__} has no torch.distributed.pipelining."
+            f"PipelineStage.{missing[0]}, on which stages of a pipeline with Attention Residuals "
+            "are built; they were made for torch 2.13: install it, or a newer attnres_ext"
+        )
+    return PipelineStage
 
 
 def saving_hook() -> Callable | None:

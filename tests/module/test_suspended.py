@@ -383,7 +383,7 @@ def test_other_errors_are_sentences():
         suspended.with_tensors(suspended.tensors[:2])
     with pytest.raises(ValueError, match="1 gradients came, expected 3"):
         suspended.backward([None])
-    for sites in (range(3, 7), range(0), range(0, 4, 2)):
+    for sites in (range(3, 7), range(-1, 2), range(0, 4, 2)):
         with pytest.raises(ValueError, match="expected sites that follow one another, of 0 to 4"):
             residual.keep_sites(sites)
     with pytest.raises(TypeError, match="sites is a int, expected a range"):
@@ -393,6 +393,10 @@ def test_other_errors_are_sentences():
         residual.resume(at(residual, 4))
     with pytest.raises(RuntimeError, match="site 0 is none of those that this module keeps, 1 to"):
         residual.start(torch.zeros(3, 8)).read(0)
+    residual.keep_sites(range(1, 1))
+    with pytest.raises(ValueError, match="of none"):
+        residual.keep_sites(range(1, 2))
+    residual = AttentionResiduals(8, 4, sublayers_per_block=2)
     cache = AttentionResiduals(8, 2, sublayers_per_block=2).new_cache(3)
     with pytest.raises(ValueError, match="resume: cache has 2 slots, expected at least 3"):
         residual.resume(suspended, cache=cache)
