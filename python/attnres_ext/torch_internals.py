@@ -8,6 +8,7 @@ in torch 2.10 to 2.14.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from operator import attrgetter
@@ -95,10 +96,12 @@ _find("autograd.forward_ad._current_level")  # a number that changes: looked up 
 _Recording = type(create_selective_checkpoint_contexts([])[0])
 
 
-# What of a pipeline's stage is called or taken the place of.
+# What of a pipeline's stage is called or taken the place of, and of what it says of a tensor to be
+# received.
 _STAGE_NAMES = (
     "_compute_outputs",
     "_post_metadata_inference_cleanup",
+    "_prepare_backward_infra",
     "_prepare_forward_infra",
     "_resolve_peer_global_rank",
     "backward_maybe_with_nosync",
@@ -109,25 +112,37 @@ _STAGE_NAMES = (
     "forward_one_chunk",
     "get_bwd_recv_ops",
     "get_bwd_send_ops",
+    "get_fwd_recv_ops",
+    "get_fwd_send_ops",
+    "get_local_bwd_output",
+    "set_local_bwd_input",
 )
+_RECEIVED_NAMES = ("buffer", "is_root_arg", "tensor_meta")
 
 
-def pipeline_stage() -> type:
-    """torch's stage of a pipeline: ``torch.distributed.pipelining.PipelineStage``.
+def pipeline_stage() -> tuple[type, Callable[..., torch.Tensor]]:
+    """torch's stage of a pipeline, and what makes a tensor to receive into, from its description
+    and device.
 
     Raises:
-        ImportError: If it is not what a stage of ours can be made of.
+        ImportError: If they are not what a stage of ours can be made of.
     """
-    from torch.distributed.pipelining import PipelineStage
+    from torch.distributed.pipelining import stage
 
-    missing = [name for name in _STAGE_NAMES if not hasattr(PipelineStage, name)]
-    if missing:
-        raise ImportError(
-            f"attnres_ext: torch {torch.__version__} has no torch.distributed.pipelining."
-            f"PipelineStage.{missing[0]}, on which stages of a pipeline with Attention Residuals "
-            "are built; they were made for torch 2.13: install it, or a newer attnres_ext"
-        )
-    return PipelineStage
+    names = [f"PipelineStage.{name}" for name in _STAGE_NAMES]
+    received = inspect.signature(getattr(stage, "_RecvInfo", object)).parameters
+    names += [f"_RecvInfo.{name}" for name in _RECEIVED_NAMES if name not in received]
+    for name in ("_make_tensor_from_meta", *names):
+        try:
+            attrgetter(name)(stage)
+        except AttributeError:
+            raise ImportError(
+                f"attnres_ext: torch {torch.__version__} has no "
+                f"torch.distributed.pipelining.stage.{name}, on which stages of a pipeline with "
+                "Attention Residuals are built; they were made for torch 2.13: install it, or a "
+                "newer attnres_ext"
+            ) from None
+    return stage.PipelineStage, stage._make_tensor_from_meta
 
 
 def saving_hook() -> Callable | None:

@@ -71,11 +71,11 @@ def make(num_sublayers, sublayers_per_block, dtype=torch.float32, frozen=False, 
     return Model(residual, dtype=dtype, frozen=frozen)
 
 
-def batch(num_microbatches, seed=5):
+def batch(num_microbatches, seed=5, length=3):
     """Tokens and targets."""
     generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(11, (2 * num_microbatches, 3), generator=generator)
-    return tokens, torch.randn(2 * num_microbatches, 3, WIDTH, generator=generator)
+    tokens = torch.randint(11, (2 * num_microbatches, length), generator=generator)
+    return tokens, torch.randn(2 * num_microbatches, length, WIDTH, generator=generator)
 
 
 def loss_of(output, target):

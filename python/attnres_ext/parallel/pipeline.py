@@ -25,6 +25,8 @@ from attnres_ext.torch_internals import pipeline_stage
 
 __all__ = ["AttentionResidualsStage", "pipeline_stages"]
 
+_PipelineStage, _receive_buffer = pipeline_stage()
+
 # The microbatch that torch sends ahead to learn shapes.
 _TRIAL = -1
 
@@ -87,7 +89,7 @@ class _Run:
     received: dict[int, Tensor] = field(default_factory=dict)
 
 
-class AttentionResidualsStage(pipeline_stage()):
+class AttentionResidualsStage(_PipelineStage):
     """One stage of a pipeline, whose rank keeps blocks; :func:`pipeline_stages` makes them.
 
     Args:
@@ -135,9 +137,28 @@ class AttentionResidualsStage(pipeline_stage()):
         """As torch's, with the blocks that the rank has."""
         self._microbatch = fwd_chunk_id
         output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        _release_buffers(self.args_recv_info[fwd_chunk_id])
         if not self.has_backward:
             self._runs.pop(fwd_chunk_id, None)
+            self.fwd_cache[fwd_chunk_id] = self.fwd_cache[fwd_chunk_id][0], []
         return output
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        """As torch's, into memory of this microbatch alone."""
+        self._make_buffers(self.args_recv_info[fwd_chunk_id])
+        return super().get_fwd_recv_ops(fwd_chunk_id)
+
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        """As torch's; without a backward nobody asks for what was sent again."""
+        ops = super().get_fwd_send_ops(fwd_chunk_id)
+        if not self.has_backward:
+            self.fwd_cache.pop(fwd_chunk_id, None)
+        return ops
+
+    def _make_buffers(self, received: tuple[Any, ...]) -> None:
+        for info in received:
+            if info.buffer is None and info.tensor_meta is not None and not info.is_root_arg:
+                info.buffer = _receive_buffer(info.tensor_meta, self.device)
 
     def forward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Any:
         """As torch's; blocks go in and come out beside the tensors that hops bring."""
@@ -214,6 +235,7 @@ class AttentionResidualsStage(pipeline_stage()):
         """As torch's, with gradients of blocks that the rank has."""
         self._microbatch = bwd_chunk_id
         super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+        _release_buffers(self.grad_recv_info.get(bwd_chunk_id, ()))
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
         """As torch's; the first stage does all of its backward here."""
@@ -298,8 +320,11 @@ class AttentionResidualsStage(pipeline_stage()):
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         """As torch's, and gradients of blocks that the next rank had."""
+        if not self.has_backward or self.is_last:
+            return []
+        self._make_buffers(self.grad_recv_info[bwd_chunk_id])
         ops = super().get_bwd_recv_ops(bwd_chunk_id)
-        if not self.has_backward or self.is_last or not self._hop.crosses:
+        if not self._hop.crosses:
             return ops
         run, peer = self._runs[bwd_chunk_id], None
         for block in self._hop.gradients:
@@ -311,6 +336,20 @@ class AttentionResidualsStage(pipeline_stage()):
             run.received[block] = buffer
             ops.append(dist.P2POp(dist.irecv, buffer, peer, self.group))
         return ops
+
+    # Schedules go through the motions of a backward in evaluation, too, and torch's stages refuse
+    # to hand gradients to a neighbour on the same rank there.
+
+    def get_local_bwd_output(self, mb_index: int) -> tuple[Tensor | None, ...]:
+        """As torch's; nothing in evaluation."""
+        return super().get_local_bwd_output(mb_index) if self.has_backward else ()
+
+    def set_local_bwd_input(
+        self, next_stage_bwd_outputs: tuple[Tensor | None, ...], mb_index: int
+    ) -> None:
+        """As torch's; nothing in evaluation."""
+        if self.has_backward:
+            super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
 
     # Before and after a step
 
@@ -329,12 +368,27 @@ class AttentionResidualsStage(pipeline_stage()):
                     f"pipeline: the schedule runs stage {stage.index} on rank {rank}, expected "
                     f"{stage.rank} as the plan; place_stages places stages in a loop or in a V"
                 )
-        return super()._prepare_forward_infra(*args, **kwargs)
+        prepared = super()._prepare_forward_infra(*args, **kwargs)
+        # One set of buffers a microbatch would be there all the time.
+        for received in self.args_recv_info.values():
+            _release_buffers(received)
+        return prepared
+
+    def _prepare_backward_infra(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_backward_infra(*args, **kwargs)
+        for received in self.grad_recv_info.values():
+            _release_buffers(received)
+        return prepared
 
     def _post_metadata_inference_cleanup(self) -> None:
         super()._post_metadata_inference_cleanup()
         self.blocks.clear(_TRIAL)
         self._runs.pop(_TRIAL, None)
+
+
+def _release_buffers(received: tuple[Any, ...]) -> None:
+    for info in received:
+        info.buffer = None
 
 
 def _without(groups: list[dict[str, Any]], parameters: list[Tensor]) -> list[dict[str, Any]]:
