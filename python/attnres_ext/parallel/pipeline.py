@@ -115,6 +115,7 @@ class AttentionResidualsStage(_PipelineStage):
         # A schedule of one stage a rank goes by this; others set it themselves.
         self.stage_index_to_group_rank = {stage.index: stage.rank for stage in plan.stages}
         self._microbatch = _TRIAL
+        self._before_trial: list[tuple[Tensor, Tensor]] = []
         self._runs: dict[int, _Run] = {}
         self._to_send: dict[int, list[Tensor]] = {}
 
@@ -368,6 +369,8 @@ class AttentionResidualsStage(_PipelineStage):
                     f"pipeline: the schedule runs stage {stage.index} on rank {rank}, expected "
                     f"{stage.rank} as the plan; place_stages places stages in a loop or in a V"
                 )
+        # What the microbatch that is sent ahead counts in them is forgotten.
+        self._before_trial = [(buffer, buffer.clone()) for buffer in self.submod.buffers()]
         prepared = super()._prepare_forward_infra(*args, **kwargs)
         # One set of buffers a microbatch would be there all the time.
         for received in self.args_recv_info.values():
@@ -380,8 +383,13 @@ class AttentionResidualsStage(_PipelineStage):
             _release_buffers(received)
         return prepared
 
+    @torch.no_grad()
     def _post_metadata_inference_cleanup(self) -> None:
         super()._post_metadata_inference_cleanup()
+        for buffer, before in self._before_trial:
+            if not torch.equal(buffer, before):
+                buffer.copy_(before)
+        self._before_trial = []
         self.blocks.clear(_TRIAL)
         self._runs.pop(_TRIAL, None)
 

@@ -10,17 +10,21 @@ from attnres_ext.models.kimi_linear.modeling import (
     KimiLinearForCausalLM,
     KimiLinearOutput,
     KimiLinearState,
+    next_token_loss,
 )
+from attnres_ext.models.kimi_linear.stages import KimiLinearStage
 from attnres_ext.models.kimi_linear.weights import load_model, load_weights, save_weights
 
 __all__ = [
     "KimiLinearConfig",
     "KimiLinearForCausalLM",
     "KimiLinearOutput",
+    "KimiLinearStage",
     "KimiLinearState",
     "LinearAttentionConfig",
     "load_model",
     "load_weights",
+    "next_token_loss",
     "preset_names",
     "presets",
     "save_weights",

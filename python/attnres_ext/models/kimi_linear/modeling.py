@@ -24,7 +24,15 @@ from attnres_ext.residual import AttentionResiduals
 from attnres_ext.residual_state import ResidualState
 from attnres_ext.side_stream import new_stream
 
-__all__ = ["KimiLinearForCausalLM", "KimiLinearModel", "KimiLinearOutput", "KimiLinearState"]
+__all__ = [
+    "KimiLinearForCausalLM",
+    "KimiLinearModel",
+    "KimiLinearOutput",
+    "KimiLinearState",
+    "embed",
+    "next_token_loss",
+    "update_router_bias",
+]
 
 
 @dataclass
@@ -203,11 +211,7 @@ class KimiLinearModel(nn.Module):
         With a state they are in its memory: the next call may overwrite them. ``packing`` says
         where sequences lie in the rows, if each does not fill its own.
         """
-        embedding = self.embed_tokens(input_ids)
-        device = embedding.device.type
-        if torch.is_autocast_enabled(device):
-            # What sublayers write then is of autocast's dtype; so the sums are, as Kimi K3's.
-            embedding = embedding.to(torch.get_autocast_dtype(device))
+        embedding = embed(self.embed_tokens, input_ids)
         residual = self.residual.start(embedding, cache=self._block_cache(embedding, state))
         recompute = self.checkpoint_sublayers and state is None and torch.is_grad_enabled()
         x = embedding
@@ -243,6 +247,54 @@ class KimiLinearModel(nn.Module):
 
 # What cross_entropy leaves out of its mean.
 _IGNORED = -100
+
+
+def embed(table: nn.Embedding, input_ids: Tensor) -> Tensor:
+    """Embeddings ``[B, T, D]`` of ``[B, T]`` tokens, in the dtype of the sums that begin with
+    them."""
+    embedding = table(input_ids)
+    device = embedding.device.type
+    if torch.is_autocast_enabled(device):
+        # What sublayers write then is of autocast's dtype; so the sums are, as Kimi K3's.
+        embedding = embedding.to(torch.get_autocast_dtype(device))
+    return embedding
+
+
+def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross entropy in nats of predicting each token from those before.
+
+    Args:
+        logits: ``[B, T, vocab_size]``.
+        labels: ``[B, T]``: those of position ``t + 1`` are the target of position ``t``; -100 does
+            not count.
+    """
+    return F.cross_entropy(
+        logits[:, :-1].flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)),
+        labels[:, 1:].flatten(),
+    )
+
+
+@torch.no_grad()
+def update_router_bias(
+    model: nn.Module, rate: float = 1e-3, process_group: dist.ProcessGroup | None = None
+) -> None:
+    """Balances the experts' load; call it after each optimizer step (see ``moe.py``).
+
+    Args:
+        model: Where the routers are.
+        rate: How far a bias moves.
+        process_group: The processes that train replicas of this model on other tokens, all of
+            which call this: their loads are added up, in one collective, so that biases stay
+            the same. None where this process trains alone.
+    """
+    routers = [module for module in model.modules() if isinstance(module, KimiRouter)]
+    if process_group is not None and routers:
+        loads = torch.stack([router.load for router in routers])
+        dist.all_reduce(loads, group=process_group)
+        for router, load in zip(routers, loads, strict=True):
+            router.load.copy_(load)
+    for router in routers:
+        router.update_bias(rate)
 
 
 class KimiLinearForCausalLM(nn.Module):
@@ -331,10 +383,7 @@ class KimiLinearForCausalLM(nn.Module):
         if labels is not None:
             if packing is not None:
                 labels = labels.masked_fill(~packing.has_predecessor, _IGNORED)
-            loss = F.cross_entropy(
-                logits[:, :-1].flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)),
-                labels[:, 1:].flatten(),
-            )
+            loss = next_token_loss(logits, labels)
         return KimiLinearOutput(logits, loss, state)
 
     def new_state(self, batch_size: int, max_length: int) -> KimiLinearState:
@@ -448,26 +497,7 @@ class KimiLinearForCausalLM(nn.Module):
                 with torch.no_grad():
                     logits = self(token.unsqueeze(-1), state=state).logits[:, -1]
 
-    @torch.no_grad()
-    def update_router_bias(
-        self, rate: float = 1e-3, process_group: dist.ProcessGroup | None = None
-    ) -> None:
-        """Balances the experts' load; call it after each optimizer step (see ``moe.py``).
-
-        Args:
-            rate: How far a bias moves.
-            process_group: The processes that train replicas of this model on other tokens, all of
-                which call this: their loads are added up, in one collective, so that biases stay
-                the same. None where this process trains alone.
-        """
-        routers = [module for module in self.modules() if isinstance(module, KimiRouter)]
-        if process_group is not None and routers:
-            loads = torch.stack([router.load for router in routers])
-            dist.all_reduce(loads, group=process_group)
-            for router, load in zip(routers, loads, strict=True):
-                router.load.copy_(load)
-        for router in routers:
-            router.update_bias(rate)
+    update_router_bias = update_router_bias
 
     def _check(
         self,

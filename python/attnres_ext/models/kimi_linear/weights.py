@@ -22,6 +22,7 @@ from attnres_ext.models.kimi_linear.configuration import KimiLinearConfig
 from attnres_ext.models.kimi_linear.modeling import KimiLinearForCausalLM
 from attnres_ext.models.kimi_linear.names import checkpoint_names, spelling_of, stored_names
 from attnres_ext.models.kimi_linear.shards import gathered, is_shard, share_of
+from attnres_ext.models.kimi_linear.stages import KimiLinearStage
 
 __all__ = ["load_model", "load_weights", "save_weights"]
 
@@ -99,9 +100,11 @@ def save_weights(
     return folder / (INDEX_FILE if len(shards) > 1 else WEIGHTS_FILE)
 
 
-def load_weights(model: KimiLinearForCausalLM, path: str | Path) -> None:
-    """Fills ``model`` from a ``.safetensors`` file, or a folder with one or an index of several.
+def load_weights(model: KimiLinearForCausalLM | KimiLinearStage, path: str | Path) -> None:
+    """Fills a model, or a stage of it, from a ``.safetensors`` file, or a folder with one or an
+    index of several.
 
+    A stage takes what it has, from a checkpoint of the whole model.
     Values are cast to the model's dtypes. Checkpoints may carry the prefix ``language_model.``,
     ``A_log`` as ``[H]`` or padded beyond its ``H`` heads (Kimi K3) in place of ``[1, 1, H, 1]``
     (Kimi Linear), pseudo-queries as ``[D]`` in place of ``[1, D]``, and any spelling of the
@@ -125,15 +128,18 @@ def load_weights(model: KimiLinearForCausalLM, path: str | Path) -> None:
         with safe_open(file, framework="pt") as opened:
             for key in opened.keys():  # noqa: SIM118
                 shapes[_plain(key)] = tuple(opened.get_slice(key).get_shape())
-    slots = list(_slots(model, spelling_of(shapes)))
-    _check(slots, shapes, path)
+    spelling = spelling_of(shapes)
+    slots = list(_slots(model, spelling))
+    known = {name for slot in _slots(_whole(model), spelling) for name in slot.names}
+    _check(slots, known, shapes, path)
     places = {name: (slot, i) for slot in slots for i, name in enumerate(slot.names)}
     with torch.no_grad():
         for file in files:
             with safe_open(file, framework="pt") as opened:
                 for key in opened.keys():  # noqa: SIM118
-                    slot, index = places[_plain(key)]
-                    slot.fill(index, opened.get_tensor(key))
+                    if _plain(key) in places:
+                        slot, index = places[_plain(key)]
+                        slot.fill(index, opened.get_tensor(key))
         for module in model.modules():
             for name in module._non_persistent_buffers_set:
                 module.get_buffer(name).zero_()
@@ -144,6 +150,14 @@ def load_model(folder: str | Path) -> KimiLinearForCausalLM:
     model = KimiLinearForCausalLM(KimiLinearConfig.from_json(folder))
     load_weights(model, folder)
     return model
+
+
+def _whole(model: KimiLinearForCausalLM | KimiLinearStage) -> KimiLinearForCausalLM:
+    """What ``model`` is a stage of, without its values."""
+    if not isinstance(model, KimiLinearStage):
+        return model
+    with torch.device("meta"):
+        return KimiLinearForCausalLM(model.config)
 
 
 def _plain(key: str) -> str:
@@ -200,7 +214,7 @@ class _Slot:
                 self.tensor.copy_(share_of(whole, self.tensor))
 
 
-def _slots(model: KimiLinearForCausalLM, spelling: str) -> Iterator[_Slot]:
+def _slots(model: KimiLinearForCausalLM | KimiLinearStage, spelling: str) -> Iterator[_Slot]:
     renamed = checkpoint_names(model.config, spelling)
     for key, tensor in model.state_dict(keep_vars=True).items():
         if key == "lm_head.weight" and model.config.tie_word_embeddings:
@@ -236,11 +250,13 @@ def _shards(slots: list[_Slot], most: int) -> list[list[_Slot]]:
     return shards
 
 
-def _check(slots: list[_Slot], found: dict[str, tuple[int, ...]], path: str | Path) -> None:
+def _check(
+    slots: list[_Slot], known: set[str], found: dict[str, tuple[int, ...]], path: str | Path
+) -> None:
     expected = {name for slot in slots for name in slot.names}
     problems = {
         "missing": sorted(expected - found.keys()),
-        "unexpected": sorted(found.keys() - expected),
+        "unexpected": sorted(found.keys() - known),
         "wrongly shaped": [
             f"{name} is {list(found[name])}, the model has {list(slot.shape)}"
             for slot in slots
