@@ -3,17 +3,22 @@
 What is here decides and counts; processes, groups and schedules are those of ``torch.distributed``.
 """
 
-from attnres_ext.parallel.routing import PipelinePlan, plan_pipeline
+from attnres_ext.parallel.rank_blocks import RankBlocks
+from attnres_ext.parallel.routing import PipelinePlan, StagePlan, plan_pipeline
 from attnres_ext.parallel.sequence import SequenceParallel, SequenceState
 from attnres_ext.parallel.shards import SequenceShards
 from attnres_ext.parallel.split import check_world_size, first_sites_of, place_stages, split_evenly
+from attnres_ext.parallel.stage_blocks import StageBlocks
 from attnres_ext.parallel.traffic import Traffic, count_traffic, peak_blocks, tensor_bytes
 
 __all__ = [
     "PipelinePlan",
+    "RankBlocks",
     "SequenceParallel",
     "SequenceShards",
     "SequenceState",
+    "StageBlocks",
+    "StagePlan",
     "Traffic",
     "check_world_size",
     "count_traffic",

@@ -9,8 +9,7 @@ forward the blocks that its rank has, and to each backward their gradients. Whic
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cached_property
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,8 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from attnres_ext.parallel.rank_blocks import RankBlocks
-from attnres_ext.parallel.routing import Hop, PipelinePlan, StagePlan
-from attnres_ext.suspended import SuspendedPass
+from attnres_ext.parallel.routing import PipelinePlan, StagePlan
+from attnres_ext.parallel.stage_blocks import StageBlocks
 from attnres_ext.torch_internals import pipeline_stage
 
 __all__ = ["AttentionResidualsStage", "pipeline_stages"]
@@ -67,26 +66,11 @@ def pipeline_stages(
             f"pipeline_stages: rank {rank} has plan {plan.hash}, rank {others[0]} has "
             f"{hashes[others[0]]}; expected the same split, ranks and options everywhere"
         )
-    blocks = RankBlocks()
+    rank_blocks = RankBlocks()
     return [
-        AttentionResidualsStage(make_module(stage), plan, stage.index, blocks, device, group)
+        AttentionResidualsStage(make_module(stage), plan, stage.index, rank_blocks, device, group)
         for stage in plan.stages_of(rank)
     ]
-
-
-@dataclass
-class _Run:
-    """What a microbatch's forward through a stage leaves for its backward.
-
-    Attributes:
-        leaves: Blocks that the rank had, as this stage's leaves.
-        blocks: All blocks, as the stage hands them on.
-        received: Gradients of blocks that were not sent, from the next rank.
-    """
-
-    leaves: dict[int, Tensor]
-    blocks: tuple[Tensor, ...] = ()
-    received: dict[int, Tensor] = field(default_factory=dict)
 
 
 class AttentionResidualsStage(_PipelineStage):
@@ -96,9 +80,13 @@ class AttentionResidualsStage(_PipelineStage):
         module: What runs: see :func:`pipeline_stages`.
         plan: The routes of all blocks.
         index: Which stage of the plan.
-        blocks: What the rank keeps; all its stages share it.
+        rank_blocks: What the rank keeps; all its stages share it.
         device: Where it runs.
         group: The pipeline's ranks; None means all processes.
+
+    Attributes:
+        plan: The routes of all blocks.
+        blocks: This stage's side of it.
     """
 
     def __init__(
@@ -106,31 +94,19 @@ class AttentionResidualsStage(_PipelineStage):
         module: nn.Module,
         plan: PipelinePlan,
         index: int,
-        blocks: RankBlocks,
+        rank_blocks: RankBlocks,
         device: torch.device | str,
         group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__(module, index, plan.num_stages, torch.device(device), group=group)
-        self.plan, self.blocks = plan, blocks
+        self.plan, self.blocks = plan, StageBlocks(plan, index, rank_blocks)
         # A schedule of one stage a rank goes by this; others set it themselves.
         self.stage_index_to_group_rank = {stage.index: stage.rank for stage in plan.stages}
         self._microbatch = _TRIAL
         self._before_trial: list[tuple[Tensor, Tensor]] = []
-        self._runs: dict[int, _Run] = {}
+        # Gradients of blocks that were not sent: from the next rank, and for the one before.
+        self._received: dict[int, list[Tensor]] = {}
         self._to_send: dict[int, list[Tensor]] = {}
-
-    @cached_property
-    def _stage(self) -> StagePlan:
-        return self.plan.stages[self.stage_index]
-
-    @cached_property
-    def _hop(self) -> Hop | None:
-        """The hop to the next stage."""
-        return None if self.is_last else self.plan.hops[self.stage_index]
-
-    @cached_property
-    def _hop_before(self) -> Hop | None:
-        return None if self.is_first else self.plan.hops[self.stage_index - 1]
 
     # Forward
 
@@ -140,7 +116,7 @@ class AttentionResidualsStage(_PipelineStage):
         output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
         _release_buffers(self.args_recv_info[fwd_chunk_id])
         if not self.has_backward:
-            self._runs.pop(fwd_chunk_id, None)
+            self.blocks.drop_graph(fwd_chunk_id)
             self.fwd_cache[fwd_chunk_id] = self.fwd_cache[fwd_chunk_id][0], []
         return output
 
@@ -167,68 +143,15 @@ class AttentionResidualsStage(_PipelineStage):
 
     def _compute_outputs(self, *args: Any, module: nn.Module, **kwargs: Any) -> Any:
         self._microbatch = _TRIAL
-
-        def compute(*args: Any, **kwargs: Any) -> Any:
-            return super(AttentionResidualsStage, self)._compute_outputs(
-                *args, module=module, **kwargs
-            )
-
+        compute = partial(super()._compute_outputs, module=module)
         return self._with_blocks(compute, args, kwargs)
 
     def _with_blocks(
         self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        leaves = {}
-        if not self.is_first:
-            leaves = {b: self.blocks.leaf(self._microbatch, b) for b in self._stage.cached}
-            args = (self._assemble(args, leaves),)
-        output = run(*args, **kwargs)
-        self._runs[self._microbatch] = _Run(leaves)
-        if not self.is_last:
-            output = self._hand_on(output)
-        for kept in self.plan.kept_by(self._stage.rank):
-            if kept.last_forward == self.stage_index:
-                self.blocks.drop(self._microbatch, kept.block)
-        return output
-
-    def _assemble(self, received: tuple[Tensor, ...], leaves: dict[int, Tensor]) -> SuspendedPass:
-        stage = self._stage
-        blocks = {**leaves, **dict(zip(stage.receives, received[:-1], strict=True))}
-        ordered = tuple(blocks[block] for block in sorted(blocks))
-        return SuspendedPass(stage.first_site, ordered, None, received[-1])
-
-    def _hand_on(self, suspended: Any) -> tuple[Tensor, ...]:
-        """What is sent; and keeps what later stages of the rank take."""
-        stage = self._stage
-        self._check(suspended)
-        suspended = suspended.summed()
-        blocks, open_sum = suspended.blocks, suspended.pending
-        for block in stage.keeps:
-            value = open_sum if block == stage.finishes else blocks[block]
-            self.blocks.keep(self._microbatch, block, value)
-        self._runs[self._microbatch].blocks = blocks
-        return tuple(_dense(t) for t in (*(blocks[b] for b in self._hop.blocks), open_sum))
-
-    def _check(self, suspended: Any) -> None:
-        stage = self._stage
-        if not isinstance(suspended, SuspendedPass):
-            raise TypeError(
-                f"pipeline: the module of stage {stage.index} returned a "
-                f"{type(suspended).__name__}, expected what its state's suspend returns"
-            )
-        if suspended.site != stage.end_site or suspended.pending is None:
-            raise ValueError(
-                f"pipeline: the module of stage {stage.index} stopped before site "
-                f"{suspended.site}{'' if suspended.pending is not None else ' was written for'}, "
-                f"expected it to write what site {stage.end_site} reads, and stop"
-            )
-        embedding = suspended.blocks[0] if suspended.blocks else None
-        frozen = not self.plan.embedding_gradient
-        if frozen and embedding is not None and embedding.requires_grad:
-            raise ValueError(
-                "pipeline: the embedding requires a gradient, expected none: the plan was made "
-                "with embedding_gradient=False"
-            )
+        suspended = self.blocks.enter(self._microbatch, args)
+        output = run(*(args if suspended is None else (suspended,)), **kwargs)
+        return self.blocks.leave(self._microbatch, output)
 
     # Backward
 
@@ -252,72 +175,33 @@ class AttentionResidualsStage(_PipelineStage):
         """
         if backward_type == "weight":
             return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, *args, **kwargs)
-        run, count = self._runs.pop(self._microbatch), len(bwd_kwargs["input_values"])
+        inputs, microbatch = bwd_kwargs["input_values"], self._microbatch
+        leaves = self.blocks.leaves(microbatch)
         # What reads learn comes out of the kernels that find the gradients of their sources.
         vectors = self._vectors() if backward_type == "input" else []
-        inputs = [*bwd_kwargs["input_values"], *run.leaves.values(), *vectors]
-        bwd_kwargs = {**bwd_kwargs, "input_values": inputs}
+        bwd_kwargs = {**bwd_kwargs, "input_values": [*inputs, *leaves, *vectors]}
         if not self.is_last:
-            bwd_kwargs["stage_output"], bwd_kwargs["output_grads"] = self._begin(
-                run, bwd_kwargs["stage_output"], bwd_kwargs["output_grads"]
+            sent, back = bwd_kwargs["stage_output"], bwd_kwargs["output_grads"]
+            bwd_kwargs["stage_output"], bwd_kwargs["output_grads"] = self.blocks.begin_backward(
+                microbatch, sent, back, self._received.pop(microbatch, ())
             )
         gradients, groups = super().backward_maybe_with_nosync(
             backward_type, bwd_kwargs, *args, **kwargs
         )
-        self._hand_back(run.leaves, gradients[count : count + len(run.leaves)])
-        if vectors:
-            groups = _without(groups, vectors)
-        return gradients[:count], groups
+        rest = gradients[len(inputs) : len(inputs) + len(leaves)]
+        to_send = self.blocks.end_backward(microbatch, rest)
+        if to_send:
+            self._to_send[microbatch] = to_send
+        return gradients[: len(inputs)], _without(groups, vectors) if vectors else groups
 
     def _vectors(self) -> list[Tensor]:
         return [p for p in self.submod.parameters() if p.dim() == 1 and p.requires_grad]
 
-    def _begin(
-        self, run: _Run, outputs: tuple[Tensor, ...], gradients: tuple[Tensor | None, ...]
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
-        """Outputs and their gradients, with those of blocks that went another way."""
-        outputs, gradients = list(outputs), list(gradients)
-        slots = {
-            block: slot for slot, block in enumerate((*self._hop.blocks, self._stage.finishes))
-        }
-        for entry in self._stage.gradients:
-            if not entry.begins_with:
-                continue
-            block, slot = entry.block, slots.get(entry.block)
-            left = run.received.pop(block, None)
-            if left is None:
-                left = self.blocks.take_gradient(self._microbatch, block)
-            if left is None:
-                continue
-            if slot is None:
-                outputs.append(run.blocks[block])
-                gradients.append(left)
-            else:
-                sent_back = gradients[slot]
-                gradients[slot] = left if sent_back is None else left + sent_back
-        return tuple(outputs), tuple(gradients)
-
-    def _hand_back(self, leaves: dict[int, Tensor], gradients: tuple[Tensor | None, ...]) -> None:
-        """Gradients of blocks that the rank had: to its earlier stage, or to the one before."""
-        ways = {entry.block: entry.goes_to for entry in self._stage.gradients}
-        for (block, leaf), gradient in zip(leaves.items(), gradients, strict=True):
-            if not leaf.requires_grad:
-                continue
-            if gradient is None:
-                gradient = torch.zeros_like(leaf)
-            if ways[block] == "previous" and self._hop_before.crosses:
-                self._to_send.setdefault(self._microbatch, []).append(gradient.contiguous())
-            else:
-                self.blocks.leave_gradient(self._microbatch, block, gradient)
-
     def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         """As torch's, and gradients of blocks that the rank had."""
         ops = super().get_bwd_send_ops(bwd_chunk_id)
-        gradients = self._to_send.pop(bwd_chunk_id, ())
-        if gradients:
-            peer = self._resolve_peer_global_rank(self.stage_index - 1)
-            ops += [dist.P2POp(dist.isend, tensor, peer, self.group) for tensor in gradients]
-        return ops
+        gradients = self._to_send.pop(bwd_chunk_id, [])
+        return ops + self._ops(dist.isend, gradients, self.stage_index - 1)
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         """As torch's, and gradients of blocks that the next rank had."""
@@ -325,18 +209,18 @@ class AttentionResidualsStage(_PipelineStage):
             return []
         self._make_buffers(self.grad_recv_info[bwd_chunk_id])
         ops = super().get_bwd_recv_ops(bwd_chunk_id)
-        if not self._hop.crosses:
-            return ops
-        run, peer = self._runs[bwd_chunk_id], None
-        for block in self._hop.gradients:
-            if block in self._hop.blocks or not run.blocks[block].requires_grad:
-                continue
-            peer = self._resolve_peer_global_rank(self.stage_index + 1) if peer is None else peer
-            like = run.blocks[block]
-            buffer = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-            run.received[block] = buffer
-            ops.append(dist.P2POp(dist.irecv, buffer, peer, self.group))
-        return ops
+        expected = self.blocks.not_sent(bwd_chunk_id)
+        received = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in expected]
+        self._received[bwd_chunk_id] = received
+        return ops + self._ops(dist.irecv, received, self.stage_index + 1)
+
+    def _ops(
+        self, operation: Callable[..., Any], tensors: list[Tensor], stage: int
+    ) -> list[dist.P2POp]:
+        if not tensors:
+            return []
+        peer = self._resolve_peer_global_rank(stage)
+        return [dist.P2POp(operation, tensor, peer, self.group) for tensor in tensors]
 
     # Schedules go through the motions of a backward in evaluation, too, and torch's stages refuse
     # to hand gradients to a neighbour on the same rank there.
@@ -358,7 +242,7 @@ class AttentionResidualsStage(_PipelineStage):
         """As torch's; drops what a step that did not end left."""
         super().clear_runtime_states()
         self.blocks.clear()
-        self._runs.clear()
+        self._received.clear()
         self._to_send.clear()
 
     def _prepare_forward_infra(self, *args: Any, **kwargs: Any) -> Any:
@@ -391,7 +275,6 @@ class AttentionResidualsStage(_PipelineStage):
                 buffer.copy_(before)
         self._before_trial = []
         self.blocks.clear(_TRIAL)
-        self._runs.pop(_TRIAL, None)
 
 
 def _release_buffers(received: tuple[Any, ...]) -> None:
@@ -405,12 +288,3 @@ def _without(groups: list[dict[str, Any]], parameters: list[Tensor]) -> list[dic
     for group in groups:
         group["params"] -= done
     return [group for group in groups if group["params"]]
-
-
-def _dense(tensor: Tensor) -> Tensor:
-    """Fit to be sent, and to be detached in place."""
-    if not tensor.requires_grad:
-        tensor = tensor.detach()
-    if tensor._is_view() or not tensor.is_contiguous():
-        tensor = tensor.clone(memory_format=torch.contiguous_format)
-    return tensor
