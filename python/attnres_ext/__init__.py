@@ -9,11 +9,13 @@ from attnres_ext.ops import (
     merge_partial,
 )
 from attnres_ext.residual import AttentionResiduals
+from attnres_ext.suspended import SuspendedPass
 from attnres_ext.version import __version__
 
 __all__ = [
     "AttentionResiduals",
     "BlockCache",
+    "SuspendedPass",
     "__version__",
     "accumulate_depth_attention",
     "depth_attention",

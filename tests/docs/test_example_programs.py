@@ -120,3 +120,17 @@ def test_dtensor_residual(tmp_path):
     assert len(losses) == 5
     assert all(float(alone) == pytest.approx(float(parts), abs=2e-4) for alone, parts in losses)
     assert float(losses[-1][1]) < 0.6 * float(losses[0][1])
+
+
+def test_pipeline(tmp_path):
+    shown = run_in_processes(
+        "pipeline.py",
+        2,
+        *("--schedule", "ZBVZeroBubble", "--sublayers", "11", "--steps", "4"),
+        folder=tmp_path,
+    )
+    losses = [float(loss) for loss, _ in losses_shown(shown)]
+    assert len(losses) == 4
+    assert losses[-1] < losses[0] - 0.5
+    assert shown.count("the same bits") == 4
+    assert "4 stages on 2 ranks; hops carry 6 tensors a microbatch, 9 without a cache" in shown
