@@ -133,4 +133,4 @@ def test_pipeline(tmp_path):
     assert len(losses) == 4
     assert losses[-1] < losses[0] - 0.5
     assert shown.count("the same bits") == 4
-    assert "4 stages on 2 ranks; hops carry 6 tensors a microbatch, 9 without a cache" in shown
+    assert "4 stages on 2 ranks; hops carry 4 tensors a microbatch, 6 without a cache" in shown

@@ -110,7 +110,7 @@ def train(rank, case):
     }
 
 
-def alone(case, in_pieces=False):
+def alone(case, in_pieces=False, steps=(1, 2)):
     """The same in one process; in pieces, where a cut block's phase 1 runs in each of them."""
     model = case.model()
     if in_pieces:
@@ -118,7 +118,7 @@ def alone(case, in_pieces=False):
         runs = lambda x: reduce(lambda x, part: part(x), parts, x)  # noqa: E731
     else:
         parts, runs = [model], model
-    losses = [loss for seed in (1, 2) for loss in train_alone(runs, case.num_microbatches, seed)]
+    losses = [loss for seed in steps for loss in train_alone(runs, case.num_microbatches, seed)]
     return losses, {
         (index, name): parameter.grad
         for index, part in enumerate(parts)
