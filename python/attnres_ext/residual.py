@@ -403,4 +403,6 @@ class AttentionResiduals(nn.Module):
             text += (
                 f", sublayers_per_block={self.sublayers_per_block}, num_blocks={self.num_blocks}"
             )
+        if len(self.sites) < self.num_sites:
+            text += f", sites {describe_sites(self.sites)}"
         return text
