@@ -111,8 +111,8 @@ def train(whole: GPT, part: GPT, parallel: SequenceParallel, steps: int, length:
         alone = whole.loss(whole(whole.residual.start(whole.embed(ids))), targets)
         alone.backward()
 
-        state = parallel.start(part.embed(shards.part(ids, 1)), shards)
-        loss = part.loss(part(state), shards.part(targets, 1))
+        state = parallel.start(part.embed(shards.part(ids, dim=1)), shards)
+        loss = part.loss(part(state), shards.part(targets, dim=1))
         loss.backward()
         parallel.reduce_gradients(shared)
 
@@ -136,7 +136,7 @@ def prefill(whole: GPT, part: GPT, parallel: SequenceParallel, length: int, chun
     for begin in range(0, length, chunk):
         tokens = ids[:, begin : begin + chunk]
         shards = parallel.shards(tokens.shape[1])
-        own = shards.part(tokens, 1)
+        own = shards.part(tokens, dim=1)
         state = parallel.start(part.embed(own), shards, cache.resized(own.shape))
         found.append(shards.gather(part(state, past)))
     apart = (torch.cat(found, 1) - expected).abs().max()

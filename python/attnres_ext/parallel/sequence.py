@@ -33,11 +33,11 @@ class SequenceParallel:
 
         parallel = SequenceParallel(residual, group)
         shards = parallel.shards(ids.shape[1])
-        state = parallel.start(embed(shards.part(ids, 1)), shards)
+        state = parallel.start(embed(shards.part(ids, dim=1)), shards)
         for site, (norm, sublayer) in enumerate(sublayers):
             state.write(sublayer(state.read(site, norm.weight, norm.eps)))
         hidden = state.read_output(final_norm.weight, final_norm.eps)
-        loss(head(hidden), shards.part(targets, 1)).backward()
+        loss(head(hidden), shards.part(targets, dim=1)).backward()
         parallel.reduce_gradients([embed.weight, head.weight, *norm_weights])
 
     Args:
