@@ -75,6 +75,32 @@ def leaves_frozen_parameters_alone(rank):
     assert part.residual.queries[2].grad.abs().max() > 0
 
 
+def goes_on_elsewhere(rank):
+    """In two pieces, as the stages of a pipeline whose ranks are themselves groups."""
+    whole = whole_model()
+    part = part_of(whole, rank, WORLD)
+    ((ids, targets),) = examples(7)
+    whole.loss(whole(whole.residual.start(whole.embed(ids))), targets).backward()
+    parallel = SequenceParallel(part.residual)
+    shards = parallel.shards(7)
+    state = parallel.start(part.embed(shards.part(ids, dim=1)), shards)
+    for site in range(3):
+        part.layer(state, site)
+    suspended = state.suspend()
+    received = suspended.detach()
+    with pytest.raises(ValueError, match=r"resume: suspended.tensors\[0\] has shape"):
+        parallel.resume(received, parallel.shards(40))
+    state = parallel.resume(received, shards)
+    for site in range(3, SUBLAYERS):
+        part.layer(state, site)
+    hidden = state.read_output(part.norms[-1].weight, part.norms[-1].eps)
+    part.loss(hidden, shards.part(targets, dim=1)).backward()
+    suspended.backward(received.gradients)
+    parallel.reduce_gradients(part.used_on_shards())
+    for (name, actual), expected in zip(part.named_parameters(), whole.parameters(), strict=True):
+        close(actual.grad, own_channels(name, expected.grad, rank, WORLD))
+
+
 def other_layouts(rank):
     """Tokens first, as Megatron has them; tokens alone; a mesh in the place of a group."""
     mesh = dist.device_mesh.init_device_mesh("cpu", (WORLD,))
@@ -172,7 +198,8 @@ def test_training(four, length):
 
 
 @pytest.mark.parametrize(
-    "function", [leaves_frozen_parameters_alone, other_layouts, keeps_its_part, refuses]
+    "function",
+    [leaves_frozen_parameters_alone, goes_on_elsewhere, other_layouts, keeps_its_part, refuses],
 )
 def test_shards(four, function):
     four.run(function)

@@ -22,6 +22,7 @@ from attnres_ext.parallel.shards import SequenceShards
 from attnres_ext.randomness import register_as_argument
 from attnres_ext.residual import AttentionResiduals
 from attnres_ext.residual_state import ResidualState
+from attnres_ext.suspended import SuspendedPass
 
 __all__ = ["SequenceParallel", "SequenceState"]
 
@@ -93,6 +94,24 @@ class SequenceParallel:
         """
         shards.check_part("start: embedding", embedding)
         return SequenceState(self.residual.start(embedding, cache), shards)
+
+    def resume(
+        self, suspended: SuspendedPass, shards: SequenceShards, cache: BlockCache | None = None
+    ) -> SequenceState:
+        """Goes on with a forward pass that was suspended (:meth:`SequenceState.suspend`), as the
+        next stage of a pipeline does.
+
+        Args:
+            suspended: Where it stopped: tensors of this rank's tokens.
+            shards: Where tokens lie.
+            cache: As for :meth:`start`.
+
+        Raises:
+            ValueError: If ``suspended`` or ``cache`` does not fit.
+        """
+        for index, tensor in enumerate(suspended.tensors):
+            shards.check_part(f"resume: suspended.tensors[{index}]", tensor)
+        return SequenceState(self.residual.resume(suspended, cache), shards)
 
     def new_cache(
         self,
@@ -203,6 +222,11 @@ class SequenceState:
         Arguments and errors as for :meth:`ResidualState.read_output`.
         """
         return self.local.read_output(norm_weight, norm_eps)
+
+    def suspend(self) -> SuspendedPass:
+        """Stops between two sites: this rank's tokens, and errors, as for
+        :meth:`ResidualState.suspend`."""
+        return self.local.suspend()
 
 
 register_as_argument(SequenceState)
