@@ -11,9 +11,10 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
 
-from attnres_ext.parallel import SequenceParallel
-from tests.parallel.sharded_model import VOCABULARY, own_channels, part_of, whole_model
+from attnres_ext.parallel import SequenceParallel, support_dtensor
+from tests.parallel.sharded_model import HIDDEN, VOCABULARY, own_channels, part_of, whole_model
 
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
@@ -133,3 +134,48 @@ def on_a_plane(rank):
 
 def test_with_sequence_parallelism(four):
     four.run(on_a_plane)
+
+
+class Stack(nn.Module):
+    """Sublayers that work on tokens alone, so that they stay sharded throughout."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.residual, self.norms, self.sublayers = model.residual, model.norms, model.sublayers
+
+    def forward(self, x):
+        state = self.residual.start(x)
+        for site, sublayer in enumerate(self.sublayers):
+            norm = self.norms[site]
+            hidden = state.read(site, norm.weight, norm.eps)
+            state.write(sublayer.down(sublayer.up(hidden).tanh()))
+        return state.read_output(self.norms[-1].weight, self.norms[-1].eps)
+
+
+def on_dtensors(rank):
+    """Gradients of queries are partial over tokens and over replicas: FSDP reduces both."""
+    support_dtensor()
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    replica, _ = mesh.get_coordinate()
+    generator = torch.Generator().manual_seed(7)
+    batches = torch.randn(2, 2, 5, HIDDEN, generator=generator, dtype=torch.float64).unbind()
+    whole, stack = Stack(whole_model()), Stack(whole_model())
+    for x in batches:
+        (whole(x).square().sum() / 2).backward()
+    distribute_module(stack, mesh["tensor"])
+    fully_shard(stack.residual, mesh=mesh["data"], reshard_after_forward=False)
+    register_fsdp_forward_method(stack.residual, "start")
+    fully_shard(stack, mesh=mesh["data"])
+    shard = distribute_tensor(batches[replica], mesh["tensor"], [Shard(1)])
+    hidden = stack(shard)
+    assert hidden.placements == (Shard(1),)
+    hidden.full_tensor().square().sum().backward()
+    for actual, expected in zip(stack.parameters(), whole.parameters(), strict=True):
+        tolerance = 1e-5 if expected.dtype == torch.float32 else 1e-12
+        torch.testing.assert_close(
+            actual.grad.full_tensor(), expected.grad, rtol=tolerance, atol=tolerance
+        )
+
+
+def test_with_dtensor(four):
+    four.run(on_dtensors)
