@@ -236,6 +236,20 @@ def test_compiled_where_the_sublayer_comes_first_in_the_addition():
         tiny_models.assert_same(compiled(ids, use_cache=False).logits, model(ids).logits)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_exported(name, strict):
+    """With any number of tokens."""
+    model, ids = attached(name, num_hidden_layers=2), tiny_models.tokens(2, 9)
+    inputs = {"input_ids": ids, "use_cache": False}
+    tokens = {"input_ids": {1: torch.export.Dim("tokens", min=2, max=60)}, "use_cache": None}
+    with torch.no_grad():
+        program = torch.export.export(model, (), inputs, dynamic_shapes=tokens, strict=strict)
+        other = inputs | {"input_ids": tiny_models.tokens(2, 23)}
+        actual, expected = program.module()(**other).logits, model(**other).logits
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "phi"])
 def test_layers_compiled_one_by_one(name):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, jvp
 
 from attnres_ext.models.kimi_linear import KimiLinearForCausalLM, presets
@@ -46,10 +47,24 @@ def test_transforms_count_no_tokens():
     assert not any(load.any() for load in loads)
 
 
-def test_export():
-    """Without routed experts, whose shapes depend on the tokens."""
-    model, ids = make_model(first_k_dense_replace=4)
+@pytest.mark.parametrize("routed", [False, True])
+def test_export(routed):
+    """With any number of sequences, and whatever experts their tokens go to."""
+    model, ids = make_model(**({} if routed else {"first_k_dense_replace": 4}))
+    ids, batch = ids.repeat(2, 1), torch.export.Dim("batch", min=2, max=64)
     with torch.no_grad():
-        program = torch.export.export(model.eval(), (ids,), strict=False)
-    other = torch.randint(200, ids.shape)
-    torch.testing.assert_close(program.module()(other).logits, model(other).logits)
+        program = torch.export.export(
+            model.eval(), (ids,), strict=False, dynamic_shapes={"input_ids": {0: batch}}
+        )
+    # The second has tokens of one kind: some experts get none.
+    for other in (torch.randint(200, (3, 24)), torch.full((5, 24), 7)):
+        torch.testing.assert_close(program.module()(other).logits, model(other).logits)
+
+
+def test_a_trace_leaves_nothing_behind():
+    """What a model computes with after it was traced is real, whatever it was traced first."""
+    model, ids = make_model(first_k_dense_replace=4)
+    ids = ids[:, :5]  # short chunks, which no other test makes
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        model(mode.from_tensor(ids))
+    assert type(model(ids).logits) is torch.Tensor

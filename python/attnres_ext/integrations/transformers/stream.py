@@ -8,6 +8,7 @@ copied.
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,14 @@ if TYPE_CHECKING:
 
 __all__ = ["MisfitError", "Stream", "StreamLike"]
 
-_ADDITIONS = (torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__)
+# A tracer says `operator.add` for the plain sign.
+_ADDITIONS = (
+    operator.add,
+    torch.add,
+    torch.Tensor.add,
+    torch.Tensor.__add__,
+    torch.Tensor.__radd__,
+)
 
 
 class MisfitError(RuntimeError):

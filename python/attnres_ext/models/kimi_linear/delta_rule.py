@@ -25,8 +25,6 @@ strong the gate. log2(C) levels of matrix products cover all pairs once.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -253,22 +251,16 @@ def _cross(scores: Tensor, half: int) -> Tensor:
     return tiles.diagonal(dim1=2, dim2=4)[:, :, half:, :half]
 
 
-# Made once, outside inference mode: tensors born inside it could never take part in training.
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)
+# Made anew at each call: a kept one could come from a trace or a captured graph, whose tensors are
+# nobody else's.
 def _level_mask(chunk: int, half: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """0/1 matrix ``[C, C]``: sums from each token to the middle of its block of ``2 * half``."""
     token = torch.arange(chunk, device=device)
-    middle = token // (2 * half) * (2 * half) + half - 1  # the last token before it
-    middle = middle.unsqueeze(-1)
-    row, column = token.unsqueeze(-1), token.unsqueeze(0)
-    before = (row < column) & (column <= middle)
-    behind = (middle < column) & (column <= row)
-    return (before | behind).to(dtype)
+    middle = (token | (2 * half - 1)) - half  # the last token before it
+    after, until = torch.minimum(token, middle), torch.maximum(token, middle)
+    return ((token > after.unsqueeze(-1)) & (token <= until.unsqueeze(-1))).to(dtype)
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)
 def _prefix_masks(chunk: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """0/1 matrices ``[C, C]`` that sum up to and including each token, and after it."""
     until = torch.ones(chunk, chunk, dtype=torch.bool, device=device).tril()

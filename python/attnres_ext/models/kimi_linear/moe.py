@@ -83,17 +83,24 @@ class KimiExperts(nn.Module):
 
     def one_by_one(self, x: Tensor, load: Tensor) -> Tensor:
         """An expert's work is one slice of the rows and three matrix products."""
+        counts = load.tolist()
+        # A graph is for every load: no expert is left out of it.
+        unknown = any(isinstance(count, torch.SymInt) for count in counts)
+        if unknown:
+            for count in counts:
+                torch._check(count >= 0)
+            torch._check(sum(counts) == x.shape[0])
         outs = [
             F.linear(F.silu(F.linear(rows, gate)) * F.linear(rows, up), down)
             for rows, gate, down, up in zip(
-                x.split(load.tolist()),
+                x.split(counts),
                 # Unbound together: their gradients are stacked once.
                 self.w1.unbind(0),
                 self.w2.unbind(0),
                 self.w3.unbind(0),
                 strict=True,
             )
-            if rows.shape[0]
+            if unknown or rows.shape[0]
         ]
         return torch.cat(outs)
 
