@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from attnres_ext import _native, fake, flops, reference  # noqa: F401  (registers the operators and what torch asks of them)
+from attnres_ext import _native, fake, flops, reference, transforms  # noqa: F401  (registers the operators and what torch asks of them)
 from attnres_ext.autograd import (
     AccumulateDepthAttention,
     DepthAttention,

@@ -22,6 +22,7 @@ from torch.utils import _python_dispatch, _pytree  # noqa: F401  (found by name 
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 __all__ = [
+    "TRANSFORMS",
     "BelowAutograd",
     "FakeTensorMode",
     "StopRecomputation",
@@ -87,6 +88,9 @@ StopRecomputation: type[Exception] = _find("utils.checkpoint._StopRecomputationE
 #: Whether saved tensors may be given hooks.
 may_have_hooks: Callable[[], bool] = _find("_C._autograd._saved_tensors_hooks_is_enabled")
 
+#: Under this name an operator may have a kernel that function transforms run instead of it.
+TRANSFORMS: str = _find("_C.DispatchKey.FuncTorchDynamicLayerFrontMode").name
+
 _top_hooks = _find("_C._autograd._top_saved_tensors_default_hooks")
 _has_transforms = _find("_C._are_functorch_transforms_active")
 _modes = _find("utils._python_dispatch._get_current_dispatch_mode_stack")
@@ -151,11 +155,16 @@ def saving_hook() -> Callable | None:
     return None if hooks is None else hooks[0]
 
 
+@torch.compiler.assume_constant_result  # torch guards what transforms a graph is traced under
+def _is_traced_under_transforms() -> bool:
+    return _has_transforms()
+
+
 def is_transformed() -> bool:
-    """Whether a function transform or forward-mode differentiation is under way; a graph that is
-    being traced is not asked."""
+    """Whether a function transform or forward-mode differentiation is under way; of the latter, a
+    graph that is being traced is not asked."""
     if torch.compiler.is_compiling():
-        return False
+        return _is_traced_under_transforms()
     return _has_transforms() or forward_ad._current_level >= 0
 
 

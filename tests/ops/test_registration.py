@@ -456,6 +456,28 @@ def test_functorch(function: Any, transform: str) -> None:
     right_or_refused(lambda: run(ops), lambda: run(reference))
 
 
+@pytest.mark.parametrize("name", [n for n in forward_calls("cpu", False) if "stats" not in n])
+@pytest.mark.parametrize("backend", [None, "eager", "aot_eager"])
+def test_transforms_of_operators(name: str, backend: str | None) -> None:
+    """As ``torch.ops.attnres`` has them, and in a graph, too."""
+    op = getattr(torch.ops.attnres, name.split()[0]).default
+    call = list(forward_calls("cpu", False)[name])
+    position = next(i for i, a in enumerate(op._schema.arguments) if a.name in ("query", "queries"))
+
+    def loss(query: Tensor) -> Tensor:
+        out = op(*call[:position], query, *call[position + 1 :])
+        return (out[0] if isinstance(out, tuple) else out).square().sum()
+
+    queries = torch.stack([call[position], -2 * call[position]])
+    transformed = torch.func.vmap(torch.func.grad(loss))
+    if backend:
+        torch._dynamo.reset()
+        transformed = torch.compile(transformed, backend=backend, fullgraph=True)
+    leaf = learnt(queries)
+    (expected,) = torch.autograd.grad(sum(map(loss, leaf)), leaf)
+    torch.testing.assert_close(transformed(queries), expected, rtol=1e-4, atol=1e-5)
+
+
 @each_function
 def test_forward_mode(function: Any) -> None:
     """Forward-mode derivatives are right or refused, not dropped."""
