@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from attnres_ext.models.kimi_linear import delta_rule
 from attnres_ext.models.kimi_linear.delta_rule import (
     chunk_gated_delta_rule,
     recurrent_gated_delta_rule,
@@ -124,8 +123,6 @@ def test_chunk_size_must_be_a_power_of_two():
 
 def test_inference_mode_leaves_nothing_behind_that_training_cannot_use():
     inputs = make_inputs(12)
-    delta_rule._level_mask.cache_clear()
-    delta_rule._prefix_masks.cache_clear()
     with torch.inference_mode():
         chunk_gated_delta_rule(*inputs)
     values_and_gradients(chunk_gated_delta_rule, inputs)
