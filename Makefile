@@ -16,13 +16,14 @@ SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.to
 export OMP_WAIT_POLICY ?= passive
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help demo test test-processors wheel lint format kernels bench results gpu-check clean
+.PHONY: help demo test test-processors test-oldest wheel lint format kernels bench results gpu-check clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo     train a small model on real text, generate, benchmark; results in runs/demo"
 	@echo "make test     build everything and run all tests and lints"
 	@echo "make test-processors  tests of what computes, as processors with narrower vectors would run them"
+	@echo "make test-oldest  tests of what computes, with the oldest Python, torch and transformers (OLDEST_PYTHON, default python3.10)"
 	@echo "make wheel    build a wheel into dist/"
 	@echo "make bench    benchmark the operators on the CPU; results in runs/bench"
 	@echo "make gpu-check  everything on an NVIDIA GPU, in nine minutes; a record in benchmarks/results"
@@ -84,6 +85,22 @@ test-processors: build/test.stamp
 	OMP_NUM_THREADS=1 $(SSE) python -m pytest -n 2 --dist worksteal $(COMPUTING) $(PYTEST_ARGS)
 	@if ! grep -qs avx512f /proc/cpuinfo; then exit; fi; set -x; \
 	  OMP_NUM_THREADS=1 $(AVX2) python -m pytest -n 2 --dist worksteal $(COMPUTING) $(PYTEST_ARGS)
+
+# The oldest Python, torch, transformers and tools that the package says it works with. torch of
+# that age brings its CUDA libraries where PyPI has it from: some 7 GB.
+OLDEST_PYTHON ?= python3.10
+OLDEST := .venv-oldest
+$(OLDEST)/test.stamp: requirements/oldest.txt
+	@echo "Creating $(OLDEST) and installing the oldest of everything"
+	@$(OLDEST_PYTHON) -m venv $(OLDEST)
+	@$(OLDEST)/bin/python -m pip --disable-pip-version-check --quiet install -r requirements/oldest.txt
+	@touch $@
+
+test-oldest: $(OLDEST)/test.stamp
+	PATH=$(CURDIR)/$(OLDEST)/bin:$$PATH ATTNRES_CUDA=OFF python -m pip --disable-pip-version-check --quiet install \
+	  --no-build-isolation --no-deps .
+	PATH=$(CURDIR)/$(OLDEST)/bin:$$PATH OMP_NUM_THREADS=1 python -m pytest -n 2 --dist worksteal $(COMPUTING) tests/compat \
+	  tests/packaging/test_torch_names.py $(PYTEST_ARGS)
 
 wheel: $(VENV)/run.stamp
 	$(BIN)/python -m pip --disable-pip-version-check wheel --no-build-isolation --no-deps --wheel-dir dist .

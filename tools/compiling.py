@@ -63,10 +63,11 @@ def measure(residual: str, way: str) -> dict[str, float]:
 
 
 def table() -> str:
+    """The rows of all residuals and ways, and what they were measured on."""
     rows = [
-        f"A Llama of {LAYERS} layers, D {HIDDEN}, 2 x {TOKENS} tokens, float32, forward and backward on "
-        f"{torch.get_num_threads()} threads of a CPU, torch {torch.__version__}, {date.today()} "
-        "(`python tools/compiling.py`):",
+        f"A Llama of {LAYERS} layers, D {HIDDEN}, 2 x {TOKENS} tokens, float32, forward and "
+        f"backward on {torch.get_num_threads()} threads of a CPU, torch {torch.__version__}, "
+        f"{date.today()} (`python tools/compiling.py`):",
         "",
         "| residual | compiled | graphs | first step, s | steps per second |",
         "|---|---|---:|---:|---:|",
@@ -89,6 +90,7 @@ def table() -> str:
 
 
 def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--row", nargs=2, metavar=("RESIDUAL", "COMPILED"), help="one row, as JSON")
     row = parser.parse_args().row
