@@ -78,6 +78,8 @@ class Loop:
 
 #: What a warp that computes does with every row of a tile: score it, mix it, write the mix.
 TILE_PASS = ("HMMA.1688.", "HMMA.16816.", "STG.")
+#: What a warp that merges does with every row: load it, find the logit, write what it makes of it.
+MERGE_PASS = ("LDG.E.NA.128", "MUFU.RSQ", "STG.E.128")
 
 
 @dataclass
@@ -94,7 +96,8 @@ class Kernel:
     constant: int = 0
     opcodes: Counter[str] = field(default_factory=Counter)
     loops: list[Loop] = field(default_factory=list)
-    #: Instructions of the shortest way round a loop that does all of ``TILE_PASS``, or None.
+    #: Instructions of the shortest way round a loop that does all of ``TILE_PASS``, or of
+    #: ``MERGE_PASS``, or None.
     row_instructions: int | None = None
     #: The fewest loads of matrices under way when the first product behind them starts.
     matrix_loads_ahead: int | None = None
@@ -123,6 +126,11 @@ class Kernel:
     def remote_stores(self) -> int:
         """Stores to the shared memory of another CTA of the cluster."""
         return count(self.opcodes, "STAS")
+
+    @property
+    def row_loads(self) -> int:
+        """Loads of 16 bytes that are read once."""
+        return self.opcodes["LDG.E.NA.128"]
 
     def async_copies(self, *, wide: bool) -> int:
         """Asynchronous copies by a thread, of 16 bytes (wide) or of fewer."""
@@ -327,6 +335,8 @@ def read_kernels(library: Path) -> list[Kernel]:
             blocks, followers = find_blocks(code[key])
             kernel.row_instructions = shortest_pass(blocks, followers, TILE_PASS)
             kernel.matrix_loads_ahead = fewest_loads_ahead(blocks)
+        elif kernel.row_loads:
+            kernel.row_instructions = shortest_pass(*find_blocks(code[key]), MERGE_PASS)
         kernel.name = readable[kernel.name]
     return sorted(kernels.values(), key=lambda k: (int(re.sub(r"\D", "", k.arch)), k.name))
 
@@ -358,7 +368,8 @@ def table(kernels: list[Kernel]) -> str:
             for loop in k.loops
         )
         if k.row_instructions is not None:
-            loops = f"{k.row_instructions} a row, {k.matrix_loads_ahead} LDSM ahead; {loops}"
+            ahead = "" if k.matrix_loads_ahead is None else f", {k.matrix_loads_ahead} LDSM ahead"
+            loops = f"{k.row_instructions} a row{ahead}; {loops}"
         numbers = [k.registers, k.stack, k.spills, k.shared, k.constant, k.instructions]
         rows.append([k.arch, k.name, *map(str, numbers), copies or "in place", loops])
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]

@@ -55,6 +55,16 @@ TILE_REGISTERS = 96
 TILE_ROW_INSTRUCTIONS = {columns: 125 + 40 * columns // 64 for columns in (64, 128, 192, 256)}
 #: Storage, and whether there is an output norm.
 BACKWARD_TILE = re.compile(r"depth_attention_tile_bwd_kernel<(?P<storage>\w+), (?P<norm>\w+)>")
+#: Storage, and chunks of a lane.
+MERGE = re.compile(r"merge_partial_(?P<way>fwd|bwd)_kernel<(?P<storage>\w+), (?P<chunks>\d)>")
+#: kMergeChoices and kMergeBackwardChoices in csrc/cuda/merge_partial/config.hpp: threads of a CTA,
+#: by chunks.
+MERGE_THREADS = {"fwd": {1: 1024, 3: 512, 4: 512}, "bwd": {1: 640, 2: 512}}
+#: Rows that merging loads.
+MERGE_LOADS = {"fwd": 3, "bwd": 4}
+#: Instructions that a warp may spend on a row without delta, norm or what gradients are added to:
+#: for each chunk, and whatever its chunks.
+MERGE_ROW_INSTRUCTIONS = {"fwd": (50, 200), "bwd": (310, 180)}
 
 
 tool = load_tool("kernels")
@@ -149,7 +159,7 @@ def with_policies(kernels: list) -> list[tuple]:
     """The kernels that take rows, each with the parts of its name."""
     found = []
     for kernel in kernels:
-        others = (WEIGHT_GRADIENT, INTER_BLOCK, TILE, BACKWARD_TILE)
+        others = (WEIGHT_GRADIENT, INTER_BLOCK, TILE, BACKWARD_TILE, MERGE)
         if any(other.fullmatch(kernel.name) for other in others):
             continue
         parts = DEPTH_ATTENTION.fullmatch(kernel.name)
@@ -167,6 +177,12 @@ def inter_block(kernels: list) -> list[tuple]:
 def tiles(kernels: list) -> list[tuple]:
     """The kernels of the tensor-core tile, each with the parts of its name."""
     matches = [(kernel, TILE.fullmatch(kernel.name)) for kernel in kernels]
+    return [(kernel, parts) for kernel, parts in matches if parts is not None]
+
+
+def merges(kernels: list) -> list[tuple]:
+    """The kernels that merge, each with the parts of its name."""
+    matches = [(kernel, MERGE.fullmatch(kernel.name)) for kernel in kernels]
     return [(kernel, parts) for kernel, parts in matches if parts is not None]
 
 
@@ -199,6 +215,8 @@ def test_every_architecture_has_every_kernel(kernels) -> None:
         "depth_attention_fwd": 13,
         "depth_attention_bwd": 7,
         "depth_attention_weight_gradient": 2,
+        "merge_partial_fwd": 6,
+        "merge_partial_bwd": 4,
         "inter_block_attention_fwd": 7,
         "inter_block_attention_bwd": 5,
         "inter_block_attention_weight_gradient": 2,
@@ -387,3 +405,19 @@ def test_the_backward_s_tile_keeps_its_budget(kernels) -> None:
         # for a row, whatever its columns.
         instructions = products.instructions + gradients.instructions + 100
         assert instructions * 32 <= 6 * (3 * 10 + 1) * 192, f"{name}: {instructions}"
+
+
+def test_merging_keeps_a_row_in_registers(kernels) -> None:
+    assert merges(kernels) != []
+    for kernel, parts in merges(kernels):
+        name = f"{kernel.arch} {kernel.name}"
+        way, chunks = parts["way"], int(parts["chunks"])
+        allocated = -(-kernel.registers // 8) * 8
+        assert allocated * MERGE_THREADS[way][chunks] <= 65536, name
+        assert kernel.constant <= 4096, name
+        # The first row's loads, and the next one's, 16 bytes at a time; what gradients are added to
+        # is loaded with its own row.
+        assert kernel.row_loads == (2 * MERGE_LOADS[way] - (way == "bwd")) * chunks, name
+        of_chunk, of_row = MERGE_ROW_INSTRUCTIONS[way]
+        assert kernel.row_instructions is not None, name
+        assert kernel.row_instructions <= of_row + of_chunk * chunks, name

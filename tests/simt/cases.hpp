@@ -86,7 +86,7 @@ struct Report {
   int64_t num_ctas = 0;
   int64_t shared_bytes = 0;
   int64_t cluster_size = 0;
-  int64_t warps = 0;  // that compute, and their columns, in a tile
+  int64_t warps = 0;  // that compute in a tile, or merge a row, and their columns
   int64_t columns = 0;
   MatrixTraffic matrices = {};
 };
@@ -176,6 +176,14 @@ struct Launch {
                 shape.cluster_size,
                 args.config.warps,
                 args.config.columns};
+    } else if constexpr (requires { args.config.teams; }) {
+      report = {.resident = true,
+                .num_spans = 1,
+                .num_threads = shape.num_threads,
+                .num_ctas = shape.num_ctas,
+                .shared_bytes = shape.shared_bytes,
+                .warps = args.config.warps,
+                .columns = 256 * args.config.chunks};
     } else if constexpr (requires { args.tile; }) {
       report = {args.tile.slot_bytes > 0, args.tile.resident, args.tile.num_spans,
                 args.tile.num_slots,      shape.num_threads,  shape.num_ctas,

@@ -120,6 +120,7 @@ class Case(Sources):
     order: str = "forward"
     limits: Limits = field(default_factory=Limits)
     keep_mix: bool = True
+    keep_stats: bool = True  # weights, too
     delta: Rows | None = None
     absent_partial: bool = False
     in_place: bool = False
@@ -154,8 +155,8 @@ class Case(Sources):
         outputs = [
             (rows if self.attend else (0,), self.out_dtype),
             (rows if self.attend and self.keep_mix else (0,), self.compute),
-            ((count, tokens), self.compute),
-            ((2 * count + 1, tokens), self.compute),
+            ((count, tokens) if self.keep_stats else (0,), self.compute),
+            ((2 * count + 1, tokens) if self.keep_stats else (0,), self.compute),
             ((0,), self.sources[-1].view.dtype),
             ((0,), self.compute),
         ]

@@ -87,9 +87,19 @@ __device__ __forceinline__ void sync_first_threads(int count) {
   asm volatile("bar.sync 1, %0;" ::"r"(count) : "memory");
 }
 
+// The `count` threads, a multiple of 32, that come to this one of the CTA's barriers 1 to 15.
+__device__ __forceinline__ void sync_threads_at(int barrier, int count) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+
 template <typename T>
 __device__ __forceinline__ T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+// What that lane of the warp has.
+template <typename T>
+__device__ __forceinline__ T shuffle_from(T value, int lane) {
+  return __shfl_sync(0xffffffffu, value, lane);
 }
 
 // Clusters (9.0 and later): neighbouring CTAs that run at the same time and reach one another's
@@ -168,6 +178,21 @@ __device__ __forceinline__ double inverse_square_root(double x) { return rsqrt(x
 template <typename T>
 __device__ __forceinline__ T load_global(const void* p) {
   return *static_cast<const T*>(p);
+}
+
+// 16 bytes of the same that are read once, by one thread: the first-level cache has no use for
+// them.
+template <typename T>
+__device__ __forceinline__ T load_global_once(const void* p) {
+  static_assert(sizeof(T) == 16);
+  uint32_t words[4];
+  asm volatile("ld.global.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "l"(p)
+               : "memory");
+  T value;
+  __builtin_memcpy(static_cast<void*>(&value), words, sizeof(T));
+  return value;
 }
 
 // cp.async (8.0 and later): 16 bytes from global to shared memory. Both addresses are multiples

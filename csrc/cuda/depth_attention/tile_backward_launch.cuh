@@ -61,12 +61,9 @@ inline DepthAttentionBackwardTileArgs make_backward_tile_args(const DepthAttenti
   args.eps = static_cast<float>(p.eps);
   args.out_eps = static_cast<float>(p.out_eps);
   args.scale = static_cast<float>(p.scale);
-  const auto vector = [](const ConstVector& v) {
-    return GainVector{static_cast<const std::byte*>(v.data), v.dtype};
-  };
-  args.query = vector(p.query);
-  args.key_weight = vector(p.key_weight);
-  args.out_weight = vector(p.out_weight);
+  args.query = gain_vector(p.query);
+  args.key_weight = gain_vector(p.key_weight);
+  args.out_weight = gain_vector(p.out_weight);
   args.grad_weights = static_cast<const float*>(p.grad_weights);
   args.parts = p.num_parts > 0 ? static_cast<float*>(p.parts) : nullptr;
   int row = 0;

@@ -66,12 +66,9 @@ inline DepthAttentionTileArgs make_tile_args(const DepthAttentionForward& p,
   args.eps = static_cast<float>(p.eps);
   args.out_eps = static_cast<float>(p.out_eps);
   args.scale = static_cast<float>(p.scale);
-  const auto vector = [](const ConstVector& v) {
-    return GainVector{static_cast<const std::byte*>(v.data), v.dtype};
-  };
-  args.query = vector(p.query);
-  args.key_weight = vector(p.key_weight);
-  args.out_weight = vector(p.out_weight);
+  args.query = gain_vector(p.query);
+  args.key_weight = gain_vector(p.key_weight);
+  args.out_weight = gain_vector(p.out_weight);
   args.known_rstd = static_cast<const float*>(p.known_rstd);
   args.num_known_rstd = p.known_rstd == nullptr ? 0 : p.num_known_rstd;
   args.new_partial = byte_rows<std::byte>(p.new_partial, p.num_tokens);

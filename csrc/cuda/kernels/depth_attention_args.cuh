@@ -12,6 +12,9 @@ struct GainVector {
   const std::byte* data;  // [D] or null
   DType dtype;
 };
+inline GainVector gain_vector(const ConstVector& v) {
+  return {static_cast<const std::byte*>(v.data), dtype_of(v)};
+}
 
 // Room for kCapacity sources: a launch copies all of it, so short lists use a short table.
 template <typename Compute, int kCapacity, typename TeamPolicy>

@@ -219,19 +219,21 @@ auto launch_depth_attention_backward_rows(const DepthAttentionBackward& p,
   return launch_alone();
 }
 
-// Where there are clusters, the tile serves the rows that it can.
+// What merges serves the rows that it can, and where there are clusters so does the tile.
 template <template <typename, int, typename> class Ring, typename Team, typename Launch>
 auto launch_depth_attention_backward(const DepthAttentionBackward& p, const DeviceLimits& limits,
                                      Launch&& launch) {
+  const auto add_up = [&](int num_parts) {
+    return launch_weight_gradients<float>(p, num_parts, launch);
+  };
+  const MergeConfig merge = merge_config_of(p, limits);
+  if (merge.warps > 0) return launch_merge(p, merge, launch, add_up);
   const auto launch_rows = [&] {
     return launch_depth_attention_backward_rows<Ring, Team>(p, limits, launch);
   };
   if constexpr (Team::kIsCluster) {
     const DepthAttentionConfig config = backward_tile_config(p, limits);
     if (config.warps > 0) {
-      const auto add_up = [&](int num_parts) {
-        return launch_weight_gradients<float>(p, num_parts, launch);
-      };
       return launch_depth_attention_backward_tile(p, config, limits, launch, add_up, launch_rows);
     }
   }

@@ -7,6 +7,7 @@
 #include "depth_attention/tile_launch.cuh"
 #include "kernels/depth_attention_fwd.cuh"
 #include "kernels/launch_shape.hpp"
+#include "merge_partial/merge_launch.cuh"
 
 namespace attnres::cuda::inline ATTNRES_CUDA_SET {
 
@@ -39,10 +40,6 @@ inline DType shared_dtype(const DepthAttentionForward& p) {
 inline int num_forward_steps(const DepthAttentionForward& p) {
   const bool two_summands = p.delta.data != nullptr && p.sources[p.num_sources - 1].data != nullptr;
   return p.num_sources + (two_summands ? 1 : 0);
-}
-
-inline GainVector gain_vector(const ConstVector& v) {
-  return {static_cast<const std::byte*>(v.data), dtype_of(v)};
 }
 
 static_assert(depth_attention_team_bytes(2, 3, 5) ==
@@ -243,10 +240,13 @@ auto launch_depth_attention_rows(const DepthAttentionForward& p, const DeviceLim
   no_such_dtype();
 }
 
-// Through the tile where there are clusters and it serves, else through the general body.
+// Through what merges where it serves; through the tile where there are clusters and it does; else
+// through the general body.
 template <template <typename, int, typename> class Ring, typename Team, typename Launch>
 auto launch_depth_attention_forward(const DepthAttentionForward& p, const DeviceLimits& limits,
                                     Launch&& launch) {
+  const MergeConfig merge = merge_config_of(p, limits);
+  if (merge.warps > 0) return launch_merge(p, merge, launch);
   const auto launch_rows = [&] {
     return launch_depth_attention_rows<Ring, Team>(p, limits, launch);
   };

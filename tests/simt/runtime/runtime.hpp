@@ -84,6 +84,11 @@ cudaError_t launch_kernel(const cudaLaunchConfig_t* config, void (*kernel)(Args)
     launched.num_slots = args.config.stages;
     launched.warps = args.config.warps;
     launched.columns = args.config.columns;
+  } else if constexpr (requires { args.config.teams; }) {
+    launched.num_spans = 1;
+    launched.resident = true;
+    launched.warps = args.config.warps;
+    launched.columns = 256 * args.config.chunks;
   }
   if constexpr (requires { args.tile.num_slots; }) {
     launched.uses_slots = args.tile.slot_bytes > 0;

@@ -54,6 +54,7 @@ V keep_in_register(V x) {
 inline void sync_cta() { simt::sync_threads(0, 0); }
 inline void sync_warp() { simt::sync_warp(); }
 inline void sync_first_threads(int count) { simt::sync_threads(1, count); }
+inline void sync_threads_at(int barrier, int count) { simt::sync_threads(barrier, count); }
 
 inline int cluster_size() { return simt::cluster_size(); }
 inline int rank_in_cluster() { return simt::rank_in_cluster(); }
@@ -78,6 +79,10 @@ T shuffle_xor(T value, int mask) {
   std::memcpy(&value, &bits, sizeof(T));
   return value;
 }
+template <typename T>
+T shuffle_from(T value, int lane) {
+  return static_cast<const T*>(simt::gather(&value, sizeof(T)))[lane];
+}
 
 inline float exponential(float x) { return std::exp(x); }
 inline double exponential(double x) { return std::exp(x); }
@@ -90,6 +95,11 @@ template <typename T>
 T load_global(const void* p) {
   simt::require_waited();
   return *static_cast<const T*>(p);
+}
+template <typename T>
+T load_global_once(const void* p) {
+  static_assert(sizeof(T) == 16);
+  return load_global<T>(p);
 }
 
 inline void copy_async_16(void* shared, const void* global) { simt::copy_async(shared, global); }
