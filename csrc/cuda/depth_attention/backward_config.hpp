@@ -26,6 +26,7 @@ struct DepthAttentionGradients {
   int num_sources;
   int num_bases;  // sources whose gradient is added to one that exists
   bool has_norm;
+  bool is_float16;
 
   // A matrix of 16 rows holds the query in three parts, and the incoming gradient: as it is, or
   // with an output norm's gain, in three parts.
@@ -178,9 +179,10 @@ inline DepthAttentionConfig choose_depth_attention_backward_config(
     const DepthAttentionGradients& gradients, const DeviceLimits& limits,
     const DepthAttentionWishes& wishes = {}) {
   const DepthAttentionConfig& wish = wishes.backward;
-  if (gradients.num_sources > kMostBackwardSources) return {};
-  // All that the finding warp knows of a row's sources is of one group.
-  if (gradients.has_norm && gradients.num_groups() > 1) return {};
+  if (wishes.backward_rows || gradients.num_sources > kMostBackwardSources) return {};
+  // All that the finding warp knows of a row's sources is of one group; and the parts of float16
+  // would want a power of two for each row.
+  if (gradients.has_norm && (gradients.num_groups() > 1 || gradients.is_float16)) return {};
   const DepthAttentionBackwardTuning& tuning =
       architecture(limits.capability).depth_attention_backward;
   DepthAttentionConfig best;

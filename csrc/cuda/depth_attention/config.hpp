@@ -253,6 +253,7 @@ inline int stages_that_fit(DepthAttentionConfig config, const DepthAttentionRead
 inline DepthAttentionConfig choose_depth_attention_config(const DepthAttentionRead& read,
                                                           const DeviceLimits& limits,
                                                           const DepthAttentionWishes& wishes = {}) {
+  if (wishes.rows || read.num_sources + (read.adds ? 1 : 0) > kMostTileRows) return {};
   const DepthAttentionTuning& tuning = architecture(limits.capability).depth_attention;
   DepthAttentionConfig best;
   for (int size = 1; size <= kMostCtasInCluster; size *= 2) {

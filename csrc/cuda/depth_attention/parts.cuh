@@ -25,6 +25,16 @@ __device__ __forceinline__ uint32_t split_off(T type, Pair<float>& x) {
   return word;
 }
 
+// x as a sum of 16-bit values, each the rest of those before it.
+template <int kParts, typename T>
+__device__ __forceinline__ void split(float x, T (&parts)[kParts]) {
+#pragma unroll
+  for (int i = 0; i < kParts; ++i) {
+    parts[i] = narrow<T>(x);
+    x -= widen<float>(parts[i]);
+  }
+}
+
 // bfloat16 has float32's exponents. Parts of float16 are of numbers times a power of two, so that
 // the largest of them lies in [2^14, 2^15) and small ones keep their bits.
 template <typename T>

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "depth_attention/tile_backward.cuh"
-#include "kernels/launch_shape.hpp"
+#include "depth_attention/tile_teams.cuh"
 
 namespace attnres::cuda::inline ATTNRES_CUDA_SET {
 
@@ -13,22 +13,21 @@ inline DepthAttentionGradients tile_gradients(const DepthAttentionBackward& p) {
   DepthAttentionGradients gradients = {.hidden = p.hidden,
                                        .num_sources = p.num_sources,
                                        .num_bases = 0,
-                                       .has_norm = p.out_weight.data != nullptr};
+                                       .has_norm = p.out_weight.data != nullptr,
+                                       .is_float16 = p.grad_out.dtype == DType::kFloat16};
   for (int i = 0; i < p.num_sources; ++i) gradients.num_bases += p.grad_base[i].data != nullptr;
   return gradients;
 }
 
-// 16-bit rows that bulk copies can reach; all gradients but those of merging, and with an output
-// norm those of bfloat16. Vectors may lie where they like: each is read once.
+// 16-bit rows that bulk copies can reach; all gradients but those of merging. Vectors may lie where
+// they like: each is read once.
 inline bool tile_serves(const DepthAttentionBackward& p) {
   const DType dtype = p.grad_out.dtype;
   const auto is_same = [&](const auto& rows) {
     return rows.data == nullptr || (rows.dtype == dtype && is_aligned(rows, 16));
   };
-  const bool has_norm = p.out_weight.data != nullptr;
-  bool serves = (dtype == DType::kBFloat16 || (dtype == DType::kFloat16 && !has_norm)) &&
-                !is_double(p.compute) && p.hidden % 8 == 0 && p.first_logit == nullptr &&
-                p.num_sources <= kMostBackwardSources && is_same(p.grad_out);
+  bool serves = (dtype == DType::kBFloat16 || dtype == DType::kFloat16) && !is_double(p.compute) &&
+                p.hidden % 8 == 0 && p.first_logit == nullptr && is_same(p.grad_out);
   for (int i = 0; serves && i < p.num_sources; ++i) {
     serves = is_same(p.sources[i]) && is_same(p.grad_sources[i]) && is_same(p.grad_base[i]);
     // What a gradient is added to is loaded before anything is stored: not for a source that is
@@ -44,9 +43,8 @@ inline bool tile_serves(const DepthAttentionBackward& p) {
 inline DepthAttentionConfig backward_tile_config(const DepthAttentionBackward& p,
                                                  const DeviceLimits& limits) {
   if (!tile_serves(p)) return {};
-  const DepthAttentionWishes wishes = depth_attention_wishes();
-  if (wishes.backward_rows) return {};
-  return choose_depth_attention_backward_config(tile_gradients(p), limits, wishes);
+  return choose_depth_attention_backward_config(tile_gradients(p), limits,
+                                                depth_attention_wishes());
 }
 
 inline DepthAttentionBackwardTileArgs make_backward_tile_args(const DepthAttentionBackward& p,
@@ -54,16 +52,9 @@ inline DepthAttentionBackwardTileArgs make_backward_tile_args(const DepthAttenti
   DepthAttentionBackwardTileArgs args = {};
   args.config = config;
   args.layout = lay_out(config, tile_gradients(p));
-  args.num_tokens = static_cast<int>(p.num_tokens);
+  set_read_args(args, p);
   args.hidden = static_cast<int>(p.hidden);
   args.num_sources = p.num_sources;
-  args.inverse_hidden = static_cast<float>(1.0 / static_cast<double>(p.hidden));
-  args.eps = static_cast<float>(p.eps);
-  args.out_eps = static_cast<float>(p.out_eps);
-  args.scale = static_cast<float>(p.scale);
-  args.query = gain_vector(p.query);
-  args.key_weight = gain_vector(p.key_weight);
-  args.out_weight = gain_vector(p.out_weight);
   args.grad_weights = static_cast<const float*>(p.grad_weights);
   args.parts = p.num_parts > 0 ? static_cast<float*>(p.parts) : nullptr;
   int row = 0;
@@ -89,18 +80,13 @@ auto launch_backward_tile_kernel(const DepthAttentionBackward& p,
                                  const DepthAttentionConfig& config, const DeviceLimits& limits,
                                  Launch&& launch, AddUp&& add_up, Otherwise&& otherwise) {
   const DepthAttentionBackwardTileArgs args = make_backward_tile_args(p, config);
-  LaunchShape shape = {config.ctas * limits.num_multiprocessors,
-                       32 * (config.warps + kBackwardHelperWarps), args.layout.bytes, true,
-                       config.cluster > 1 ? config.cluster : 0};
-  int64_t teams = shape.num_ctas;
-  if (config.cluster > 1) teams = launch.template num_clusters<kKernel>(shape, p.num_tokens);
-  if (teams == 0) return otherwise();
-  teams = std::min(teams, p.num_tokens);
-  if (p.num_parts > 0) teams = std::min(teams, p.num_parts);
-  shape.num_ctas = static_cast<int>(teams) * config.cluster;
-  const auto status = launch.template operator()<kKernel>(args, shape);
+  const int64_t most = p.num_parts > 0 ? std::min(p.num_tokens, p.num_parts) : p.num_tokens;
+  const TileTeams teams =
+      tile_teams<kKernel>(config, kBackwardHelperWarps, args.layout.bytes, most, limits, launch);
+  if (teams.count == 0) return otherwise();
+  const auto status = launch.template operator()<kKernel>(args, teams.shape);
   if (p.num_parts == 0 || status != decltype(status){}) return status;
-  return add_up(static_cast<int>(teams));
+  return add_up(teams.count);
 }
 
 template <typename Launch, typename AddUp, typename Otherwise>

@@ -30,6 +30,7 @@
 #include "common/ring.cuh"
 #include "common/rows.cuh"
 #include "depth_attention/config.hpp"
+#include "depth_attention/parts.cuh"
 #include "kernels/depth_attention_args.cuh"
 
 namespace attnres::cuda::inline ATTNRES_CUDA_SET {
@@ -62,24 +63,9 @@ struct DepthAttentionTileArgs {
   ConstByteRows rows[kMostTileRows];
 };
 
-// What 16-bit storage asks of factors that are float: bfloat16 has float's range and 8 bits, so
-// that three parts hold all 24. float16 has 11 bits and little range: a power of two first takes
-// factors to where their low parts are not lost.
-template <typename T>
-constexpr bool kIsScaled = std::is_same_v<T, __half>;
 // Of a weight, which is at most 1.
 template <typename T>
-constexpr float kWeightScale = kIsScaled<T> ? 16384.0f : 1.0f;
-
-// x as a sum of 16-bit values, each the rest of those before it.
-template <int kParts, typename T>
-__device__ __forceinline__ void split(float x, T (&parts)[kParts]) {
-#pragma unroll
-  for (int i = 0; i < kParts; ++i) {
-    parts[i] = narrow<T>(x);
-    x -= widen<float>(parts[i]);
-  }
-}
+constexpr float kWeightScale = kScalesParts<T> ? 16384.0f : 1.0f;
 
 template <typename T, int kColumns>
 class DepthAttentionTileForward {
@@ -227,8 +213,7 @@ class DepthAttentionTileForward {
   }
   __device__ __forceinline__ void split_query() const {
     float factor = 1;
-    if constexpr (kIsScaled<T>) {
-      // The largest value comes into [2^14, 2^15).
+    if constexpr (kScalesParts<T>) {
       float largest = 0;
       for (int i = thread_rank(); i < num_columns_; i += num_threads()) {
         const float x = fabsf(query_at(i));
@@ -242,8 +227,8 @@ class DepthAttentionTileForward {
       for (int i = 0; i < num_threads() / kWarpSize; ++i) {
         largest = of_warps[i] > largest ? of_warps[i] : largest;
       }
-      factor = query_factor(largest);
-      if (thread_rank() == 0) *query_unit() = 1 / factor;
+      factor = scale_of(largest);
+      if (thread_rank() == 0) *query_unit() = inverse_of_scale(factor);
     }
     for (int i = thread_rank(); i < args_.config.warps * kColumns; i += num_threads()) {
       T parts[kQueryParts];
@@ -253,14 +238,6 @@ class DepthAttentionTileForward {
         shared<T>(Layout::kQuery + k * layout_.pitch)[i] = parts[k];
       }
     }
-  }
-  // The power of two; 1 for a query that is not finite.
-  __device__ __forceinline__ static float query_factor(float largest) {
-    constexpr int kBias = 127, kNotFinite = 255;
-    const int exponent = static_cast<int>(bits_as<uint32_t>(largest) >> 23);
-    if (exponent == kNotFinite) return 1;
-    return bits_as<float>(
-        static_cast<uint32_t>(min_of(kBias + 14 + kBias - exponent, 2 * kBias - 1)) << 23);
   }
   // What the softmax's warp takes it back with.
   __device__ __forceinline__ float* query_unit() const { return shared<float>(layout_.unit); }
@@ -304,7 +281,7 @@ class DepthAttentionTileForward {
   __device__ __forceinline__ void do_softmax() const {
     const int num_sources = args_.num_sources;
     float unit = 1;
-    if constexpr (kIsScaled<T>) unit = *query_unit();
+    if constexpr (kScalesParts<T>) unit = *query_unit();
     for_rows([&](int i, int row) {
       // On its way while the sums are made.
       float known[kLaneSources] = {};
@@ -319,7 +296,7 @@ class DepthAttentionTileForward {
       wait(of_row(kSummed, i), row_parity(i));
       LaneSums sums = {};
       for_lane_sources([&](int k, int source) { sums.of[k] = sum_of_warps(i, source); });
-      if constexpr (kIsScaled<T>) {
+      if constexpr (kScalesParts<T>) {
 #pragma unroll
         for (int k = 0; k < kLaneSources; ++k) sums.of[k].second *= unit;
       }
@@ -718,7 +695,7 @@ class DepthAttentionTileForward {
     float sums[kSlices][4] = {};
     const SharedAddress weights = lane.weights + i % 2 * Layout::kWeightBytes;
     add_weighted(lane, slot, weights, sums);
-    if constexpr (!kIsScaled<T>) {
+    if constexpr (!kScalesParts<T>) {
       if (args_.mix.data != nullptr) {
         add_weighted(lane, slot, weights + 2 * Layout::kPartWeightBytes, sums);
       }

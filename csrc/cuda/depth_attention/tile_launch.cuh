@@ -3,7 +3,7 @@
 #pragma once
 
 #include "depth_attention/tile_forward.cuh"
-#include "kernels/launch_shape.hpp"
+#include "depth_attention/tile_teams.cuh"
 
 namespace attnres::cuda::inline ATTNRES_CUDA_SET {
 
@@ -39,17 +39,14 @@ inline bool tile_serves(const DepthAttentionForward& p) {
                 is_same(p.new_partial) && has_one_level(p.out) &&
                 (p.mix.data == nullptr || has_one_level(p.mix));
   for (int i = 0; serves && i < p.num_sources; ++i) serves = is_same(p.sources[i]);
-  const DepthAttentionRead read = tile_read(p);
-  return serves && read.num_sources + (read.adds ? 1 : 0) <= kMostTileRows;
+  return serves;
 }
 
 // Where the tile does not serve, warps are 0.
 inline DepthAttentionConfig tile_config(const DepthAttentionForward& p,
                                         const DeviceLimits& limits) {
   if (!tile_serves(p)) return {};
-  const DepthAttentionWishes wishes = depth_attention_wishes();
-  if (wishes.rows) return {};
-  return choose_depth_attention_config(tile_read(p), limits, wishes);
+  return choose_depth_attention_config(tile_read(p), limits, depth_attention_wishes());
 }
 
 inline DepthAttentionTileArgs make_tile_args(const DepthAttentionForward& p,
@@ -58,17 +55,10 @@ inline DepthAttentionTileArgs make_tile_args(const DepthAttentionForward& p,
   DepthAttentionTileArgs args = {};
   args.config = config;
   args.layout = lay_out(config, read);
-  args.num_tokens = static_cast<int>(p.num_tokens);
+  set_read_args(args, p);
   args.hidden = static_cast<int>(p.hidden);
   args.num_sources = p.num_sources;
   args.num_rows = p.num_sources + (read.adds ? 1 : 0);
-  args.inverse_hidden = static_cast<float>(1.0 / static_cast<double>(p.hidden));
-  args.eps = static_cast<float>(p.eps);
-  args.out_eps = static_cast<float>(p.out_eps);
-  args.scale = static_cast<float>(p.scale);
-  args.query = gain_vector(p.query);
-  args.key_weight = gain_vector(p.key_weight);
-  args.out_weight = gain_vector(p.out_weight);
   args.known_rstd = static_cast<const float*>(p.known_rstd);
   args.num_known_rstd = p.known_rstd == nullptr ? 0 : p.num_known_rstd;
   args.new_partial = byte_rows<std::byte>(p.new_partial, p.num_tokens);
@@ -92,15 +82,11 @@ template <auto kKernel, typename Launch, typename Otherwise>
 auto launch_tile_kernel(const DepthAttentionForward& p, const DepthAttentionConfig& config,
                         const DeviceLimits& limits, Launch&& launch, Otherwise&& otherwise) {
   DepthAttentionTileArgs args = make_tile_args(p, config);
-  LaunchShape shape = {config.ctas * limits.num_multiprocessors,
-                       32 * (config.warps + helper_warps(tile_read(p))), args.layout.bytes, true,
-                       config.cluster > 1 ? config.cluster : 0};
-  int64_t teams = shape.num_ctas;
-  if (config.cluster > 1) teams = launch.template num_clusters<kKernel>(shape, p.num_tokens);
-  if (teams == 0) return otherwise();
-  shape.num_ctas = static_cast<int>(std::min(p.num_tokens, teams)) * config.cluster;
-  args.out_step = shape.num_ctas / config.cluster * args.out.inner_bytes;
-  return launch.template operator()<kKernel>(args, shape);
+  const TileTeams teams = tile_teams<kKernel>(config, helper_warps(tile_read(p)), args.layout.bytes,
+                                              p.num_tokens, limits, launch);
+  if (teams.count == 0) return otherwise();
+  args.out_step = teams.count * args.out.inner_bytes;
+  return launch.template operator()<kKernel>(args, teams.shape);
 }
 
 template <typename T, typename Launch, typename Otherwise>

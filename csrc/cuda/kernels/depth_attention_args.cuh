@@ -16,6 +16,20 @@ inline GainVector gain_vector(const ConstVector& v) {
   return {static_cast<const std::byte*>(v.data), dtype_of(v)};
 }
 
+// What the arguments of all of depth attention's kernels have in common.
+template <typename Args, typename Params>
+void set_read_args(Args& args, const Params& p) {
+  using Compute = decltype(args.eps);
+  args.num_tokens = static_cast<decltype(args.num_tokens)>(p.num_tokens);
+  args.inverse_hidden = static_cast<Compute>(1.0 / static_cast<double>(p.hidden));
+  args.eps = static_cast<Compute>(p.eps);
+  args.out_eps = static_cast<Compute>(p.out_eps);
+  args.scale = static_cast<Compute>(p.scale);
+  args.query = gain_vector(p.query);
+  args.key_weight = gain_vector(p.key_weight);
+  args.out_weight = gain_vector(p.out_weight);
+}
+
 // Room for kCapacity sources: a launch copies all of it, so short lists use a short table.
 template <typename Compute, int kCapacity, typename TeamPolicy>
 struct DepthAttentionForwardArgs {

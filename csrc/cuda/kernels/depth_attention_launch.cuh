@@ -45,21 +45,14 @@ inline int num_forward_steps(const DepthAttentionForward& p) {
 static_assert(depth_attention_team_bytes(2, 3, 5) ==
               Exchange::bytes(3 * 5 * static_cast<int>(sizeof(Pair<float>))));
 
-// What the arguments of forward and backward have in common.
+// What the general bodies' arguments have in common.
 template <typename Args, typename Params>
 void set_depth_attention_args(Args& args, const Params& p, int width,
                               const DepthAttentionTile& tile) {
   using Compute = decltype(args.eps);
-  args.num_tokens = p.num_tokens;
+  set_read_args(args, p);
   args.row_chunks = static_cast<int>(p.hidden / width);
   args.num_sources = p.num_sources;
-  args.inverse_hidden = static_cast<Compute>(1.0 / static_cast<double>(p.hidden));
-  args.eps = static_cast<Compute>(p.eps);
-  args.out_eps = static_cast<Compute>(p.out_eps);
-  args.scale = static_cast<Compute>(p.scale);
-  args.query = gain_vector(p.query);
-  args.key_weight = gain_vector(p.key_weight);
-  args.out_weight = gain_vector(p.out_weight);
   args.first_logit = static_cast<const Compute*>(p.first_logit);
   args.tile = tile;
   for (int i = 0; i < p.num_sources; ++i) {

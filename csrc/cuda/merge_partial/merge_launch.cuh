@@ -51,15 +51,8 @@ template <typename Args, typename Params>
 Args make_merge_args(const Params& p, const MergeConfig& config) {
   Args args = {};
   args.config = config;
-  args.num_tokens = static_cast<int>(p.num_tokens);
+  set_read_args(args, p);
   args.hidden = static_cast<int>(p.hidden);
-  args.inverse_hidden = static_cast<float>(1.0 / static_cast<double>(p.hidden));
-  args.eps = static_cast<float>(p.eps);
-  args.out_eps = static_cast<float>(p.out_eps);
-  args.scale = static_cast<float>(p.scale);
-  args.query = gain_vector(p.query);
-  args.key_weight = gain_vector(p.key_weight);
-  args.out_weight = gain_vector(p.out_weight);
   args.lse = static_cast<const float*>(p.first_logit);
   args.state = byte_rows<const std::byte>(p.sources[0], p.num_tokens);
   return args;
