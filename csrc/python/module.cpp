@@ -5,5 +5,6 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "Build facts, the traffic plan and cache bookkeeping of attnres_ext.";
   attnres::bind_build(module);
   attnres::bind_plan(module);
+  attnres::bind_kernel_config(module);
   attnres::bind_cache_state(module);
 }

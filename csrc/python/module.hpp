@@ -7,6 +7,7 @@ namespace attnres {
 
 void bind_build(pybind11::module_& module);
 void bind_plan(pybind11::module_& module);
+void bind_kernel_config(pybind11::module_& module);
 void bind_cache_state(pybind11::module_& module);
 
 }  // namespace attnres

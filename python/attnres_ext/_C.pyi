@@ -46,6 +46,17 @@ def bytes_moved(
     itemsize: int = 2,
     accumulate: bool = False,
 ) -> int: ...
+def kernel_config(
+    operator: str,
+    direction: str,
+    num_sources: int,
+    hidden: int,
+    dtype: str = "bfloat16",
+    norm: bool = False,
+    accumulate: bool = False,
+    capability: int = 90,
+    shared_bytes: int = 232448,
+) -> str | None: ...
 
 class CacheState:
     def __init__(self, capacity: int) -> None: ...

@@ -40,6 +40,30 @@ def test_plan_for_a_shape(capsys):
     assert wide["plan"]["plans"][0]["bytes, two phases"] == 2 * plans[0]["bytes, two phases"]
 
 
+def test_kernels_for_a_shape(capsys, monkeypatch):
+    def kernels(dtype="bfloat16"):
+        facts = json.loads(info(capsys, "--json", "--shape", "10,6,8192,2304", "--dtype", dtype))
+        return {
+            row["operator"]: (row["forward"], row["backward"]) for row in facts["plan"]["kernels"]
+        }
+
+    if not torch.cuda.is_available():
+        assert kernels() == {
+            "depth_attention": (
+                "warps=12,columns=192,cluster=1,stages=4,ctas=1",
+                "warps=12,columns=192,cluster=1,stages=3,ctas=1",
+            ),
+            "accumulate_depth_attention": (
+                "warps=12,columns=192,cluster=1,stages=3,ctas=1",
+                "general body",
+            ),
+            "merge_partial": ("warps=3,chunks=3,teams=5", "warps=5,chunks=2,teams=3"),
+        }
+    assert set(kernels("float32").values()) == {("general body", "general body")}
+    monkeypatch.setenv("ATTNRES_CUDA_CONFIG", "depth_attention=rows")
+    assert {forward for forward, _ in kernels().values()} == {"general body"}
+
+
 def test_text_says_the_same(capsys):
     text = info(capsys, "--shape", "2,1,1,7168")
     for word in ("versions", "binaries", "cpu", "cuda", torch.__version__, "_ops.so"):

@@ -165,3 +165,39 @@ def test_build_facts():
     assert _C.cxx_standard >= 202002
     assert isinstance(_C.cuda_archs, tuple)
     assert _C.max_sources >= 256
+
+
+def test_kernel_configs_are_those_of_the_launchers():
+    """tests/simt compares the same shapes with what is launched."""
+    rtx5090 = {"capability": 120, "shared_bytes": 99 << 10}
+    for arguments, device, config in [
+        (("depth_attention", "forward", 9, 7168), {}, "warps=14,columns=256,cluster=2,stages=3"),
+        (("depth_attention", "forward", 54, 2304), {}, "warps=9,columns=64,cluster=4,stages=3"),
+        (("depth_attention", "forward", 65, 2304), {}, None),
+        (("depth_attention", "forward", 9, 7164), {}, None),
+        (("depth_attention", "forward", 9, 2304), {"capability": 80}, None),
+        (("merge_partial", "forward", 1, 7168), {"capability": 80}, "warps=7,chunks=4,teams=2"),
+        (("merge_partial", "backward", 1, 8192), rtx5090, "warps=16,chunks=2,teams=1"),
+        (("merge_partial", "backward", 1, 8200), {}, None),
+    ]:
+        found = _C.kernel_config(*arguments, **device)
+        assert found is None if config is None else (found or "").startswith(config)
+    # The backward of float16 with an output norm has no tile.
+    of_dtype = {
+        dtype: _C.kernel_config("depth_attention", "backward", 9, 2304, dtype, norm=True)
+        for dtype in ("bfloat16", "float16", "float32")
+    }
+    assert [name for name, config in of_dtype.items() if config] == ["bfloat16"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("attend", "forward", 1, 8), "operator is 'attend', expected 'depth_attention'"),
+        (("merge_partial", "up", 1, 8), "direction is 'up', expected 'forward' or 'backward'"),
+        (("depth_attention", "forward", 0, 8), "got 0 sources of 8 values"),
+    ],
+)
+def test_kernel_configs_refuse(arguments, message):
+    with pytest.raises(ValueError, match=f"kernel_config: {message}"):
+        _C.kernel_config(*arguments)

@@ -32,6 +32,8 @@ CUDA = re.compile(r"<(cuda\w*\.h|cub/.+|cute/.+|cutlass/.+|cooperative_groups.*)
 INTRINSICS = re.compile(r"<(immintrin|arm_neon|stdint|stddef)\.h>")
 PYBIND = re.compile(r"<pybind11/\w+\.h>")
 VOCABULARY = re.compile(r'"attnres/\w+\.hpp"')
+#: What kernels are launched with: pure functions, which include no CUDA either.
+CONFIGURATION = re.compile(r'"(kernel_sets|\w+/(backward_)?config)\.hpp"')
 GENERATED = re.compile(r'"attnres_source_hash\.hpp"')
 
 
@@ -65,7 +67,7 @@ ALLOWED = {
     # Compiled once per instruction set: an inline function of the C++ library would be merged
     # across them.
     "cpu kernels": [re.compile(r'"attnres/params\.hpp"'), INTRINSICS, own("cpu")],
-    "python": [STANDARD, VOCABULARY, PYBIND, own("python")],
+    "python": [STANDARD, VOCABULARY, PYBIND, CONFIGURATION, own("python")],
 }
 COMMENTS_AND_STRINGS = re.compile(r"//[^\n]*|\"(?:\\.|[^\"\\\n])*\"")
 FILES = sorted(path for path in CSRC.rglob("*") if path.suffix in SUFFIXES)

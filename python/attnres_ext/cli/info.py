@@ -16,7 +16,8 @@ examples:
   attnres info --model 48b --length 131072                 what a decoder keeps
 
 The plan says whether the S sites of a block read its N finished blocks one by one (single pass) or
-all at once (two phases), and how many bytes either way has to move.
+all at once (two phases), and how many bytes either way has to move. Below it stands how the CUDA
+kernels of a site cut their work; ATTNRES_CUDA_CONFIG asks for something else.
 
 What a decoder keeps between tokens does not depend on the residual: the block cache holds one
 token's blocks at a time. Its size follows the number of blocks, not that of layers.
@@ -104,6 +105,8 @@ def _print(facts: dict) -> None:
     if plan:
         console.print(f"[bold]plan[/bold] for {plan['shape']}")
         console.print(_table(plan["plans"]))
+        console.print("[bold]CUDA kernels[/bold] of a site with an output norm")
+        console.print(_table(plan["kernels"]))
     if state:
         console.print(f"[bold]state[/bold] of {state['model']}")
         console.print(_table(state["parts"]))
