@@ -84,7 +84,7 @@ class CachedState(ResidualState):
             self._record(site, cache.sources(), reading)
         if residual.closes_block(site):
             cache.close()
-            if site + 1 in residual.sites:
+            if site + 1 < residual.sites.stop:
                 self._begin_block(delta)
         return hidden
 

@@ -269,7 +269,8 @@ class ResidualState(ABC):
 
     def _check_kept(self, site: int) -> None:
         own = self._residual.sites
-        if site not in own:
+        # Of a number that changes from graph to graph, torch.compile asks no range.
+        if not own.start <= site < own.stop:
             raise RuntimeError(
                 f"read: site {site} is none of those that this module keeps, "
                 f"{describe_sites(own)}; suspend the pass here, and resume it where the site is "

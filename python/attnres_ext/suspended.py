@@ -187,7 +187,7 @@ def check_resumable(residual: AttentionResiduals, suspended: SuspendedPass) -> N
         kind = type(suspended).__name__
         raise TypeError(f"resume: suspended is a {kind}, expected what a state's suspend returns")
     site, own = suspended.site, residual.sites
-    if site not in own:
+    if not own.start <= site < own.stop:
         raise ValueError(
             f"resume: suspended is at site {site}, expected one that this module keeps, "
             f"{describe_sites(own)}"
