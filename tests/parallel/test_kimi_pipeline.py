@@ -19,7 +19,7 @@ SCHEDULES = {
 }
 
 
-def train(rank, schedule):
+def train(rank, schedule, recompute):
     """Names of parameters whose bits differ from one process's, and whether losses and the experts'
     loads are the same."""
     num_ranks, stages_per_rank, placement = SCHEDULES[schedule]
@@ -35,6 +35,7 @@ def train(rank, schedule):
         num_microbatches=MICROBATCHES,
     )
     part = make_model("block", queries=0.3).float()
+    part.model.checkpoint_sublayers = recompute
     stages = pipeline_stages(lambda stage: KimiLinearStage(part, stage), plan, "cpu", group)
     run = get_schedule_class(schedule)(
         stages[0] if stages_per_rank == 1 else stages,
@@ -67,7 +68,8 @@ def train(rank, schedule):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_kimi_linear(four, schedule):
-    for differ, same in four.run(train, schedule):
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "checkpointed"])
+def test_kimi_linear(four, schedule, recompute):
+    for differ, same in four.run(train, schedule, recompute):
         assert same
         assert not differ

@@ -98,6 +98,8 @@ def train(rank, case):
     if rank >= case.num_ranks:
         return [], {}
     stages, schedule = pipeline(case, case.plan(), group, case.model())
+    for stage in stages:
+        stage._runtime_validate = True  # as TORCH_DISTRIBUTED_DEBUG=DETAIL has it
     losses = [loss for seed in (1, 2) for loss in step(case, stages, schedule, seed)]
     for stage in stages:
         assert not len(stage.blocks), "blocks go with their microbatch"
