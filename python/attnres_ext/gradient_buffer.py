@@ -10,6 +10,8 @@ buffer on.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,7 @@ from attnres_ext.recomputation import keep
 from attnres_ext.side_stream import follow
 from attnres_ext.torch_internals import backward_pass, is_transformed, may_have_hooks
 
-__all__ = ["GradientBuffer", "after", "can_gather", "can_tap", "tap", "tap_with_end"]
+__all__ = ["GradientBuffer", "after", "can_gather", "can_tap", "tap", "tap_all", "tap_with_end"]
 
 
 class GradientBuffer:
@@ -81,22 +83,25 @@ class GradientBuffer:
 
 class _Tap(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, tensor: Tensor, buffer: GradientBuffer) -> tuple[Tensor, Tensor]:
+    def forward(ctx, buffers: Sequence[GradientBuffer], *tensors: Tensor) -> tuple[Tensor, ...]:
         # No reader but our operators: the incoming gradient is None, not zeros.
         ctx.set_materialize_grads(False)
-        ctx.buffer = buffer
-        ctx.save_for_backward(tensor)
-        return tensor.view_as(tensor), tensor.view_as(tensor)
+        ctx.buffers = buffers
+        ctx.save_for_backward(*tensors)
+        return tuple(tensor.view_as(tensor) for tensor in (*tensors, tensors[-1]))
 
     @staticmethod
-    def backward(ctx, gradient: Tensor | None, _) -> tuple[Tensor | None, None]:
-        collected = ctx.buffer.take()
-        if collected is None:
-            return gradient, None
-        with torch.no_grad():
-            if gradient is not None:  # readers that know nothing of the buffer
-                collected.add_(gradient)
-        return refuse_second_derivative(collected, ctx.saved_tensors), None
+    def backward(ctx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        returned = []
+        for buffer, gradient in zip(ctx.buffers, gradients[:-1], strict=True):
+            collected = buffer.take()
+            if collected is not None:
+                with torch.no_grad():
+                    if gradient is not None:  # readers that know nothing of the buffer
+                        collected.add_(gradient)
+                gradient = refuse_second_derivative(collected, ctx.saved_tensors)
+            returned.append(gradient)
+        return None, *returned
 
 
 class _After(torch.autograd.Function):
@@ -124,10 +129,20 @@ def tap(tensor: Tensor, buffer: GradientBuffer) -> Tensor:
 def tap_with_end(tensor: Tensor, buffer: GradientBuffer) -> tuple[Tensor, Tensor]:
     """:func:`tap`, and the same in value once more, for readers that add to ``buffer`` alone: the
     tap comes after them, and takes no gradient from them."""
-    # Kept as it is under a checkpoint too: a block stays in memory anyway, and recomputation does
+    (tapped,), end = tap_all([tensor], [buffer])
+    return tapped, end
+
+
+def tap_all(
+    tensors: Sequence[Tensor], buffers: Sequence[GradientBuffer]
+) -> tuple[list[Tensor], Tensor]:
+    """:func:`tap_with_end` for several tensors, whose gradients are handed on together; the end is
+    that of all."""
+    # Kept as they are under a checkpoint too: blocks stay in memory anyway, and recomputation does
     # not come by here again.
     with keep(None):
-        return _Tap.apply(tensor, buffer)
+        *tapped, end = _Tap.apply(buffers, *tensors)
+    return tapped, end
 
 
 def can_tap(tensor: Tensor) -> bool:

@@ -16,6 +16,7 @@ from attnres_ext.gradient_buffer import (
     after,
     can_gather,
     can_tap,
+    tap_all,
     tap_with_end,
 )
 from attnres_ext.phase_one import FunctionalPhaseOne, GatheringPhaseOne, PhaseOneResults
@@ -131,24 +132,30 @@ class TrainingState(_BlockState):
     def _go_on(self, suspended: SuspendedPass) -> None:
         super()._go_on(suspended)
         self._partial = suspended.partial
-        # Compiled reads hang together by the sum, or the last block: backward goes from there to
-        # phase 1 and to all blocks, as in a pass that was never cut.
-        for block in suspended.blocks:
-            self._append_block(self._before_last_block(block))
-        if self._partial is not None and self._blocks:
-            block = len(self._blocks)
-            self._partial = self._before_last_block(self._partial)
-            if self._residual.reads_in_two_phases(block, self._partial, self._has_gradients):
-                self._begin_phase(block)
-            if isinstance(self._phase, GatheringPhaseOne):
-                self._partial = after(self._partial, self._phase.token)
-        if self._partial is not None:
-            self._last = self._partial
-
-    def _before_last_block(self, tensor: Tensor) -> Tensor:
-        """``tensor``, which in the backward comes before the last block's gradient is taken."""
-        tapped = self._buffers and self._buffers[-1] is not None
-        return after(tensor, self._last) if tapped else tensor
+        self._blocks = list(suspended.blocks)
+        self._buffers = [GradientBuffer() if can_tap(block) else None for block in self._blocks]
+        if self._blocks:
+            self._last = self._blocks[-1]
+        tapped = [index for index, buffer in enumerate(self._buffers) if buffer is not None]
+        if tapped:
+            blocks, self._last = tap_all(
+                [self._blocks[index] for index in tapped],
+                [self._buffers[index] for index in tapped],
+            )
+            for index, block in zip(tapped, blocks, strict=True):
+                self._blocks[index] = block
+        if self._partial is None:
+            return
+        # Compiled reads hang together by the sum: backward goes from there to phase 1 and to the
+        # blocks, as in a pass that was never cut.
+        if tapped:
+            self._partial = after(self._partial, self._last)
+        block = len(self._blocks)
+        if block and self._residual.reads_in_two_phases(block, self._partial, self._has_gradients):
+            self._begin_phase(block)
+        if isinstance(self._phase, GatheringPhaseOne):
+            self._partial = after(self._partial, self._phase.token)
+        self._last = self._partial
 
     def write(self, x: Tensor) -> None:
         """Adds a sublayer's output; when that is repeated, to what is repeated.
