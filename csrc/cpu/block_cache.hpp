@@ -13,8 +13,8 @@ void block_cache_write(const BlockCacheWrite& p, int64_t begin, int64_t end) {
     const MutableRow slot = row(p.slot, m);
     const Row partial = p.add ? Row{slot.data, slot.dtype} : Row{};
     A product, squares;
-    add_and_score<Access>(partial, row(p.delta, m), slot, static_cast<const A*>(nullptr), p.hidden,
-                          product, squares);
+    add_and_score<Access>(partial, row(p.delta, m), slot, Row{slot.data, slot.dtype},
+                          static_cast<const A*>(nullptr), p.hidden, product, squares);
     static_cast<A*>(p.rstd)[m] = inverse_rms<A>(squares, p.hidden, p.eps);
   }
 }

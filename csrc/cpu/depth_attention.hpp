@@ -12,9 +12,9 @@
 namespace attnres::cpu {
 namespace {
 
-// <v, u> and <v, v> of one row.
+// <v, u> and <v, v> of one row, while memory brings half of `next`.
 template <typename Access, typename A = typename Access::A>
-ATTNRES_INLINE void score(Row v, const A* u, int64_t hidden, A& dot, A& squares) {
+ATTNRES_INLINE void score(Row v, Row next, const A* u, int64_t hidden, A& dot, A& squares) {
   Sum<A, kUnroll> dots, sums;
   sum_over_tiles<Access, kUnroll>(
       hidden,
@@ -25,6 +25,7 @@ ATTNRES_INLINE void score(Row v, const A* u, int64_t hidden, A& dot, A& squares)
           dots.parts[k] += x * tile.load(u, k);
           sums.parts[k] += x * x;
         }
+        tile.prefetch_half(next, 0, hidden);
       },
       dots, sums);
   dot = dots.total();
@@ -32,13 +33,14 @@ ATTNRES_INLINE void score(Row v, const A* u, int64_t hidden, A& dot, A& squares)
 }
 
 template <typename Access, typename A = typename Access::A>
-ATTNRES_INLINE A dot(Row v, const A* g, int64_t hidden) {
+ATTNRES_INLINE A dot(Row v, Row next, const A* g, int64_t hidden) {
   Sum<A, kUnroll> dots;
   sum_over_tiles<Access, kUnroll>(
       hidden,
       [&](auto tile) __attribute__((always_inline)) {
 #pragma GCC unroll 4
         for (int k = 0; k < tile.kCount; ++k) dots.parts[k] += tile.load(v, k) * tile.load(g, k);
+        tile.prefetch_half(next, 0, hidden);
       },
       dots);
   return dots.total();
@@ -47,7 +49,7 @@ ATTNRES_INLINE A dot(Row v, const A* g, int64_t hidden) {
 // <v, u>, <v, v> and <v, g>: what the backward needs of a row when nothing was saved. Sums in the
 // order of `score` and `dot`, so that gradients do not depend on what was saved.
 template <typename Access, typename A = typename Access::A>
-ATTNRES_INLINE void score_and_dot(Row v, const A* u, const A* g, int64_t hidden, A& dot_u,
+ATTNRES_INLINE void score_and_dot(Row v, Row next, const A* u, const A* g, int64_t hidden, A& dot_u,
                                   A& squares, A& dot_g) {
   Sum<A, kUnroll> us, sums, gs;
   sum_over_tiles<Access, kUnroll>(
@@ -60,6 +62,7 @@ ATTNRES_INLINE void score_and_dot(Row v, const A* u, const A* g, int64_t hidden,
           sums.parts[k] += x * x;
           gs.parts[k] += x * tile.load(g, k);
         }
+        tile.prefetch_half(next, 0, hidden);
       },
       us, sums, gs);
   dot_u = us.total();
@@ -67,12 +70,13 @@ ATTNRES_INLINE void score_and_dot(Row v, const A* u, const A* g, int64_t hidden,
   dot_g = gs.total();
 }
 
-// Block summation: result = round(partial + delta); an absent partial counts as zero. Returns the
-// sum of squares of the rounded values, and their product with u.
+// Block summation: result = round(partial + delta), and the same in `rounded`, which may be the
+// result; an absent partial counts as zero. Returns the sum of squares of the rounded values, and
+// their product with u.
 template <typename Access, typename A = typename Access::A>
-ATTNRES_INLINE void add_and_score(Row partial, Row delta, MutableRow result, const A* u,
-                                  int64_t hidden, A& dot, A& squares) {
-  const Row rounded{result.data, result.dtype};
+ATTNRES_INLINE void add_and_score(Row partial, Row delta, MutableRow result, Row rounded,
+                                  const A* u, int64_t hidden, A& dot, A& squares) {
+  const MutableRow kept{const_cast<void*>(rounded.data), rounded.dtype};
   Sum<A, kUnroll> dots, sums;
   sum_over_tiles<Access, kUnroll>(
       hidden,
@@ -83,7 +87,8 @@ ATTNRES_INLINE void add_and_score(Row partial, Row delta, MutableRow result, con
           added[k] = tile.load(delta, k);
           if (partial.data != nullptr) added[k] += tile.load(partial, k);
         }
-        tile.store_all(result, added);
+        tile.store_all(kept, added);
+        if (result.data != kept.data) tile.store_all(result, added);
 #pragma GCC unroll 4
         for (int k = 0; k < tile.kCount; ++k) {
           const Vec<A> x = tile.load(rounded, k);
@@ -96,30 +101,47 @@ ATTNRES_INLINE void add_and_score(Row partial, Row delta, MutableRow result, con
   squares = sums.total();
 }
 
-// The rows of the token after m, or null if this range has none. An absent source has no row.
-ATTNRES_INLINE const Row* next_rows(const ConstRows* sources, int count, int64_t m,
-                                    const TokenRange& range, Row* rows) {
-  if (m + 1 >= range.end) return nullptr;
+// The rows of the token after m, or of m where this range ends. An absent source has none:
+// `instead`.
+ATTNRES_INLINE void next_rows(const ConstRows* sources, const ConstRows& instead, int count,
+                              int64_t m, const TokenRange& range, Row* rows) {
+  const int64_t next = m + 1 < range.end ? m + 1 : m;
   for (int i = 0; i < count; ++i) {
-    rows[i] = sources[i].data == nullptr ? Row{} : row(sources[i], m + 1);
+    rows[i] = row(sources[i].data == nullptr ? instead : sources[i], next);
   }
-  return rows;
 }
 
 // f(tile, the tile's vectors of sum_i weights[i] * rows[i]) for all of the mix. The rows come from
-// cache, so that memory is free to bring `next`, the rows of the next token, if there are any.
+// cache, so that memory is free to bring the other half of `next`. Of more rows than can be read
+// side by side some are mixed at a time, and the sums lie in `sums` [D] meanwhile.
 template <typename Access, typename A = typename Access::A, typename F>
 ATTNRES_INLINE void mix(const Row* rows, const Row* next, const A* weights, int count,
-                        int64_t hidden, F&& f) {
-  for_tiles<Access, kUnroll>(hidden, [&](auto tile) __attribute__((always_inline)) {
-    Vec<A> sums[kUnroll] = {};
-    for (int i = 0; i < count; ++i) {
-      const Vec<A> weight = broadcast<A>(weights[i]);
-#pragma GCC unroll 4
-      for (int k = 0; k < tile.kCount; ++k) sums[k] += weight * tile.load(rows[i], k);
-      if (next != nullptr) tile.prefetch(next[i]);
+                        int64_t hidden, A* sums, F&& f) {
+  constexpr int kSideBySide = 12;
+  for_runs(hidden, [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
+    for (int first = 0; first < count; first += kSideBySide) {
+      const int last = first + kSideBySide < count ? first + kSideBySide : count;
+      for_columns<Access, Access::kMostVectors>(begin, end, hidden,
+                                                [&](auto tile) __attribute__((always_inline)) {
+                                                  Vec<A> mixed[Access::kMostVectors] = {};
+                                                  if (first > 0) {
+#pragma GCC unroll 8
+                                                    for (int k = 0; k < tile.kCount; ++k)
+                                                      mixed[k] = tile.load(sums, k);
+                                                  }
+                                                  for (int i = first; i < last; ++i) {
+                                                    const Vec<A> weight = broadcast<A>(weights[i]);
+#pragma GCC unroll 8
+                                                    for (int k = 0; k < tile.kCount; ++k)
+                                                      mixed[k] += weight * tile.load(rows[i], k);
+                                                    tile.prefetch_half(next[i], 1, hidden);
+                                                  }
+                                                  if (last == count) return f(tile, mixed);
+#pragma GCC unroll 8
+                                                  for (int k = 0; k < tile.kCount; ++k)
+                                                    tile.store(sums, k, mixed[k]);
+                                                });
     }
-    f(tile, sums);
   });
 }
 
@@ -131,6 +153,7 @@ struct ForwardScratch {
   A* weights;
   A* rstd;
   A* mixed;
+  void* sum;  // a row of block summation, in the dtype of `new_partial`
 
   ForwardScratch(Arena& arena, const DepthAttentionForward& p)
       : rows(arena.take<Row>(p.num_sources)),
@@ -138,7 +161,8 @@ struct ForwardScratch {
         logits(arena.take<A>(p.num_sources)),
         weights(arena.take<A>(p.num_sources)),
         rstd(arena.take<A>(p.num_sources)),
-        mixed(arena.take<A>(p.hidden)) {}
+        mixed(arena.take<A>(p.hidden)),
+        sum(arena.take<double>(p.delta.data == nullptr ? 0 : p.hidden)) {}
 };
 
 // An empty state (lse = -inf) has weight 0 but may hold anything, NaN too: point at a row that is
@@ -156,18 +180,24 @@ void depth_attention_forward(const DepthAttentionForward& p, const SharedVectors
   const A* out_weight = static_cast<const A*>(shared.out_weight);
   const int n = p.num_sources;
   const int64_t m_total = p.num_tokens, hidden = p.hidden;
-  const bool streamed = streams(p.out, m_total * hidden * size_of(p.out.dtype));
+  const int64_t result_bytes = m_total * hidden * size_of(p.out.dtype);
+  const bool streamed = streams(p.out, result_bytes);
+  const bool sum_streamed = streams(p.new_partial, result_bytes);
   Arena arena(range.scratch);
   const ForwardScratch<A> s(arena, p);
 
   for (int64_t m = range.begin; m < range.end; ++m) {
+    next_rows(p.sources, p.delta, n, m, range, s.next);
     for (int i = 0; i < n; ++i) {
       A product, squares;
       if (i == n - 1 && p.delta.data != nullptr) {
         const Row partial = p.sources[i].data == nullptr ? Row{} : row(p.sources[i], m);
-        const MutableRow result = row(p.new_partial, m);
-        add_and_score<Access>(partial, row(p.delta, m), result, u, hidden, product, squares);
-        s.rows[i] = {result.data, result.dtype};
+        MutableRow result = row(p.new_partial, m);
+        // The rounded sum is read again: where it goes past the caches, a copy is kept.
+        result.streamed = sum_streamed && partial.data != result.data;
+        s.rows[i] = {result.streamed ? s.sum : result.data, result.dtype};
+        add_and_score<Access>(partial, row(p.delta, m), result, s.rows[i], u, hidden, product,
+                              squares);
       } else {
         s.rows[i] = row(p.sources[i], m);
         if (i == 0 && p.first_logit != nullptr) {
@@ -177,10 +207,10 @@ void depth_attention_forward(const DepthAttentionForward& p, const SharedVectors
         }
         if (i < p.num_known_rstd) {
           s.rstd[i] = static_cast<const A*>(p.known_rstd)[i * m_total + m];
-          s.logits[i] = s.rstd[i] * dot<Access>(s.rows[i], u, hidden);
+          s.logits[i] = s.rstd[i] * dot<Access>(s.rows[i], s.next[i], u, hidden);
           continue;
         }
-        score<Access>(s.rows[i], u, hidden, product, squares);
+        score<Access>(s.rows[i], s.next[i], u, hidden, product, squares);
       }
       s.rstd[i] = inverse_rms<A>(squares, hidden, p.eps);
       s.logits[i] = s.rstd[i] * product;
@@ -188,30 +218,36 @@ void depth_attention_forward(const DepthAttentionForward& p, const SharedVectors
     if (p.first_logit != nullptr) skip_empty_state<A>(s.logits[0], s.rows, n);
     const A lse = softmax<A>(s.logits, s.weights, n);
 
-    const Row* next = next_rows(p.sources, n, m, range, s.next);
     MutableRow out = row(p.out, m);
     out.streamed = streamed;
     if (out_weight == nullptr) {
-      mix<Access>(s.rows, next, s.weights, n, hidden,
+      mix<Access>(s.rows, s.next, s.weights, n, hidden, s.mixed,
                   [&](auto tile, const Vec<A>* v)
                       __attribute__((always_inline)) { tile.store_all(out, v); });
     } else {
-      A* mixed = p.mix.data == nullptr ? s.mixed : static_cast<A*>(row(p.mix, m).data);
       Sum<A, kUnroll> squares;
-      mix<Access>(s.rows, next, s.weights, n, hidden,
+      Vec<A> rest = {};
+      mix<Access>(s.rows, s.next, s.weights, n, hidden, s.mixed,
                   [&](auto tile, const Vec<A>* v) __attribute__((always_inline)) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
                     for (int k = 0; k < tile.kCount; ++k) {
-                      tile.store(mixed, k, v[k]);
-                      squares.parts[k] += v[k] * v[k];
+                      tile.store(s.mixed, k, v[k]);
+                      (tile.kCount == 1 ? rest : squares.parts[k % kUnroll]) += v[k] * v[k];
                     }
                   });
+      squares.template restore_order<Access>(false);
+      squares.parts[0] += rest;
       const A rstd = inverse_rms<A>(squares.total(), hidden, p.out_eps);
+      if (p.mix.data != nullptr) {
+        A* saved = static_cast<A*>(row(p.mix, m).data);
+        __builtin_memcpy(saved, s.mixed, hidden * sizeof(A));
+        if (Access::kSplits) join_columns(saved, hidden);
+      }
       for_tiles<Access, kUnroll>(hidden, [&](auto tile) __attribute__((always_inline)) {
         Vec<A> normed[kUnroll];
 #pragma GCC unroll 4
         for (int k = 0; k < tile.kCount; ++k) {
-          normed[k] = tile.load(mixed, k) * rstd * tile.load(out_weight, k);
+          normed[k] = tile.load(s.mixed, k) * rstd * tile.load(out_weight, k);
         }
         tile.store_all(out, normed);
       });
@@ -245,6 +281,7 @@ struct BackwardScratch {
   A* value_factor;  // of v in dv
   A* mixed;
   A* g;
+  A* du;  // of a run of columns
 
   BackwardScratch(Arena& arena, const DepthAttentionBackward& p)
       : rows(arena.take<Row>(p.num_sources)),
@@ -258,7 +295,8 @@ struct BackwardScratch {
         score_factor(arena.take<A>(p.num_sources)),
         value_factor(arena.take<A>(p.num_sources)),
         mixed(arena.take<A>(p.hidden)),
-        g(arena.take<A>(p.hidden)) {}
+        g(arena.take<A>(p.hidden)),
+        du(arena.take<A>(p.hidden)) {}
 };
 
 // Through the output norm: g = rstd * (dh * w - o_hat * <dh * w, o_hat> / D), and adds dh * o_hat
@@ -280,12 +318,15 @@ ATTNRES_INLINE void output_norm_backward(Row grad_out, const A* mixed, const A* 
       squares, products);
   const A rstd = inverse_rms<A>(squares.total(), hidden, out_eps);
   const A mean = products.total() * rstd / static_cast<A>(hidden);
-  for_tiles<Access, 1>(hidden, [&](auto tile) __attribute__((always_inline)) {
-    const Vec<A> normed = tile.load(mixed, 0) * rstd;
-    const Vec<A> dh = tile.load(grad_out, 0);
-    tile.store(g, 0, (dh * tile.load(out_weight, 0) - normed * mean) * rstd);
-    if (grad_out_weight != nullptr) {
-      tile.store(grad_out_weight, 0, tile.load(grad_out_weight, 0) + dh * normed);
+  for_tiles<Access, 2>(hidden, [&](auto tile) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+    for (int k = 0; k < tile.kCount; ++k) {
+      const Vec<A> normed = tile.load(mixed, k) * rstd;
+      const Vec<A> dh = tile.load(grad_out, k);
+      tile.store(g, k, (dh * tile.load(out_weight, k) - normed * mean) * rstd);
+      if (grad_out_weight != nullptr) {
+        tile.store(grad_out_weight, k, tile.load(grad_out_weight, k) + dh * normed);
+      }
     }
   });
 }
@@ -320,6 +361,7 @@ void depth_attention_backward(const DepthAttentionBackward& p, const SharedVecto
   const bool needs_columns = gradient_bytes > 0 || grad_score != nullptr;
 
   for (int64_t m = range.begin; m < range.end; ++m) {
+    next_rows(p.sources, ConstRows{}, n, m, range, s.next);
     for (int i = 0; i < n; ++i) {
       s.rows[i] = row(p.sources[i], m);
       s.grads[i] = p.grad_sources[i].data == nullptr ? MutableRow{} : row(p.grad_sources[i], m);
@@ -337,9 +379,13 @@ void depth_attention_backward(const DepthAttentionBackward& p, const SharedVecto
 
     const Row grad_out = row(p.grad_out, m);
     const bool normed = out_weight != nullptr;
-    if (!normed) {
-      for_tiles<Access, 1>(hidden, [&](auto tile) __attribute__((always_inline)) {
-        tile.store(s.g, 0, tile.load(grad_out, 0));
+    const A* g = s.g;
+    if (!normed && kIsCompute<Access>) {
+      g = static_cast<const A*>(grad_out.data);
+    } else if (!normed) {
+      for_tiles<Access, 2>(hidden, [&](auto tile) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+        for (int k = 0; k < tile.kCount; ++k) tile.store(s.g, k, tile.load(grad_out, k));
       });
     }
 
@@ -353,9 +399,9 @@ void depth_attention_backward(const DepthAttentionBackward& p, const SharedVecto
       }
       A product, squares;
       if (normed) {
-        score<Access>(s.rows[i], u, hidden, product, squares);
+        score<Access>(s.rows[i], s.next[i], u, hidden, product, squares);
       } else {
-        score_and_dot<Access>(s.rows[i], u, s.g, hidden, product, squares, s.dots[i]);
+        score_and_dot<Access>(s.rows[i], s.next[i], u, g, hidden, product, squares, s.dots[i]);
       }
       s.rstd[i] = inverse_rms<A>(squares, hidden, p.eps);
       s.logits[i] = s.rstd[i] * product;
@@ -363,23 +409,23 @@ void depth_attention_backward(const DepthAttentionBackward& p, const SharedVecto
     softmax<A>(s.logits, s.weights, n);
 
     if (normed) {
-      const A* mixed = s.mixed;
       if (p.mix.data != nullptr) {
-        mixed = static_cast<const A*>(row(p.mix, m).data);
+        __builtin_memcpy(s.mixed, row(p.mix, m).data, hidden * sizeof(A));
+        if (Access::kSplits) split_columns(s.mixed, hidden);
       } else {
-        mix<Access>(s.rows, nullptr, s.weights, n, hidden,
+        mix<Access>(s.rows, s.next, s.weights, n, hidden, s.mixed,
                     [&](auto tile, const Vec<A>* v) __attribute__((always_inline)) {
                       for (int k = 0; k < tile.kCount; ++k) tile.store(s.mixed, k, v[k]);
                     });
       }
-      output_norm_backward<Access>(grad_out, mixed, out_weight, hidden, p.out_eps, s.g,
+      output_norm_backward<Access>(grad_out, s.mixed, out_weight, hidden, p.out_eps, s.g,
                                    grad_out_weight);
     }
     if (!needs_columns && p.grad_first_logit == nullptr) continue;
 
     for (int i = 0; i < n; ++i) {
       const bool have_dot = stats == nullptr && !normed && i >= first_scored;
-      if (!have_dot) s.dots[i] = dot<Access>(s.rows[i], s.g, hidden);
+      if (!have_dot) s.dots[i] = dot<Access>(s.rows[i], s.next[i], g, hidden);
       if (p.grad_weights != nullptr)
         s.dots[i] += static_cast<const A*>(p.grad_weights)[i * m_total + m];
     }
@@ -399,34 +445,35 @@ void depth_attention_backward(const DepthAttentionBackward& p, const SharedVecto
     }
     if (!needs_columns) continue;
 
-    const Row* next = next_rows(p.sources, n, m, range, s.next);
     // dv_i = p_i g + a_i u - b_i v_i and du += a_i v_i, with every row read once more.
-    for_tiles<Access, 2>(hidden, [&](auto tile) __attribute__((always_inline)) {
-      Vec<A> g[2], score_vector[2], du[2] = {};
-#pragma GCC unroll 2
-      for (int k = 0; k < tile.kCount; ++k) {
-        g[k] = tile.load(s.g, k);
-        score_vector[k] = tile.load(u, k);
-      }
+    for_runs(hidden, [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
+      for (int64_t c = begin; c < end; ++c) s.du[c] = 0;
       for (int i = 0; i < n; ++i) {
+        const Row values = s.rows[i], next = s.next[i], base = s.bases[i];
+        const MutableRow grad = s.grads[i];
         const Vec<A> weight = broadcast<A>(s.weights[i]);
         const Vec<A> a = broadcast<A>(s.score_factor[i]);
         const Vec<A> b = broadcast<A>(s.value_factor[i]);
-        if (next != nullptr) tile.prefetch(next[i]);
-        Vec<A> dv[2];
-#pragma GCC unroll 2
-        for (int k = 0; k < tile.kCount; ++k) {
-          const Vec<A> v = tile.load(s.rows[i], k);
-          du[k] += a * v;
-          dv[k] = weight * g[k] + a * score_vector[k] - b * v;
-          if (s.bases[i].data != nullptr) dv[k] += tile.load(s.bases[i], k);
-        }
-        if (s.grads[i].data != nullptr) tile.store_all(s.grads[i], dv);
+        for_columns<Access, kUnroll>(
+            begin, end, hidden, [&](auto tile) __attribute__((always_inline)) {
+              Vec<A> dv[4];
+#pragma GCC unroll 4
+              for (int k = 0; k < tile.kCount; ++k) {
+                const Vec<A> v = tile.load(values, k);
+                tile.store(s.du, k, tile.load(s.du, k) + a * v);
+                dv[k] = weight * tile.load(g, k) + a * tile.load(u, k) - b * v;
+                if (base.data != nullptr) dv[k] += tile.load(base, k);
+              }
+              tile.prefetch_half(next, 1, hidden);
+              if (grad.data != nullptr) tile.store_all(grad, dv);
+            });
       }
       if (grad_score != nullptr) {
+        for_columns<Access, 2>(begin, end, hidden, [&](auto tile) __attribute__((always_inline)) {
 #pragma GCC unroll 2
-        for (int k = 0; k < tile.kCount; ++k)
-          tile.store(grad_score, k, tile.load(grad_score, k) + du[k]);
+          for (int k = 0; k < tile.kCount; ++k)
+            tile.store(grad_score, k, tile.load(grad_score, k) + tile.load(s.du, k));
+        });
       }
     });
   }

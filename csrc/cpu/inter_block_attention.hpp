@@ -10,12 +10,28 @@ namespace attnres::cpu {
 namespace {
 
 // Columns of a panel: those of 9 float32 rows are 9 KiB.
-constexpr int64_t kPanel = 256;
+constexpr int64_t kPanel = kRun;
 // So many queries are multiplied with so many rows at a time, as registers hold sums.
-constexpr int kQueries = kVectorBytes == 64 ? 6 : 4;
+constexpr int kQueries = 6;
 constexpr int kRows = kVectorBytes == 64 ? 4 : 2;
 // Vectors of an output that are mixed at a time.
 constexpr int kMixed = kVectorBytes == 64 ? 4 : 2;
+
+// Columns in their own order. A product's sum is made vector by vector here, so that it depends on
+// the order of columns, which must not depend on what else is read.
+template <typename Access>
+struct InOrder : Access {
+  using A = typename Access::A;
+  static constexpr bool kSplits = false;
+  ATTNRES_INLINE Vec<A> load_of_pair(Row row, int64_t c, int which) {
+    return Access::load(row, c + which * kLanes<A>);
+  }
+  template <bool>
+  ATTNRES_INLINE void store_pair(MutableRow row, int64_t c, Vec<A> v, Vec<A> w) {
+    Access::store(row, c, v);
+    Access::store(row, c + kLanes<A>, w);
+  }
+};
 
 template <int kItems>
 struct Group {
@@ -41,13 +57,8 @@ ATTNRES_INLINE void for_groups(int64_t count, F&& f) {
   }
 }
 
-// f(first column, number of columns) for every panel of a row.
-template <typename F>
-ATTNRES_INLINE void for_panels(int64_t hidden, F&& f) {
-  for (int64_t begin = 0; begin < hidden; begin += kPanel) {
-    f(begin, hidden - begin < kPanel ? hidden - begin : kPanel);
-  }
-}
+template <typename Access>
+constexpr bool kIsCompute<InOrder<Access>> = kIsCompute<Access>;
 
 ATTNRES_INLINE Row columns_from(Row row, int64_t begin) {
   return {row_at(row.data, row.dtype, begin), row.dtype};
@@ -88,34 +99,64 @@ ATTNRES_INLINE void read_panel(const Row* rows, int num_rows, int64_t begin, int
   }
 }
 
+// Writes a panel of a row, plus `base` where there is one: a run of columns at a time, which is
+// what memory wants of rows that go past the caches.
+template <typename Access, typename A = typename Access::A>
+ATTNRES_INLINE void write_panel(const A* values, Row base, MutableRow row, int64_t begin,
+                                int64_t count) {
+  const MutableRow target = columns_from(row, begin);
+  const Row added = base.data == nullptr ? base : columns_from(base, begin);
+  for_tiles<Access, 2>(count, [&](auto tile) __attribute__((always_inline)) {
+    Vec<A> v[2];
+#pragma GCC unroll 2
+    for (int k = 0; k < tile.kCount; ++k) {
+      v[k] = tile.load(values, k);
+      if (added.data != nullptr) v[k] += tile.load(added, k);
+    }
+    tile.store_all(target, v);
+  });
+}
+
+// Asks for the panel's share of half of each row, `which` is 0 or 1.
 template <typename Access>
-ATTNRES_INLINE void prefetch_panel(const Row* rows, int num_rows, int64_t begin, int64_t count) {
+ATTNRES_INLINE void prefetch_panel(const Row* rows, int num_rows, int which, int64_t begin,
+                                   int64_t end, int64_t hidden) {
   for (int i = 0; i < num_rows; ++i) {
-    const Row row = columns_from(rows[i], begin);
-    for_tiles<Access, kUnroll>(
-        count, [&](auto tile) __attribute__((always_inline)) { tile.prefetch(row); });
+    const Row row = rows[i];
+    for_columns<Access, kUnroll>(begin, end, hidden, [&](auto tile) __attribute__((always_inline)) {
+      tile.prefetch_half(row, which, hidden);
+    });
   }
 }
 
 // sums[s * num_rows + i] += <rows[i], vectors[s]> over `count` columns. Every product is made in
 // the same order, whatever group it falls into.
 template <typename A>
-void add_products(const A* const* rows, int num_rows, const A* const* vectors, int64_t num_vectors,
-                  int64_t count, Vec<A>* sums) {
+__attribute__((noinline)) void add_products(const A* const* rows, int num_rows,
+                                            const A* const* vectors, int64_t num_vectors,
+                                            int64_t count, Vec<A>* sums) {
   for_groups<kQueries>(num_vectors, [&](auto queries) __attribute__((always_inline)) {
     for_groups<kRows>(num_rows, [&](auto sources) __attribute__((always_inline)) {
       Vec<A> products[queries.kCount][sources.kCount] = {};
-      for_tiles<Uniform<A, A>, 1>(count, [&](auto tile) __attribute__((always_inline)) {
-        Vec<A> values[sources.kCount];
-        for (int i = 0; i < sources.kCount; ++i) {
-          values[i] = tile.load(rows[sources.first + i], 0);
-        }
-        for (int q = 0; q < queries.kCount; ++q) {
-          const Vec<A> vector = in_register(tile.load(vectors[queries.first + q], 0));
-          for (int i = 0; i < sources.kCount; ++i) products[q][i] += vector * values[i];
+      for_tiles<Uniform<A, A>, 2>(count, [&](auto tile) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+        for (int k = 0; k < tile.kCount; ++k) {
+          Vec<A> values[sources.kCount];
+#pragma GCC unroll 8
+          for (int i = 0; i < sources.kCount; ++i) {
+            values[i] = tile.load(rows[sources.first + i], k);
+          }
+#pragma GCC unroll 8
+          for (int q = 0; q < queries.kCount; ++q) {
+            const Vec<A> vector = in_register(tile.load(vectors[queries.first + q], k));
+#pragma GCC unroll 8
+            for (int i = 0; i < sources.kCount; ++i) products[q][i] += vector * values[i];
+          }
         }
       });
+#pragma GCC unroll 8
       for (int q = 0; q < queries.kCount; ++q) {
+#pragma GCC unroll 8
         for (int i = 0; i < sources.kCount; ++i) {
           sums[(queries.first + q) * num_rows + sources.first + i] += products[q][i];
         }
@@ -139,14 +180,17 @@ struct ScoreSums {
 
 // logits [S, N] and rstd [N] of one token.
 template <typename Access, typename A = typename Access::A>
-ATTNRES_INLINE void score_all(const Row* rows, int n, const A* u, int64_t num_queries,
-                              int64_t hidden, double eps, const A* known_rstd, int64_t known_stride,
-                              const Panel<A>& panel, const ScoreSums<A>& sums, A* logits, A* rstd) {
+ATTNRES_INLINE void score_all(const Row* rows, const Row* next, int n, const A* u,
+                              int64_t num_queries, int64_t hidden, double eps, const A* known_rstd,
+                              int64_t known_stride, const Panel<A>& panel, const ScoreSums<A>& sums,
+                              A* logits, A* rstd) {
   for (int64_t j = 0; j < num_queries * n; ++j) sums.products[j] = Vec<A>{};
   for (int i = 0; i < n; ++i) sums.squares[i] = Vec<A>{};
-  for_panels(hidden, [&](int64_t begin, int64_t count) __attribute__((always_inline)) {
-    read_panel<Access>(rows, n, begin, count, panel,
-                       known_rstd == nullptr ? sums.squares : nullptr);
+  for_runs(hidden, [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
+    const int64_t count = end - begin;
+    read_panel<InOrder<Access>>(rows, n, begin, count, panel,
+                                known_rstd == nullptr ? sums.squares : nullptr);
+    prefetch_panel<Access>(next, n, 0, begin, end, hidden);
     for (int64_t s = 0; s < num_queries; ++s) sums.vectors[s] = u + s * hidden + begin;
     add_products<A>(panel.rows, n, sums.vectors, num_queries, count, sums.products);
   });
@@ -167,6 +211,7 @@ struct InterForwardScratch {
   Row* next;
   MutableRow* outs;
   Panel<A> panel;
+  A* mixed;  // [S, kPanel]
   ScoreSums<A> sums;
   A* rstd;
   A* logits;
@@ -177,36 +222,39 @@ struct InterForwardScratch {
         next(arena.take<Row>(p.num_sources)),
         outs(arena.take<MutableRow>(p.num_queries)),
         panel(arena, p.num_sources),
+        mixed(arena.take<A>(p.num_queries * kPanel)),
         sums(arena, p.num_sources, p.num_queries),
         rstd(arena.take<A>(p.num_sources)),
         logits(arena.take<A>(p.num_sources * p.num_queries)),
         weights(arena.take<A>(p.num_sources * p.num_queries)) {}
 };
 
-// outs[s] = sum_i weights[s * n + i] rows[i] for all queries of one token. Memory is free meanwhile
-// to bring `next`, the rows of the next token, if there are any.
-template <typename Access, typename A = typename Access::A>
-ATTNRES_INLINE void mix_queries(const Row* rows, const Row* next, int n, const A* weights,
-                                const MutableRow* outs, int64_t num_queries, int64_t hidden,
-                                const Panel<A>& panel) {
-  for_panels(hidden, [&](int64_t begin, int64_t count) __attribute__((always_inline)) {
-    read_panel<Access>(rows, n, begin, count, panel);
-    if (next != nullptr) prefetch_panel<Access>(next, n, begin, count);
-    for_groups<kQueries>(num_queries, [&](auto queries) __attribute__((always_inline)) {
-      for_tiles<Access, kMixed>(count, [&](auto tile) __attribute__((always_inline)) {
-        Vec<A> sums[queries.kCount][kMixed] = {};
-        for (int i = 0; i < n; ++i) {
-          Vec<A> v[kMixed];
-          for (int k = 0; k < tile.kCount; ++k) v[k] = tile.load(panel.rows[i], k);
-          for (int q = 0; q < queries.kCount; ++q) {
-            const Vec<A> weight = broadcast<A>(weights[(queries.first + q) * n + i]);
-            for (int k = 0; k < tile.kCount; ++k) sums[q][k] += weight * v[k];
-          }
-        }
+// mixed[s * kPanel] = sum_i weights[s * n + i] rows[i] over a panel, for all queries.
+template <typename A>
+__attribute__((noinline)) void mix_panel(const A* const* rows, int n, const A* weights,
+                                         int64_t num_queries, int64_t count, A* mixed) {
+  for_groups<kQueries>(num_queries, [&](auto queries) __attribute__((always_inline)) {
+    const A* first = weights + queries.first * n;
+    for_tiles<Uniform<A, A>, kMixed>(count, [&](auto tile) __attribute__((always_inline)) {
+      Vec<A> sums[queries.kCount][kMixed] = {};
+      for (int i = 0; i < n; ++i) {
+        Vec<A> v[kMixed];
+#pragma GCC unroll 8
+        for (int k = 0; k < tile.kCount; ++k) v[k] = tile.load(rows[i], k);
+#pragma GCC unroll 8
         for (int q = 0; q < queries.kCount; ++q) {
-          tile.store_all(columns_from(outs[queries.first + q], begin), sums[q]);
+          const Vec<A> weight = broadcast<A>(first[q * n + i]);
+#pragma GCC unroll 8
+          for (int k = 0; k < tile.kCount; ++k) sums[q][k] += weight * v[k];
         }
-      });
+      }
+#pragma GCC unroll 8
+      for (int q = 0; q < queries.kCount; ++q) {
+#pragma GCC unroll 8
+        for (int k = 0; k < tile.kCount; ++k) {
+          tile.store(mixed + (queries.first + q) * kPanel, k, sums[q][k]);
+        }
+      }
     });
   });
 }
@@ -215,7 +263,7 @@ template <typename Access>
 void inter_block_forward(const InterBlockForward& p, const SharedVectors& shared,
                          TokenRange range) {
   using A = typename Access::A;
-  const A* u = static_cast<const A*>(shared.score);
+  const A* u = static_cast<const A*>(shared.in_order);
   const int n = p.num_sources;
   const int64_t m_total = p.num_tokens, hidden = p.hidden, num_queries = p.num_queries;
   Arena arena(range.scratch);
@@ -224,18 +272,27 @@ void inter_block_forward(const InterBlockForward& p, const SharedVectors& shared
 
   for (int64_t m = range.begin; m < range.end; ++m) {
     for (int i = 0; i < n; ++i) t.rows[i] = row(p.sources[i], m);
+    next_rows(p.sources, ConstRows{}, n, m, range, t.next);
     const A* known_rstd = static_cast<const A*>(p.known_rstd);
     if (known_rstd != nullptr) known_rstd += m;
-    score_all<Access>(t.rows, n, u, num_queries, hidden, p.eps, known_rstd, m_total, t.panel,
-                      t.sums, t.logits, t.rstd);
+    score_all<Access>(t.rows, t.next, n, u, num_queries, hidden, p.eps, known_rstd, m_total,
+                      t.panel, t.sums, t.logits, t.rstd);
     for (int64_t s = 0; s < num_queries; ++s) {
       const A lse = softmax<A>(t.logits + s * n, t.weights + s * n, n);
       static_cast<A*>(p.lse)[s * m_total + m] = lse;
       t.outs[s] = row(p.out, s * m_total + m);
       t.outs[s].streamed = streamed;
     }
-    const Row* next = next_rows(p.sources, n, m, range, t.next);
-    mix_queries<Access>(t.rows, next, n, t.weights, t.outs, num_queries, hidden, t.panel);
+    // Memory is free meanwhile to bring the other half of the next rows.
+    for_runs(hidden, [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
+      const int64_t count = end - begin;
+      read_panel<Access>(t.rows, n, begin, count, t.panel);
+      prefetch_panel<Access>(t.next, n, 1, begin, end, hidden);
+      mix_panel<A>(t.panel.rows, n, t.weights, num_queries, count, t.mixed);
+      for (int64_t s = 0; s < num_queries; ++s) {
+        write_panel<Access>(t.mixed + s * kPanel, Row{}, t.outs[s], begin, count);
+      }
+    });
 
     if (p.stats != nullptr) {
       A* stats = static_cast<A*>(p.stats) + m;
@@ -246,17 +303,20 @@ void inter_block_forward(const InterBlockForward& p, const SharedVectors& shared
   finish_streaming();
 }
 
-// Vectors of a gradient that are made at a time.
+// Sources whose gradients are made at a time, and vectors of each.
+constexpr int kGradients = 4;
 constexpr int kGradientVectors = kVectorBytes == 64 ? 4 : 2;
 
 template <typename A>
 struct InterBackwardScratch {
   Row* rows;
+  Row* next;
   Row* bases;
   MutableRow* grads;
   Row* grad_outs;      // [S]
   Panel<A> panel;      // of the rows
   Panel<A> out_panel;  // of the output gradients
+  A* gradients;        // [N, kPanel], of the rows
   ScoreSums<A> sums;
   A* rstd;
   A* logits;        // [S, N]
@@ -267,11 +327,13 @@ struct InterBackwardScratch {
 
   InterBackwardScratch(Arena& arena, const InterBlockBackward& p)
       : rows(arena.take<Row>(p.num_sources)),
+        next(arena.take<Row>(p.num_sources)),
         bases(arena.take<Row>(p.num_sources)),
         grads(arena.take<MutableRow>(p.num_sources)),
         grad_outs(arena.take<Row>(p.num_queries)),
         panel(arena, p.num_sources),
         out_panel(arena, static_cast<int>(p.num_queries)),
+        gradients(arena.take<A>(p.num_sources * kPanel)),
         sums(arena, p.num_sources, p.num_queries),
         rstd(arena.take<A>(p.num_sources)),
         logits(arena.take<A>(p.num_sources * p.num_queries)),
@@ -292,70 +354,80 @@ ATTNRES_INLINE void read_output_gradients(const Row* grad_outs, int num_queries,
   for (int s = 0; s < num_queries; ++s) panel.rows[s] = panel.copies;
 }
 
-// dv_i = sum_s (p_si g_s + a_si u_s) - b_i v_i over a panel.
-template <typename Access, typename A = typename Access::A>
-ATTNRES_INLINE void source_gradients(const InterBackwardScratch<A>& t, int n, int64_t num_queries,
-                                     int64_t begin, int64_t count) {
-  for_groups<kRows>(n, [&](auto sources) __attribute__((always_inline)) {
-    for_tiles<Access, kGradientVectors>(count, [&](auto tile) __attribute__((always_inline)) {
-      Vec<A> dv[sources.kCount][kGradientVectors];
-      for (int j = 0; j < sources.kCount; ++j) {
-        const int64_t i = sources.first + j;
-        for (int k = 0; k < tile.kCount; ++k) {
-          dv[j][k] = broadcast<A>(-t.value_factor[i]) * tile.load(t.panel.rows[i], k);
-        }
-      }
-      for (int64_t s = 0; s < num_queries; ++s) {
-        Vec<A> g[kGradientVectors], u[kGradientVectors];
-        for (int k = 0; k < tile.kCount; ++k) {
-          g[k] = tile.load(t.out_panel.rows[s], k);
-          u[k] = tile.load(t.sums.vectors[s], k);
-        }
-        for (int j = 0; j < sources.kCount; ++j) {
-          const Vec<A> weight = broadcast<A>(t.weights[s * n + sources.first + j]);
-          const Vec<A> a = broadcast<A>(t.score_factor[s * n + sources.first + j]);
-          // Two fused operations; the sum of both products would take a third.
-          for (int k = 0; k < tile.kCount; ++k) {
-            dv[j][k] += weight * g[k];
-            dv[j][k] += a * u[k];
+// gradients[i * kPanel] = sum_s (p_si g_s + a_si u_s) - b_i v_i over a panel.
+template <typename A>
+__attribute__((noinline)) void source_gradients(const InterBackwardScratch<A>& t, int n,
+                                                int64_t num_queries, int64_t count) {
+  for_groups<kGradients>(n, [&](auto sources) __attribute__((always_inline)) {
+    for_tiles<Uniform<A, A>, kGradientVectors>(
+        count, [&](auto tile) __attribute__((always_inline)) {
+          Vec<A> dv[sources.kCount][kGradientVectors];
+#pragma GCC unroll 8
+          for (int j = 0; j < sources.kCount; ++j) {
+            const int64_t i = sources.first + j;
+#pragma GCC unroll 8
+            for (int k = 0; k < tile.kCount; ++k) {
+              dv[j][k] = broadcast<A>(-t.value_factor[i]) * tile.load(t.panel.rows[i], k);
+            }
           }
-        }
-      }
-      // A buffer may be the gradient of two sources: one is added to after the other is stored.
-      for (int j = 0; j < sources.kCount; ++j) {
-        const int64_t i = sources.first + j;
-        if (t.grads[i].data == nullptr) continue;
-        if (t.bases[i].data != nullptr) {
-          const Row base = columns_from(t.bases[i], begin);
-          for (int k = 0; k < tile.kCount; ++k) dv[j][k] += tile.load(base, k);
-        }
-        tile.store_all(columns_from(t.grads[i], begin), dv[j]);
-      }
-    });
+          for (int64_t s = 0; s < num_queries; ++s) {
+            Vec<A> g[kGradientVectors], u[kGradientVectors];
+#pragma GCC unroll 8
+            for (int k = 0; k < tile.kCount; ++k) {
+              g[k] = tile.load(t.out_panel.rows[s], k);
+              u[k] = tile.load(t.sums.vectors[s], k);
+            }
+#pragma GCC unroll 8
+            for (int j = 0; j < sources.kCount; ++j) {
+              const Vec<A> weight = broadcast<A>(t.weights[s * n + sources.first + j]);
+              const Vec<A> a = broadcast<A>(t.score_factor[s * n + sources.first + j]);
+          // Two fused operations; the sum of both products would take a third.
+#pragma GCC unroll 8
+              for (int k = 0; k < tile.kCount; ++k) {
+                dv[j][k] += weight * g[k];
+                dv[j][k] += a * u[k];
+              }
+            }
+          }
+#pragma GCC unroll 8
+          for (int j = 0; j < sources.kCount; ++j) {
+#pragma GCC unroll 8
+            for (int k = 0; k < tile.kCount; ++k) {
+              tile.store(t.gradients + (sources.first + j) * kPanel, k, dv[j][k]);
+            }
+          }
+        });
   });
 }
 
 // du_s += sum_i a_si v_i over a panel; sums[s * stride] is where du_s begins.
 template <typename A>
-ATTNRES_INLINE void add_score_gradients(const InterBackwardScratch<A>& t, int n,
-                                        int64_t num_queries, int64_t count, A* sums,
-                                        int64_t stride) {
+__attribute__((noinline)) void add_score_gradients(const InterBackwardScratch<A>& t, int n,
+                                                   int64_t num_queries, int64_t count, A* sums,
+                                                   int64_t stride) {
   for_groups<kQueries>(num_queries, [&](auto queries) __attribute__((always_inline)) {
     for_tiles<Uniform<A, A>, kMixed>(count, [&](auto tile) __attribute__((always_inline)) {
       Vec<A> du[queries.kCount][kMixed];
       A* first = sums + queries.first * stride;
+#pragma GCC unroll 8
       for (int q = 0; q < queries.kCount; ++q) {
+#pragma GCC unroll 8
         for (int k = 0; k < tile.kCount; ++k) du[q][k] = tile.load(first + q * stride, k);
       }
       for (int i = 0; i < n; ++i) {
         Vec<A> v[kMixed];
+#pragma GCC unroll 8
         for (int k = 0; k < tile.kCount; ++k) v[k] = tile.load(t.panel.rows[i], k);
+#pragma GCC unroll 8
         for (int q = 0; q < queries.kCount; ++q) {
           const Vec<A> a = broadcast<A>(t.score_factor[(queries.first + q) * n + i]);
+#pragma GCC unroll 8
           for (int k = 0; k < tile.kCount; ++k) du[q][k] += a * v[k];
         }
       }
+#pragma GCC unroll 8
       for (int q = 0; q < queries.kCount; ++q) {
+#pragma GCC unroll 8
         for (int k = 0; k < tile.kCount; ++k) tile.store(first + q * stride, k, du[q][k]);
       }
     });
@@ -374,15 +446,17 @@ ATTNRES_INLINE void find_factors(const InterBlockBackward& p, const A* u, int64_
     for (int i = 0; i < n; ++i) t.rstd[i] = stats[i * m_total];
     for (int64_t j = 0; j < num_queries * n; ++j) t.logits[j] = stats[(n + j) * m_total];
   } else {
-    score_all<Access>(t.rows, n, u, num_queries, hidden, p.eps, static_cast<const A*>(nullptr), 0,
-                      t.panel, t.sums, t.logits, t.rstd);
+    score_all<Access>(t.rows, t.rows, n, u, num_queries, hidden, p.eps,
+                      static_cast<const A*>(nullptr), 0, t.panel, t.sums, t.logits, t.rstd);
   }
 
   for (int64_t j = 0; j < num_queries * n; ++j) t.sums.products[j] = Vec<A>{};
-  for_panels(hidden, [&](int64_t begin, int64_t count) __attribute__((always_inline)) {
-    read_panel<Access>(t.rows, n, begin, count, t.panel);
-    read_output_gradients<Access>(t.grad_outs, static_cast<int>(num_queries), begin, count,
-                                  t.out_panel);
+  for_runs(hidden, [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
+    const int64_t count = end - begin;
+    read_panel<InOrder<Access>>(t.rows, n, begin, count, t.panel);
+    read_output_gradients<InOrder<Access>>(t.grad_outs, static_cast<int>(num_queries), begin, count,
+                                           t.out_panel);
+    prefetch_panel<Access>(t.next, n, 0, begin, end, hidden);
     add_products<A>(t.panel.rows, n, t.out_panel.rows, num_queries, count, t.sums.products);
   });
   for (int64_t j = 0; j < num_queries * n; ++j) t.products[j] = sum_lanes<A>(t.sums.products[j]);
@@ -432,15 +506,23 @@ void inter_block_backward(const InterBlockBackward& p, const SharedVectors& shar
     for (int64_t s = 0; s < num_queries; ++s) {
       t.grad_outs[s] = p.grad_out.data == nullptr ? Row{} : row(p.grad_out, s * m_total + m);
     }
-    find_factors<Access>(p, u, m, t);
+    next_rows(p.sources, ConstRows{}, n, m, range, t.next);
+    find_factors<Access>(p, static_cast<const A*>(shared.in_order), m, t);
 
-    for_panels(hidden, [&](int64_t begin, int64_t count) __attribute__((always_inline)) {
+    for_runs(hidden, [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
+      const int64_t count = end - begin;
       read_panel<Access>(t.rows, n, begin, count, t.panel);
+      prefetch_panel<Access>(t.next, n, 1, begin, end, hidden);
       if (any_source_gradient) {
         read_output_gradients<Access>(t.grad_outs, static_cast<int>(num_queries), begin, count,
                                       t.out_panel);
         for (int64_t s = 0; s < num_queries; ++s) t.sums.vectors[s] = u + s * hidden + begin;
-        source_gradients<Access>(t, n, num_queries, begin, count);
+        source_gradients<A>(t, n, num_queries, count);
+        // One after the other: a buffer may be the gradient of two sources, and is added to then.
+        for (int i = 0; i < n; ++i) {
+          if (t.grads[i].data == nullptr) continue;
+          write_panel<Access>(t.gradients + i * kPanel, t.bases[i], t.grads[i], begin, count);
+        }
       }
       if (grad_score != nullptr) {
         add_score_gradients<A>(t, n, num_queries, count, grad_score + begin, hidden);

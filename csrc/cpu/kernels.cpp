@@ -15,12 +15,12 @@ using Storage = typename StorageOf<kDType>::type;
 // f(Access*) for the way to read a set of rows: by a storage type known when compiled if they share
 // one, else row by row.
 template <typename F>
-void dispatch_access(DType compute, const SharedDType& shared, F&& f) {
+void dispatch_access(DType compute, DType shared, F&& f) {
   if (is_double(compute)) {
-    if (shared.get() == DType::kFloat64) return f(static_cast<Uniform<double, double>*>(nullptr));
+    if (shared == DType::kFloat64) return f(static_cast<Uniform<double, double>*>(nullptr));
     return f(static_cast<Mixed<double>*>(nullptr));
   }
-  switch (shared.get()) {
+  switch (shared) {
     case DType::kBFloat16:
       return f(static_cast<Uniform<float, BFloat16>*>(nullptr));
     case DType::kFloat16:
@@ -50,12 +50,7 @@ int64_t scratch_size(const Params& p) {
 void run_depth_attention_forward(const DepthAttentionForward& p, const SharedVectors& shared,
                                  TokenRange range) {
   [[maybe_unused]] const DenormalsAreZero mode;
-  SharedDType types;
-  types.add(p.out);
-  types.add(p.sources, p.num_sources);
-  types.add(p.delta);
-  types.add(p.new_partial);
-  dispatch_access(p.compute, types, [&]<typename Access>(Access*) {
+  dispatch_access(p.compute, shared_dtype(p), [&]<typename Access>(Access*) {
     depth_attention_forward<Access>(p, shared, range);
   });
 }
@@ -63,12 +58,7 @@ void run_depth_attention_forward(const DepthAttentionForward& p, const SharedVec
 void run_depth_attention_backward(const DepthAttentionBackward& p, const SharedVectors& shared,
                                   TokenRange range, void* part) {
   [[maybe_unused]] const DenormalsAreZero mode;
-  SharedDType types;
-  types.add(p.grad_out);
-  types.add(p.sources, p.num_sources);
-  types.add(p.grad_sources, p.num_sources);
-  types.add(p.grad_base, p.num_sources);
-  dispatch_access(p.compute, types, [&]<typename Access>(Access*) {
+  dispatch_access(p.compute, shared_dtype(p), [&]<typename Access>(Access*) {
     depth_attention_backward<Access>(p, shared, range, part);
   });
 }
@@ -76,22 +66,14 @@ void run_depth_attention_backward(const DepthAttentionBackward& p, const SharedV
 void run_inter_block_forward(const InterBlockForward& p, const SharedVectors& shared,
                              TokenRange range) {
   [[maybe_unused]] const DenormalsAreZero mode;
-  SharedDType types;
-  types.add(p.out);
-  types.add(p.sources, p.num_sources);
-  dispatch_access(p.compute, types,
+  dispatch_access(p.compute, shared_dtype(p),
                   [&]<typename Access>(Access*) { inter_block_forward<Access>(p, shared, range); });
 }
 
 void run_inter_block_backward(const InterBlockBackward& p, const SharedVectors& shared,
                               TokenRange range, void* part) {
   [[maybe_unused]] const DenormalsAreZero mode;
-  SharedDType types;
-  types.add(p.grad_out);
-  types.add(p.sources, p.num_sources);
-  types.add(p.grad_sources, p.num_sources);
-  types.add(p.grad_base, p.num_sources);
-  dispatch_access(p.compute, types, [&]<typename Access>(Access*) {
+  dispatch_access(p.compute, shared_dtype(p), [&]<typename Access>(Access*) {
     inter_block_backward<Access>(p, shared, range, part);
   });
 }
@@ -101,18 +83,32 @@ void run_block_cache_write(const BlockCacheWrite& p, int64_t begin, int64_t end)
   SharedDType types;
   types.add(p.slot);
   types.add(p.delta);
-  dispatch_access(p.compute, types,
+  dispatch_access(p.compute, types.get(),
                   [&]<typename Access>(Access*) { block_cache_write<Access>(p, begin, end); });
+}
+
+void split_all_columns(float* values, int64_t rows, int64_t hidden) {
+  for (int64_t i = 0; i < rows; ++i) split_columns(values + i * hidden, hidden);
+}
+void join_all_columns(float* values, int64_t rows, int64_t hidden) {
+  for (int64_t i = 0; i < rows; ++i) join_columns(values + i * hidden, hidden);
 }
 
 }  // namespace
 
 const Kernels ATTNRES_KERNELS = {
-    ATTNRES_KERNELS_NAME,         scratch_size<ForwardScratch, DepthAttentionForward>,
-    run_depth_attention_forward,  scratch_size<BackwardScratch, DepthAttentionBackward>,
-    run_depth_attention_backward, scratch_size<InterForwardScratch, InterBlockForward>,
-    run_inter_block_forward,      scratch_size<InterBackwardScratch, InterBlockBackward>,
-    run_inter_block_backward,     run_block_cache_write,
+    ATTNRES_KERNELS_NAME,
+    split_all_columns,
+    join_all_columns,
+    scratch_size<ForwardScratch, DepthAttentionForward>,
+    run_depth_attention_forward,
+    scratch_size<BackwardScratch, DepthAttentionBackward>,
+    run_depth_attention_backward,
+    scratch_size<InterForwardScratch, InterBlockForward>,
+    run_inter_block_forward,
+    scratch_size<InterBackwardScratch, InterBlockBackward>,
+    run_inter_block_backward,
+    run_block_cache_write,
 };
 
 }  // namespace attnres::cpu

@@ -7,10 +7,13 @@
 
 namespace attnres::cpu {
 
-// Vectors that every token shares, converted once per call to the compute type.
+// Vectors that every token shares, converted once per call to the compute type. Where
+// `splits_columns` their columns are in the order in which the kernels load rows, and so are the
+// kernels' `part`s.
 struct SharedVectors {
   const void* score = nullptr;       // [D] or [S, D]: scale * key_weight * query
   const void* out_weight = nullptr;  // [D] or absent
+  const void* in_order = nullptr;    // [S, D], phase 1: `score` with its columns in their own order
 };
 
 struct TokenRange {
@@ -19,8 +22,41 @@ struct TokenRange {
   void* scratch;  // `*_scratch_size` bytes, aligned to 64
 };
 
+// The dtype that all rows of a call share, kNone where they differ.
+ATTNRES_ALWAYS_INLINE DType shared_dtype(const DepthAttentionForward& p) {
+  SharedDType types;
+  types.add(p.out);
+  types.add(p.sources, p.num_sources);
+  types.add(p.delta);
+  types.add(p.new_partial);
+  return types.get();
+}
+ATTNRES_ALWAYS_INLINE DType shared_dtype(const InterBlockForward& p) {
+  SharedDType types;
+  types.add(p.out);
+  types.add(p.sources, p.num_sources);
+  return types.get();
+}
+template <typename Backward>
+ATTNRES_ALWAYS_INLINE DType shared_dtype(const Backward& p) {
+  SharedDType types;
+  types.add(p.grad_out);
+  types.add(p.sources, p.num_sources);
+  types.add(p.grad_sources, p.num_sources);
+  types.add(p.grad_base, p.num_sources);
+  return types.get();
+}
+// Whether the kernels load rows as even and odd columns (see simd.hpp).
+template <typename Params>
+ATTNRES_ALWAYS_INLINE bool splits_columns(const Params& p) {
+  return shared_dtype(p) == DType::kBFloat16 && !is_double(p.compute);
+}
+
 struct Kernels {
   const char* name;
+  // From columns in their own order to the kernels', and back, in each of `rows` rows.
+  void (*split_columns)(float* values, int64_t rows, int64_t hidden);
+  void (*join_columns)(float* values, int64_t rows, int64_t hidden);
   int64_t (*depth_attention_forward_scratch)(const DepthAttentionForward&);
   void (*depth_attention_forward)(const DepthAttentionForward&, const SharedVectors&, TokenRange);
   int64_t (*depth_attention_backward_scratch)(const DepthAttentionBackward&);

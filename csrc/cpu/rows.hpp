@@ -29,7 +29,7 @@ ATTNRES_INLINE MutableRow row(const Rows& rows, int64_t m) {
 }
 
 // Results of so many bytes are gone from a core's caches before anybody reads them.
-constexpr int64_t kStreamedBytes = 16 << 20;
+constexpr int64_t kStreamedBytes = 8 << 20;
 
 // Whether to write rows past the caches, given the bytes of all results of a call.
 ATTNRES_INLINE bool streams(const Rows& rows, int64_t result_bytes) {
@@ -46,8 +46,14 @@ ATTNRES_INLINE bool streams(const Rows& rows, int64_t result_bytes) {
 template <typename Compute, typename T>
 struct Uniform {
   using A = Compute;
+  static constexpr bool kSplits = kSplitsColumns<A, T>;
+  static constexpr int kMostVectors = 8;  // of a tile
+  ATTNRES_INLINE int64_t size(Row) { return sizeof(T); }
   ATTNRES_INLINE Vec<A> load(Row row, int64_t c) {
     return cpu::load<A>(static_cast<const T*>(row.data) + c);
+  }
+  ATTNRES_INLINE Vec<A> load_of_pair(Row row, int64_t c, int which) {
+    return cpu::load_of_pair<A>(static_cast<const T*>(row.data) + c, which);
   }
   ATTNRES_INLINE Vec<A> load_tail(Row row, int64_t c, int64_t count) {
     return cpu::load_tail<A>(static_cast<const T*>(row.data) + c, count);
@@ -58,10 +64,9 @@ struct Uniform {
   ATTNRES_INLINE void store_tail(MutableRow row, int64_t c, Vec<A> v, int64_t count) {
     cpu::store_tail<A>(static_cast<T*>(row.data) + c, v, count);
   }
+  template <bool kStreamed>
   ATTNRES_INLINE void store_pair(MutableRow row, int64_t c, Vec<A> v, Vec<A> w) {
-    T* p = static_cast<T*>(row.data) + c;
-    if (row.streamed) return cpu::stream_pair<A>(p, v, w);
-    cpu::store_pair<A>(p, v, w);
+    cpu::store_pair<kStreamed, A>(static_cast<T*>(row.data) + c, v, w);
   }
 };
 
@@ -89,12 +94,18 @@ ATTNRES_INLINE auto with_storage(DType dtype, F&& f) {
 template <typename Compute>
 struct Mixed {
   using A = Compute;
+  static constexpr bool kSplits = false;
+  static constexpr int kMostVectors = 2;
+  ATTNRES_INLINE int64_t size(Row row) { return size_of(row.dtype); }
   ATTNRES_INLINE Vec<A> load(Row row, int64_t c) {
     return with_storage<A>(row.dtype, [&]<typename T>(T*) __attribute__((always_inline)) {
       return Uniform<A, T>::load(row, c);
     });
   }
-  ATTNRES_INLINE Vec<A> load_tail(Row row, int64_t c, int64_t count) {
+  ATTNRES_INLINE Vec<A> load_of_pair(Row row, int64_t c, int which) {
+    return load(row, c + which * kLanes<A>);
+  }
+  static __attribute__((noinline)) Vec<A> load_tail(Row row, int64_t c, int64_t count) {
     return with_storage<A>(row.dtype, [&]<typename T>(T*) __attribute__((always_inline)) {
       return Uniform<A, T>::load_tail(row, c, count);
     });
@@ -104,11 +115,13 @@ struct Mixed {
       Uniform<A, T>::store(row, c, v);
     });
   }
-  ATTNRES_INLINE void store_tail(MutableRow row, int64_t c, Vec<A> v, int64_t count) {
+  static __attribute__((noinline)) void store_tail(MutableRow row, int64_t c, Vec<A> v,
+                                                   int64_t count) {
     with_storage<A>(row.dtype, [&]<typename T>(T*) __attribute__((always_inline)) {
       Uniform<A, T>::store_tail(row, c, v, count);
     });
   }
+  template <bool>
   ATTNRES_INLINE void store_pair(MutableRow row, int64_t c, Vec<A> v, Vec<A> w) {
     store(row, c, v);
     store(row, c + kLanes<A>, w);
@@ -121,8 +134,12 @@ constexpr bool kIsCompute = false;
 template <typename A>
 constexpr bool kIsCompute<Uniform<A, A>> = true;
 
+// Vectors of a whole tile, at least.
+constexpr int kUnroll = 4;
+
 // `kVectors` whole vectors from column c on, or the partial vector at the end of a row. Loops over
-// a row are written once, as a function of a tile.
+// a row are written once, as a function of a tile. The columns of a tile of several vectors are in
+// the order in which Access loads pairs, in rows as in vectors of the compute type.
 template <typename Access, int kVectors>
 struct WholeTile {
   using A = typename Access::A;
@@ -130,20 +147,30 @@ struct WholeTile {
   int64_t c;
 
   ATTNRES_INLINE int64_t step(int k) { return k * kLanes<A>; }
-  Vec<A> load(Row row, int k) const { return Access::load(row, c + step(k)); }
-  void store(MutableRow row, int k, Vec<A> v) const { Access::store(row, c + step(k), v); }
-  // All of the tile's vectors. A tile of several begins where a cache line does if its row does.
-  // Inlined always: else they would have to lie in memory.
-  __attribute__((always_inline)) void store_all(MutableRow row, const Vec<A>* v) const {
-#pragma GCC unroll 4
-    for (int k = 0; k + 1 < kVectors; k += 2) Access::store_pair(row, c + step(k), v[k], v[k + 1]);
-    if constexpr (kVectors % 2 == 1) store(row, kVectors - 1, v[kVectors - 1]);
+  Vec<A> load(Row row, int k) const {
+    if constexpr (kVectors == 1) return Access::load(row, c);
+    return Access::load_of_pair(row, c + step(k & ~1), k & 1);
   }
-  // Asks for the tile's cache lines of a row that will be read later, if there is one.
-  void prefetch(Row row) const {
-    if (row.data == nullptr) return;
-    const char* first = static_cast<const char*>(row_at(row.data, row.dtype, c));
-    for (int64_t byte = 0; byte < step(kVectors) * size_of(row.dtype); byte += kCacheLine) {
+  // All of the tile's vectors. Inlined always: else they would have to lie in memory.
+  __attribute__((always_inline)) void store_all(MutableRow row, const Vec<A>* v) const {
+    if constexpr (kVectors == 1) return Access::store(row, c, v[0]);
+    if (row.streamed) return store_pairs<true>(row, v);
+    store_pairs<false>(row, v);
+  }
+  template <bool kStreamed>
+  __attribute__((always_inline)) void store_pairs(MutableRow row, const Vec<A>* v) const {
+#pragma GCC unroll 8
+    for (int k = 0; k + 1 < kVectors; k += 2) {
+      Access::template store_pair<kStreamed>(row, c + step(k), v[k], v[k + 1]);
+    }
+  }
+  // Asks for what of half of a row, `which` is 0 or 1, is to the half as the tile is to a row.
+  __attribute__((always_inline)) void prefetch_half(Row row, int which, int64_t hidden) const {
+    const int64_t bytes = step(kVectors) * Access::size(row) / 2;
+    const char* first =
+        static_cast<const char*>(row.data) + (c + which * hidden) * Access::size(row) / 2;
+#pragma GCC unroll 4
+    for (int64_t byte = 0; byte < bytes; byte += kCacheLine) {
       __builtin_prefetch(first + byte, 0, 2);
     }
   }
@@ -159,27 +186,81 @@ struct TailTile {
   int64_t count;
 
   Vec<A> load(Row row, int) const { return Access::load_tail(row, c, count); }
-  void store(MutableRow row, int, Vec<A> v) const { Access::store_tail(row, c, v, count); }
-  void store_all(MutableRow row, const Vec<A>* v) const { store(row, 0, v[0]); }
-  void prefetch(Row row) const {
-    if (row.data != nullptr) __builtin_prefetch(row_at(row.data, row.dtype, c), 0, 2);
-  }
+  void store_all(MutableRow row, const Vec<A>* v) const { Access::store_tail(row, c, v[0], count); }
+  void prefetch_half(Row, int, int64_t) const {}
   Vec<A> load(const A* p, int) const { return cpu::load_tail<A>(p + c, count); }
   void store(A* p, int, Vec<A> v) const { cpu::store_tail<A>(p + c, v, count); }
 };
 
-// f(tile) over all of a row of `hidden` values.
+// f(tile) for whole tiles of at most kVectors vectors, as long as there are any of kUnroll; returns
+// the column behind them.
+template <typename Access, int kVectors, typename F>
+ATTNRES_INLINE int64_t for_whole_tiles(int64_t begin, int64_t end, F&& f) {
+  constexpr int64_t kTile = kVectors * kLanes<typename Access::A>;
+  int64_t c = begin;
+  for (; c + kTile <= end; c += kTile) f(WholeTile<Access, kVectors>{c});
+  if constexpr (kVectors > kUnroll) return for_whole_tiles<Access, kUnroll>(c, end, f);
+  return c;
+}
+// f(tile) for what is left of a row.
+template <typename Access, typename F>
+ATTNRES_INLINE void for_rest(int64_t begin, int64_t hidden, F&& f) {
+  constexpr int64_t kTile = kLanes<typename Access::A>;
+  int64_t c = begin;
+  for (; c + kTile <= hidden; c += kTile) f(WholeTile<Access, 1>{c});
+  if (c < hidden) f(TailTile<Access>{c, hidden - c});
+}
+
+// Columns of a row that are in whole tiles.
+template <typename A>
+ATTNRES_INLINE int64_t whole_columns(int64_t hidden) {
+  return hidden / (kUnroll * kLanes<A>)*(kUnroll * kLanes<A>);
+}
+
+// f(tile) over columns [begin, end) of a row of `hidden` values; begin, and end if it is not the
+// row's, are where tiles of kUnroll vectors begin.
+template <typename Access, int kVectors, typename F>
+ATTNRES_INLINE void for_columns(int64_t begin, int64_t end, int64_t hidden, F&& f) {
+  static_assert(kVectors % 2 == 0);
+  const int64_t whole = whole_columns<typename Access::A>(hidden);
+  for_whole_tiles<Access, kVectors>(begin, end < whole ? end : whole, f);
+  if (end == hidden) for_rest<Access>(whole, hidden, f);
+}
+// The same over all of a row.
 template <typename Access, int kVectors, typename F>
 ATTNRES_INLINE void for_tiles(int64_t hidden, F&& f) {
-  using A = typename Access::A;
-  int64_t c = 0;
-  for (; c + kVectors * kLanes<A> <= hidden; c += kVectors * kLanes<A>) {
-    f(WholeTile<Access, kVectors>{c});
+  for_columns<Access, kVectors>(0, hidden, hidden, f);
+}
+
+// Columns that are visited in one row before they are in the next. Rows are written past the caches
+// in such pieces: line by line over many rows in turn, memory takes four times as long.
+constexpr int64_t kRun = 256;
+// f(begin, end) for the runs of a row.
+template <typename F>
+ATTNRES_INLINE void for_runs(int64_t hidden, F&& f) {
+  for (int64_t begin = 0; begin < hidden; begin += kRun) {
+    f(begin, begin + kRun < hidden ? begin + kRun : hidden);
   }
-  if constexpr (kVectors > 1) {
-    for (; c + kLanes<A> <= hidden; c += kLanes<A>) f(WholeTile<Access, 1>{c});
+}
+
+// Between columns as they lie in a row and the order in which Access loads them.
+template <typename A>
+void split_columns(A* row, int64_t hidden) {
+  constexpr int kPair = 2 * kLanes<A>;
+  for (A* end = row + whole_columns<A>(hidden); row < end; row += kPair) {
+    A pair[kPair];
+    __builtin_memcpy(pair, row, sizeof(pair));
+    for (int c = 0; c < kPair; ++c) row[c % 2 * kLanes<A> + c / 2] = pair[c];
   }
-  if (c < hidden) f(TailTile<Access>{c, hidden - c});
+}
+template <typename A>
+void join_columns(A* row, int64_t hidden) {
+  constexpr int kPair = 2 * kLanes<A>;
+  for (A* end = row + whole_columns<A>(hidden); row < end; row += kPair) {
+    A pair[kPair];
+    __builtin_memcpy(pair, row, sizeof(pair));
+    for (int c = 0; c < kPair; ++c) row[c] = pair[c % 2 * kLanes<A> + c / 2];
+  }
 }
 
 // A running sum with several independent lanes, so that additions do not wait for one another.
@@ -194,6 +275,15 @@ struct Sum {
       parts[k] = Vec<A>{};
     }
   }
+  // From the order in which columns are loaded to their own.
+  template <typename Access>
+  void restore_order(bool any_carried) {
+    if constexpr (Access::kSplits) {
+      for (int k = 0; k < kVectors; k += 2) interleave(parts[k], parts[k + 1]);
+      if (!any_carried) return;
+      for (int k = 0; k < kVectors; k += 2) interleave(carried[k], carried[k + 1]);
+    }
+  }
   A total() const {
     Vec<A> all = carried[0] + parts[0];
     for (int k = 1; k < kVectors; ++k) all += carried[k] + parts[k];
@@ -201,24 +291,25 @@ struct Sum {
   }
 };
 
-// So many additions to one running sum, then it is put aside: with narrow vectors the rounding
+// So many tiles added to one running sum, then it is put aside: with narrow vectors the rounding
 // error of a long row would grow with its length.
 constexpr int64_t kLongestRun = kVectorBytes == 64 ? 64 : 16;
 
 // f(tile) over all of a row, as for_tiles, adding to `sums`.
 template <typename Access, int kVectors, typename F, typename... Sums>
 ATTNRES_INLINE void sum_over_tiles(int64_t hidden, F&& f, Sums&... sums) {
-  int64_t run = 0;
-  for_tiles<Access, kVectors>(hidden, [&](auto tile) __attribute__((always_inline)) {
-    f(tile);
-    if (++run == kLongestRun) {
-      (sums.carry(), ...);
-      run = 0;
-    }
-  });
+  using A = typename Access::A;
+  constexpr int64_t kColumns = kLongestRun * kVectors * kLanes<A>;
+  const int64_t whole = whole_columns<A>(hidden);
+  int64_t c = 0;
+  for (; c + kColumns <= whole; c += kColumns) {
+    for_whole_tiles<Access, kVectors>(c, c + kColumns, f);
+    (sums.carry(), ...);
+  }
+  for_whole_tiles<Access, kVectors>(c, whole, f);
+  (sums.template restore_order<Access>(c > 0), ...);
+  for_rest<Access>(whole, hidden, f);
 }
-
-constexpr int kUnroll = 4;
 
 // Scores are exponentiated once per row and source, so the C library's exp is fast enough and exact
 // to an ulp.

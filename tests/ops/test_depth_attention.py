@@ -34,6 +34,14 @@ def test_number_of_sources(device: str, dtype: torch.dtype, count: int) -> None:
 
 
 @pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_many_long_rows(device: str, dtype: torch.dtype, norm: bool) -> None:
+    """More rows than are mixed side by side, each of several runs of columns and an odd rest."""
+    sources = make_sources(27, (2, 683), dtype=dtype, device=device)
+    check(depth_attention, {"sources": sources, **make_weights(683, device=device, norm=norm)})
+
+
+@pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(device: str, dtype: torch.dtype, layout: str, norm: bool) -> None:
