@@ -117,30 +117,27 @@ ATTNRES_INLINE void next_rows(const ConstRows* sources, const ConstRows& instead
 template <typename Access, typename A = typename Access::A, typename F>
 ATTNRES_INLINE void mix(const Row* rows, const Row* next, const A* weights, int count,
                         int64_t hidden, A* sums, F&& f) {
-  constexpr int kSideBySide = 12;
+  constexpr int kSideBySide = 12, kMost = Access::kMostVectors;
   for_runs(hidden, [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
     for (int first = 0; first < count; first += kSideBySide) {
       const int last = first + kSideBySide < count ? first + kSideBySide : count;
-      for_columns<Access, Access::kMostVectors>(begin, end, hidden,
-                                                [&](auto tile) __attribute__((always_inline)) {
-                                                  Vec<A> mixed[Access::kMostVectors] = {};
-                                                  if (first > 0) {
+      const auto mix_tile = [&](auto tile) __attribute__((always_inline)) {
+        Vec<A> mixed[kMost] = {};
+        if (first > 0) {
 #pragma GCC unroll 8
-                                                    for (int k = 0; k < tile.kCount; ++k)
-                                                      mixed[k] = tile.load(sums, k);
-                                                  }
-                                                  for (int i = first; i < last; ++i) {
-                                                    const Vec<A> weight = broadcast<A>(weights[i]);
+          for (int k = 0; k < tile.kCount; ++k) mixed[k] = tile.load(sums, k);
+        }
+        for (int i = first; i < last; ++i) {
+          const Vec<A> weight = broadcast<A>(weights[i]);
 #pragma GCC unroll 8
-                                                    for (int k = 0; k < tile.kCount; ++k)
-                                                      mixed[k] += weight * tile.load(rows[i], k);
-                                                    tile.prefetch_half(next[i], 1, hidden);
-                                                  }
-                                                  if (last == count) return f(tile, mixed);
+          for (int k = 0; k < tile.kCount; ++k) mixed[k] += weight * tile.load(rows[i], k);
+          tile.prefetch_half(next[i], 1, hidden);
+        }
+        if (last == count) return f(tile, mixed);
 #pragma GCC unroll 8
-                                                  for (int k = 0; k < tile.kCount; ++k)
-                                                    tile.store(sums, k, mixed[k]);
-                                                });
+        for (int k = 0; k < tile.kCount; ++k) tile.store(sums, k, mixed[k]);
+      };
+      for_columns<Access, kMost>(begin, end, hidden, mix_tile);
     }
   });
 }
