@@ -1,6 +1,8 @@
 """Attention Residuals as the paper writes them, one softmax over a stack per site; shares no code
 with the library."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -82,7 +84,8 @@ class Toy(nn.Module):
         state = self.residual.start(embedding, cache=cache)
         for site in range(self.residual.num_sublayers):
             hidden = state.read(site, self.norms[site], self.norm_eps)
-            state.write(run(lambda x, site=site: self.sublayer(site, x), hidden))
+            # No lambda with a default: torch 2.10 takes graphs of one for those of another.
+            state.write(run(partial(self.sublayer, site), hidden))
         return state.read_output(self.norms[-1], self.norm_eps)
 
     def naive(self, embedding):
