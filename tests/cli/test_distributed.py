@@ -2,13 +2,10 @@
 
 import os
 import signal
-import sys
 import time
-import traceback
 
 import pytest
 import torch
-from torch.distributed import TCPStore
 
 from attnres_ext.cli import train_run
 from attnres_ext.cli.main import main
@@ -20,45 +17,9 @@ from attnres_ext.training.loop import Settings, build_arms, train
 from attnres_ext.training.tokenizer import ByteTokenizer
 
 from .conftest import TINY, metrics, tree, write_text
+from .processes import finish, start
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks processes")
-
-STORES = []
-
-
-def start(function, size=2):
-    """Forks ``size`` processes with torchrun's environment: importing torch takes longer than
-    training what is small."""
-    # As torchrun does, the parent keeps the store: a process that leaves early takes nothing along.
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    STORES.append(store)
-    children = []
-    for rank in range(size):
-        child = os.fork()
-        if child:
-            children.append(child)
-            continue
-        code = 1
-        try:
-            os.environ.update(
-                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size),
-                MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port), GLOO_SOCKET_IFNAME="lo",
-                TORCHELASTIC_RUN_ID="test", TORCHELASTIC_USE_AGENT_STORE="True",
-            )  # fmt: skip
-            code = function() or 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-    return children
-
-
-def finish(children):
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    STORES.clear()
-    return codes
 
 
 def make_model(residual, **changes):

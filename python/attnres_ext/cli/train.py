@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from attnres_ext.cli.arguments import Given, GivenFlag, HelpFormatter, list_of, number, one_of
+from attnres_ext.training.split import SCHEDULES
 
 _EXAMPLES = """\
 examples:
@@ -19,6 +20,11 @@ examples:
   # Four GPUs of one machine: every model and optimizer is sharded over them (FSDP2).
   torchrun --nproc-per-node 4 -m attnres_ext train --device cuda --precision bfloat16 \\
       --preset small --batch-size 64 --sequence-length 2048 --compile --out runs/small
+
+  # The same in a pipeline: each GPU has some of the layers, and a batch is 16 microbatches.
+  torchrun --nproc-per-node 4 -m attnres_ext train --device cuda --precision bfloat16 \\
+      --preset small --batch-size 64 --sequence-length 2048 --out runs/pipeline \\
+      --gradient-accumulation 16 --pipeline 4 --schedule Interleaved1F1B
 
   # After a kill: continues from the last checkpoint, with the settings the run began with.
   attnres train --out runs/books --resume
@@ -43,6 +49,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     _add_model_arguments(parser)
     _add_optimization_arguments(parser)
     _add_machine_arguments(parser)
+    _add_pipeline_arguments(parser)
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,7 +94,8 @@ def _add_machine_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--gradient-accumulation", type=number(int, least=1), default=1, action=Given, metavar="N",
-        help="compute a batch in N parts, one after the other: less memory, same values",
+        help="compute a batch in N parts, one after the other: less memory, same values; the "
+        "microbatches of a pipeline",
     )  # fmt: skip
     group.add_argument(
         "--activation-checkpointing",
@@ -95,6 +103,24 @@ def _add_machine_arguments(parser: argparse.ArgumentParser) -> None:
         help="compute sublayers again in the backward: less memory, same values",
     )
     group.add_argument("--compile", action=GivenFlag, help="compile sublayers with torch.compile")
+
+
+def _add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
+    # How many processes do a run is no part of it, nor is how they share the work: a run may be
+    # resumed in another way.
+    group = parser.add_argument_group("pipeline (under torchrun; named again with --resume)")
+    group.add_argument(
+        "--pipeline", type=number(int, least=2), metavar="P",
+        help="have P processes share the layers, in place of sharding each of them",
+    )  # fmt: skip
+    group.add_argument(
+        "--virtual", type=number(int, least=1), metavar="V",
+        help="stages on each process (default: as few as the schedule allows)",
+    )  # fmt: skip
+    group.add_argument(
+        "--schedule", type=one_of(*SCHEDULES), metavar="NAME",
+        help=f"one of {', '.join(SCHEDULES)} (default: 1F1B)",
+    )  # fmt: skip
 
 
 def _add_text_arguments(parser: argparse.ArgumentParser) -> None:

@@ -20,29 +20,28 @@ from attnres_ext.cli.train_display import Display, print_table
 from attnres_ext.models.kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
 from attnres_ext.training.checkpoint import ArmState, load_arm
 from attnres_ext.training.data import Corpus, check_utf8, read_text, tokenize
-from attnres_ext.training.distributed import World, as_shards, joined
+from attnres_ext.training.distributed import World, as_shards, joined, num_processes
 from attnres_ext.training.errors import UserError
 from attnres_ext.training.files import shown, write_json
 from attnres_ext.training.loop import Arm, Settings, build_arms, depth_weights, train
 from attnres_ext.training.model import make_config, site_names, source_names
 from attnres_ext.training.run import FORMAT, Run, check_vacant
+from attnres_ext.training.split import Split
 from attnres_ext.training.summary import summarize
 from attnres_ext.training.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer
 
-_ENTERING = frozenset({"command", "given", "out", "overwrite", "resume"})
+_ENTERING = frozenset(
+    {"command", "given", "out", "overwrite", "resume", "pipeline", "virtual", "schedule"}
+)
 
 
 def start_run(args: argparse.Namespace) -> int:
     """Starts a run in an empty directory; returns the exit code.
 
-    Everything that can be wrong with the request is found before anything is written.
+    Everything that can be wrong with the request is found before anything is written, and before
+    a process waits for others.
     """
     check_device(args.device)
-    with joined(args.device) as world:
-        return _start(args, world)
-
-
-def _start(args: argparse.Namespace, world: World) -> int:
     check_vacant(args.out, args.overwrite)
     settings = _settings(args)
     text = read_text(args.text, args.validation_fraction)
@@ -60,7 +59,7 @@ def _start(args: argparse.Namespace, world: World) -> int:
         args.sublayers_per_block,
         settings.sequence_length,
     )
-    arms = _build(settings, config, world)
+    split = _split(args, config, settings)
     description = {
         "format": FORMAT,
         "attnres_ext": _C.version,
@@ -77,14 +76,16 @@ def _start(args: argparse.Namespace, world: World) -> int:
             "fingerprint": text.fingerprint,
         },
     }
-    # Nothing is created while another process may still be looking for an empty directory.
-    world.wait()
-    if world.leads:
-        run = Run.create(args.out, description, tokenizer, args.overwrite, text.piped)
-    else:
-        run = Run(args.out.absolute())
-    with _locked(run, world):
-        return _train(run, description, settings, config, tokenizer, corpus, arms, 0, world)
+    with joined(settings.device, split) as world:
+        arms = _build(settings, config, world)
+        # Nothing is created while another process may still be looking for an empty directory.
+        world.wait()
+        if world.leads:
+            run = Run.create(args.out, description, tokenizer, args.overwrite, text.piped)
+        else:
+            run = Run(args.out.absolute())
+        with _locked(run, world):
+            return _train(run, description, settings, config, tokenizer, corpus, arms, 0, world)
 
 
 def resume_run(args: argparse.Namespace) -> int:
@@ -93,9 +94,10 @@ def resume_run(args: argparse.Namespace) -> int:
     description = run.description
     _check_unchanged(args, description)
     settings = _stored_settings(description)
+    config = KimiLinearConfig.from_dict(description["config"])
     check_device(settings.device)
-    with joined(settings.device) as world, _locked(run, world):
-        config = KimiLinearConfig.from_dict(description["config"])
+    split = _split(args, config, settings)
+    with joined(settings.device, split) as world, _locked(run, world):
         tokenizer = run.tokenizer
         stored = description["text"]
         path = Path(stored["path"]) if stored["path"] else None
@@ -117,6 +119,18 @@ def resume_run(args: argparse.Namespace) -> int:
         if world.leads:
             run.rewind(step if checkpoint else None)
         return _train(run, description, settings, config, tokenizer, corpus, arms, step, world)
+
+
+def _split(args: argparse.Namespace, config: KimiLinearConfig, settings: Settings) -> Split | None:
+    """How a pipeline's processes share the layers; None if there is none."""
+    if args.pipeline is None:
+        for option, value in (("--virtual", args.virtual), ("--schedule", args.schedule)):
+            if value is not None:
+                raise UserError(f"{option} {value} needs --pipeline")
+        return None
+    split = Split.of(args.pipeline, args.virtual, args.schedule or "1F1B")
+    split.check(config, num_processes(), settings.gradient_accumulation, settings.compile)
+    return split
 
 
 def _locked(run: Run, world: World) -> AbstractContextManager[None]:
@@ -177,7 +191,7 @@ def _build(settings: Settings, config: KimiLinearConfig, world: World) -> list[A
 
 
 def _state(arm: Arm) -> ArmState:
-    return ArmState(arm.name, arm.model, arm.optimizer)
+    return ArmState(arm.name, arm.model, arm.optimizer, arm.pipeline)
 
 
 def _train(

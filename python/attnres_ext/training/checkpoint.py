@@ -23,10 +23,10 @@ import os
 import re
 import shutil
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -36,6 +36,7 @@ from torch import nn
 from attnres_ext.models.kimi_linear.configuration import KimiLinearConfig
 from attnres_ext.models.kimi_linear.modeling import KimiLinearForCausalLM
 from attnres_ext.models.kimi_linear.shards import gathered, share_of
+from attnres_ext.models.kimi_linear.stages import KimiLinearStage
 from attnres_ext.models.kimi_linear.weights import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -45,6 +46,9 @@ from attnres_ext.models.kimi_linear.weights import (
 from attnres_ext.training.errors import UserError
 from attnres_ext.training.files import sync_directory, write_json
 from attnres_ext.training.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
+
+if TYPE_CHECKING:
+    from attnres_ext.training.pipeline import Pipeline
 
 _STEP_FOLDER = re.compile(r"step-(\d{6,})")
 _OPTIMIZER = "optimizer.safetensors"
@@ -60,11 +64,13 @@ class ArmState:
         name: Folder name, such as ``block-seed0``.
         model: The model, saved under the public checkpoints' names.
         optimizer: Its optimizer, with parameters named by ``model.named_parameters()``.
+        pipeline: Which stages of it this process has, if it has not all.
     """
 
     name: str
     model: KimiLinearForCausalLM
     optimizer: torch.optim.Optimizer
+    pipeline: Pipeline | None = None
 
 
 def save_checkpoint(
@@ -101,11 +107,9 @@ def save_checkpoint(
         files = {}
         for arm in arms:
             arm_folder = building / arm.name
-            save_weights(arm.model, arm_folder, write=write)
-            moments = _optimizer_tensors(arm.model, arm.optimizer)
+            _save_arm(arm, arm_folder, write)
             if not write:
                 continue
-            save_file(moments, arm_folder / _OPTIMIZER)
             save_tokenizer(tokenizer, arm_folder / _TOKENIZER)
             for path in sorted(arm_folder.iterdir()):
                 files[f"{arm.name}/{path.name}"] = _describe(path, sync=True)
@@ -131,6 +135,28 @@ def save_checkpoint(
     for _, old in list(checkpoints(folder))[:-keep]:
         discard(old)
     return target
+
+
+def _save_arm(arm: ArmState, folder: Path, write: bool) -> None:
+    model, moments = arm.model, _optimizer_tensors(arm.model, arm.optimizer)
+    if arm.pipeline is not None:
+        weights = arm.pipeline.collected(arm.pipeline.weights())
+        moments = arm.pipeline.collected(moments)
+        if not write:
+            return
+        model = _with_weights(arm.model, weights)
+    save_weights(model, folder, write=write)
+    if write:
+        save_file(moments, folder / _OPTIMIZER)
+
+
+def _with_weights(
+    model: KimiLinearForCausalLM, weights: Mapping[str, torch.Tensor]
+) -> KimiLinearForCausalLM:
+    with torch.device("meta"):
+        whole = KimiLinearForCausalLM(model.config)
+    whole.load_state_dict(weights, assign=True)
+    return whole
 
 
 def checkpoints(folder: Path) -> Iterator[tuple[int, Path]]:
@@ -162,12 +188,15 @@ def load_arm(checkpoint: Path, arm: ArmState) -> None:
         UserError: The checkpoint is damaged or belongs to another model.
     """
     folder = checkpoint / arm.name
-    _load_weights(arm.model, folder)
+    for part in [arm.model] if arm.pipeline is None else arm.pipeline.modules:
+        _load_weights(part, folder)
     tensors = _load(folder / _OPTIMIZER)
     state = arm.optimizer.state_dict()
     names = [name for name, _ in arm.model.named_parameters()]
     index = {id(parameter): i for i, parameter in enumerate(_optimizer_parameters(arm.optimizer))}
     for name, parameter in arm.model.named_parameters():
+        if id(parameter) not in index:
+            continue  # another process trains it
         entries = {
             key.removeprefix(f"{name}:"): share_of(tensor, parameter) if tensor.ndim else tensor
             for key, tensor in tensors.items()
@@ -196,7 +225,7 @@ def load_model(folder: Path, device: str) -> tuple[KimiLinearForCausalLM, Tokeni
     return model.to(device).eval(), load_tokenizer(folder / _TOKENIZER)
 
 
-def _load_weights(model: KimiLinearForCausalLM, folder: Path) -> None:
+def _load_weights(model: KimiLinearForCausalLM | KimiLinearStage, folder: Path) -> None:
     try:
         load_weights(model, folder / WEIGHTS_FILE)
     except (OSError, SafetensorError, ValueError) as error:

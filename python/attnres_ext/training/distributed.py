@@ -1,10 +1,11 @@
-"""Data-parallel training under ``torchrun``: which process this is, and models in shards (FSDP2).
+"""Training under ``torchrun``: which process this is, and models in shards (FSDP2).
 
-Every process holds a shard of each parameter and of its optimizer state, and computes on its share
-of each batch. Parameters are gathered for as long as they are used: those of an attention or
-feed-forward sublayer, of the embedding and of the head, while that module computes; everything
-that is read outside of them, which is the norms' gains and all pseudo-queries and key gains, in one
-group that is gathered once per forward. These are a few vectors a layer: gathering them one by one
+In a pipeline every process has layers of its own (``pipeline.py``). Without one it holds a shard of
+each parameter and of its optimizer state, and computes on its share of each batch. Parameters are
+gathered for as long as they are used: those of an attention or feed-forward sublayer, of the
+embedding and of the head, while that module computes; everything that is read outside of them,
+which is the norms' gains and all pseudo-queries and key gains, in one group that is gathered once
+per forward. These are a few vectors a layer: gathering them one by one
 would cost a collective per site for some kilobytes, and leaving them out would cost an all-reduce
 of their gradients all the same, and an optimizer state that is not sharded.
 """
@@ -23,6 +24,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from attnres_ext.models.kimi_linear.modeling import KimiLinearForCausalLM
 from attnres_ext.training.errors import UserError
+from attnres_ext.training.split import Split
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,14 @@ class World:
         rank: Which of them this is; 0 writes files and talks to people.
         size: How many there are.
         device: This one's device.
+        split: How they share the layers of a model; None if each has a shard of all of them, and
+            a share of every batch.
     """
 
     rank: int = 0
     size: int = 1
     device: str = "cpu"
+    split: Split | None = None
 
     @property
     def leads(self) -> bool:
@@ -45,9 +50,14 @@ class World:
         return self.rank == 0
 
     @property
+    def shares(self) -> int:
+        """In how many shares a batch is computed at the same time."""
+        return 1 if self.split else self.size
+
+    @property
     def group(self) -> dist.ProcessGroup | None:
-        """All of them, for collectives; None where there is one alone."""
-        return dist.group.WORLD if self.size > 1 else None
+        """Those with other shares of a batch, for collectives; None where there is none."""
+        return dist.group.WORLD if self.shares > 1 else None
 
     def wait(self) -> None:
         """Returns once all processes are here."""
@@ -56,13 +66,13 @@ class World:
 
     def share(self, batch: Tensor) -> Tensor:
         """This process's share of the rows of ``batch``."""
-        return batch.chunk(self.size)[self.rank]
+        return batch.chunk(self.shares)[self.rank if self.shares > 1 else 0]
 
     def mean(self, values: Tensor) -> Tensor:
-        """The mean of ``values`` over all processes, on every one of them."""
-        if self.size > 1:
+        """The mean of ``values`` over all shares of a batch, on every process."""
+        if self.shares > 1:
             dist.all_reduce(values)
-            values /= self.size
+            values /= self.shares
         return values
 
     def any(self, flag: bool) -> bool:
@@ -79,16 +89,22 @@ def launched() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
+def num_processes() -> int:
+    """How many processes ``torchrun`` started; 1 without it."""
+    return int(os.environ["WORLD_SIZE"]) if launched() else 1
+
+
 @contextmanager
-def joined(device: str) -> Iterator[World]:
+def joined(device: str, split: Split | None = None) -> Iterator[World]:
     """Joins the processes that ``torchrun`` started, or is a world of one.
 
     Args:
         device: As the user named it: under ``torchrun`` without an index, for each process has its
             own.
+        split: How they share a model's layers, checked; None if they do not.
 
     Raises:
-        UserError: Under ``torchrun``, ``device`` has an index.
+        UserError: Under ``torchrun``, ``device`` has an index; or inside, another process is gone.
     """
     if not launched():
         yield World(device=device)
@@ -98,14 +114,27 @@ def joined(device: str) -> Iterator[World]:
             f"--device {device} is one device; under torchrun each process takes its own of "
             f"--device {device.partition(':')[0]}"
         )
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank, size = int(os.environ["RANK"]), num_processes()
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    yield World(rank, size, device)
+    try:
+        yield World(rank, size, device, split)
+    except RuntimeError as error:
+        if not _is_lost_connection(error):
+            raise
+        raise UserError(
+            "another process is gone, and training cannot go on without it; --resume continues "
+            f"from the last checkpoint ({str(error).splitlines()[0]})"
+        ) from error
     # Not after an exception: the others may be waiting in a collective, and torchrun ends them.
     dist.destroy_process_group()
+
+
+def _is_lost_connection(error: RuntimeError) -> bool:
+    # NCCL has an exception of its own; gloo says in which of its files it was.
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
 def shard(model: KimiLinearForCausalLM, world: World) -> None:

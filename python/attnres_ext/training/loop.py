@@ -12,7 +12,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +26,9 @@ from attnres_ext.training.data import Corpus, step_seed
 from attnres_ext.training.distributed import World, synchronize_gradients
 from attnres_ext.training.errors import UserError
 from attnres_ext.training.preparation import prepare
+
+if TYPE_CHECKING:
+    from attnres_ext.training.pipeline import Pipeline
 
 
 @dataclass(frozen=True)
@@ -50,8 +56,8 @@ class Settings:
         compile: Whether sublayers go through ``torch.compile``.
         activation_checkpointing: Whether sublayers are computed again in the backward instead of
             keeping what it needs.
-        gradient_accumulation: In how many parts a batch is computed, one after the other. Values
-            are those of the whole batch up to rounding.
+        gradient_accumulation: In how many parts a batch is computed, one after the other, or as
+            microbatches of a pipeline. Values are those of the whole batch up to rounding.
     """
 
     residuals: tuple[str, ...] = ("standard", "block")
@@ -83,13 +89,15 @@ class Arm:
         residual: Residual mode of the model.
         seed: Seed of its weights and batches.
         model: The model, on its device.
-        optimizer: AdamW over all its parameters.
+        optimizer: AdamW over all its parameters; in a pipeline over those of this process.
+        pipeline: This process's stages of the model, if it is in a pipeline.
     """
 
     residual: str
     seed: int
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    pipeline: Pipeline | None = None
 
     @property
     def name(self) -> str:
@@ -100,6 +108,16 @@ class Arm:
     def num_parameters(self) -> int:
         """Number of trainable weights."""
         return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def parts(self) -> list[nn.Module]:
+        """What of the model runs in this process: all of it, or its stages."""
+        return [self.model] if self.pipeline is None else self.pipeline.modules
+
+    def train(self, mode: bool = True) -> None:
+        """As of a module."""
+        for part in self.parts:
+            part.train(mode)
 
 
 @dataclass(frozen=True)
@@ -144,10 +162,10 @@ def build_arms(
         UserError: A batch cannot be shared out evenly.
     """
     world = world or World(device=settings.device)
-    parts = world.size * settings.gradient_accumulation
+    parts = world.shares * settings.gradient_accumulation
     if settings.batch_size % parts:
         raise UserError(
-            f"--batch-size {settings.batch_size} cannot be shared out evenly: {world.size} "
+            f"--batch-size {settings.batch_size} cannot be shared out evenly: {world.shares} "
             f"processes times --gradient-accumulation {settings.gradient_accumulation} are "
             f"{parts} parts"
         )
@@ -156,7 +174,9 @@ def build_arms(
         first: dict[str, torch.Tensor] | None = None
         for residual in settings.residuals:
             torch.manual_seed(seed)
-            model = make_model(residual).to(world.device)
+            model = make_model(residual)
+            if world.split is None:
+                model = model.to(world.device)
             state = model.state_dict()
             if first is None:
                 # Sharding leaves nothing in the model's own tensors.
@@ -165,14 +185,32 @@ def build_arms(
                 if name in first and first[name].shape == tensor.shape:
                     tensor.copy_(first[name])
             prepare(model, world, settings.compile, settings.activation_checkpointing)
-            arms.append(Arm(residual, seed, model, make_optimizer(model, settings)))
+            pipeline = None if world.split is None else _pipeline(model, settings, world)
+            optimizer = make_optimizer(model, settings)
+            arms.append(Arm(residual, seed, model, optimizer, pipeline))
     return arms
 
 
+def _pipeline(model: nn.Module, settings: Settings, world: World) -> Pipeline:
+    from attnres_ext.training.pipeline import Pipeline  # where torch can be built on
+
+    return Pipeline(
+        model,
+        world,
+        settings.gradient_accumulation,
+        loss=partial(_part_loss, settings=settings),
+        autocast=partial(_autocast, settings, world),
+    )
+
+
 def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
-    """AdamW that decays matrices only: norms, gains, biases and pseudo-queries are 1-D."""
-    decayed = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
-    kept = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    """AdamW that decays matrices only: norms, gains, biases and pseudo-queries are 1-D.
+
+    What other processes train is on the meta device.
+    """
+    parameters = [parameter for parameter in model.parameters() if not parameter.is_meta]
+    decayed = [parameter for parameter in parameters if parameter.ndim >= 2]
+    kept = [parameter for parameter in parameters if parameter.ndim < 2]
     groups = [
         {"params": decayed, "weight_decay": settings.weight_decay},
         {"params": kept, "weight_decay": 0.0},
@@ -205,8 +243,7 @@ def train(
         corpus: Where batches come from.
         settings: The run's settings.
         first_step: 1-based step to begin with; 1 also validates the untrained arms.
-        world: The processes that train; None is this one alone. Each computes its share of every
-            batch, and all yield the same losses.
+        world: The processes that train; None is this one alone. All yield the same losses.
 
     Yields:
         The records of each step, one per arm in the order of ``arms``. Between two yields the arms
@@ -260,16 +297,9 @@ def _step(
 ) -> tuple[float, float]:
     for group in arm.optimizer.param_groups:
         group["lr"] = rate
-    arm.model.train()
-    total = torch.zeros((), device=world.device)
-    count = settings.gradient_accumulation
-    parts = zip(world.share(inputs).chunk(count), world.share(targets).chunk(count), strict=True)
-    for i, part in enumerate(parts):
-        synchronize_gradients(arm.model, wanted=i == count - 1)
-        loss = _loss(arm.model, *part, settings, world) / count
-        loss.backward()
-        total += loss.detach()
-    norm = gathered(nn.utils.clip_grad_norm_(arm.model.parameters(), settings.gradient_clip))
+    arm.train()
+    total = _loss(arm, world.share(inputs), world.share(targets), settings, world)
+    norm = _clip_gradients(arm, settings.gradient_clip)
     # One wait for the device instead of two.
     loss_value, norm_value = torch.stack([world.mean(total), norm.float()]).tolist()
     if not math.isfinite(loss_value) or not math.isfinite(norm_value):
@@ -284,15 +314,40 @@ def _step(
 
 
 def _loss(
-    model: nn.Module,
+    arm: Arm,
     inputs: torch.Tensor,
     targets: torch.Tensor,
     settings: Settings,
     world: World,
 ) -> torch.Tensor:
-    with _autocast(settings, world):
-        logits = model(inputs.to(world.device)).logits
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.to(world.device).flatten())
+    """The mean cross entropy, computed in parts; where gradients are enabled, they add up in the
+    parameters."""
+    if arm.pipeline is not None:
+        return arm.pipeline.loss(inputs, targets)
+    total = torch.zeros((), device=world.device)
+    count = settings.gradient_accumulation
+    parts = zip(inputs.chunk(count), targets.chunk(count), strict=True)
+    for i, (part, its_targets) in enumerate(parts):
+        synchronize_gradients(arm.model, wanted=i == count - 1)
+        with _autocast(settings, world):
+            logits = arm.model(part.to(world.device)).logits
+        loss = _part_loss(logits, its_targets.to(world.device), settings)
+        if torch.is_grad_enabled():
+            loss.backward()
+        total += loss.detach()
+    return total
+
+
+def _part_loss(logits: torch.Tensor, targets: torch.Tensor, settings: Settings) -> torch.Tensor:
+    """What one of the parts adds to the mean over all of them."""
+    loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+    return loss / settings.gradient_accumulation
+
+
+def _clip_gradients(arm: Arm, most: float) -> torch.Tensor:
+    if arm.pipeline is not None:
+        return arm.pipeline.clip_gradients(most)
+    return gathered(nn.utils.clip_grad_norm_(arm.model.parameters(), most))
 
 
 def _autocast(settings: Settings, world: World) -> torch.autocast:
@@ -309,9 +364,9 @@ def _with_validation(record: Record, value: float) -> Record:
 def validate(arm: Arm, corpus: Corpus, settings: Settings, world: World | None = None) -> float:
     """Mean cross entropy on the held-out text, nats a token."""
     world = world or World(device=settings.device)
-    arm.model.eval()
+    arm.train(False)
     losses = [
-        _loss(arm.model, world.share(inputs), world.share(targets), settings, world)
+        _loss(arm, world.share(inputs), world.share(targets), settings, world)
         for inputs, targets in _validation(corpus, settings)
     ]
     return world.mean(torch.stack(losses).double().mean()).item()
@@ -327,12 +382,20 @@ def depth_weights(
         One list per site, output site last, with a weight for each of its sources.
     """
     world = world or World(device=settings.device)
-    arm.model.eval()
+    arm.train(False)
+    if arm.pipeline is not None:
+        # When it begins to evaluate, torch sends a microbatch ahead, which is not to be counted.
+        _loss(arm, *next(_validation(corpus, settings)), settings, world)
     # Every process looks at all of the text: it is little, and their counts need no adding up.
-    with arm.model.residual.recording() as record, _autocast(settings, world):
-        for inputs, _ in _validation(corpus, settings):
-            arm.model(inputs.to(world.device))
-    return [weights.tolist() for _, weights in sorted(record.weights.items())]
+    with ExitStack() as stack:
+        residuals = [part.model.residual for part in arm.parts]
+        records = [stack.enter_context(residual.recording()) for residual in residuals]
+        for inputs, targets in _validation(corpus, settings):
+            _loss(arm, inputs, targets, settings, world)
+    found = {site: weights for record in records for site, weights in record.weights.items()}
+    if arm.pipeline is not None:
+        found = arm.pipeline.merged(found)
+    return [weights.tolist() for _, weights in sorted(found.items())]
 
 
 def _validation(corpus: Corpus, settings: Settings) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -31,7 +31,7 @@ def prepare(
             for sublayer in (layer.self_attn, layer.feed_forward):
                 for part in _compilable(sublayer, world.device):
                     part.compile()
-    if world.size > 1:
+    if world.shares > 1:
         shard(model, world)
     return model
 
