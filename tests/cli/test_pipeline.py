@@ -20,8 +20,10 @@ from .processes import finish, start
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks processes")
 
-OPTIONS = ["--residual=block", "--batch-size=4", "--gradient-accumulation=4", "--steps=4"]
-OPTIONS += ["--validation-batches=1", "--validate-every=4", "--gradient-clip=0.5"]
+# Blocks of three sublayers: cuts between layers divide some of them.
+OPTIONS = ["--residual=block", "--sublayers-per-block=3", "--gradient-clip=0.5", "--steps=4"]
+OPTIONS += ["--batch-size=4", "--gradient-accumulation=4", "--sequence-length=16"]
+OPTIONS += ["--validation-batches=1", "--validate-every=4"]
 
 
 def command(out, text, *arguments):
@@ -57,7 +59,7 @@ def alone(tmp_path_factory):
     ids=["1F1B", "ZBV"],
 )
 def test_a_pipeline_is_one_process(alone, tmp_path, size, arguments):
-    """Losses, the gradient norm, validation, depth attention, weights and moments: the same bits."""
+    """Losses, gradient norms, validation, depth attention, weights, moments: the same bits."""
     text, expected = alone
     run = command(tmp_path / "run", text, f"--pipeline={size}", *arguments)
     assert finish(start(run, size)) == [0] * size

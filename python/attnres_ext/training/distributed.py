@@ -126,7 +126,7 @@ def joined(device: str, split: Split | None = None) -> Iterator[World]:
             raise
         raise UserError(
             "another process is gone, and training cannot go on without it; --resume continues "
-            f"from the last checkpoint ({str(error).splitlines()[0]})"
+            f"from the last checkpoint ({str(error).partition('. ')[0]})"
         ) from error
     # Not after an exception: the others may be waiting in a collective, and torchrun ends them.
     dist.destroy_process_group()
