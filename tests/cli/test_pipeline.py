@@ -13,6 +13,7 @@ from attnres_ext.cli import train_run
 from attnres_ext.cli.main import main
 from attnres_ext.models.kimi_linear import KimiLinearConfig, presets
 from attnres_ext.training.errors import UserError
+from attnres_ext.training.loop import Settings
 from attnres_ext.training.split import Split
 
 from .conftest import TINY, metrics, tree, write_text
@@ -55,7 +56,7 @@ def alone(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("size", "arguments"),
-    [(4, ["--schedule=1F1B"]), (2, ["--schedule=ZBVZeroBubble", "--activation-checkpointing"])],
+    [(4, ["--schedule=1F1B", "--activation-checkpointing"]), (2, ["--schedule=ZBVZeroBubble"])],
     ids=["1F1B", "ZBV"],
 )
 def test_a_pipeline_is_one_process(alone, tmp_path, size, arguments):
@@ -141,6 +142,11 @@ def test_mistakes_are_found_before_processes_meet(tmp_path, monkeypatch, refused
             ["--pipeline=2", "--schedule=ZBVZeroBubble", "--compile"],
             "--compile does not go with --schedule ZBVZeroBubble",
         ),
+        (
+            2,
+            ["--pipeline=2", "--schedule=DualPipeV", "--activation-checkpointing"],
+            "--activation-checkpointing does not go with --schedule DualPipeV",
+        ),
     ):
         assert re.search(expected, message(size, *arguments))
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
@@ -150,6 +156,10 @@ def test_mistakes_are_found_before_processes_meet(tmp_path, monkeypatch, refused
 
 def test_schedules_and_their_microbatches():
     config = presets("tiny")
+
+    def parts(count):
+        return Settings(gradient_accumulation=count)
+
     for schedule, virtual, microbatches, message in (
         ("Interleaved1F1B", 1, 4, "--virtual is 1, expected at least 2"),
         ("ZBVZeroBubble", 3, 4, "--virtual is 3, expected 2"),
@@ -157,9 +167,9 @@ def test_schedules_and_their_microbatches():
         ("Interleaved1F1B", None, 5, "make it a multiple of 2"),
     ):
         with pytest.raises(UserError, match=message):
-            Split.of(2, virtual, schedule).check(config, 2, microbatches, compile=False)
+            Split.of(2, virtual, schedule).check(config, parts(microbatches), 2)
     tied = KimiLinearConfig.from_dict({**config.to_dict(), "tie_word_embeddings": True})
     with pytest.raises(UserError, match="tie_word_embeddings is set"):
-        Split.of(2, None, "GPipe").check(tied, 2, 1, compile=False)
+        Split.of(2, None, "GPipe").check(tied, parts(1), 2)
     for schedule, microbatches in (("GPipe", 1), ("ZBVZeroBubble", 1), ("Interleaved1F1B", 3)):
-        Split.of(2, None, schedule).check(config, 2, microbatches, compile=False)
+        Split.of(2, None, schedule).check(config, parts(microbatches), 2)

@@ -129,7 +129,7 @@ def _split(args: argparse.Namespace, config: KimiLinearConfig, settings: Setting
                 raise UserError(f"{option} {value} needs --pipeline")
         return None
     split = Split.of(args.pipeline, args.virtual, args.schedule or "1F1B")
-    split.check(config, num_processes(), settings.gradient_accumulation, settings.compile)
+    split.check(config, settings, num_processes())
     return split
 
 

@@ -10,6 +10,7 @@ from attnres_ext.training.errors import UserError
 
 if TYPE_CHECKING:
     from attnres_ext.models.kimi_linear.configuration import KimiLinearConfig
+    from attnres_ext.training.loop import Settings
 
 __all__ = ["SCHEDULES", "Split"]
 
@@ -89,16 +90,13 @@ class Split:
         """How many layers each stage has."""
         return split_evenly(config.num_hidden_layers, self.num_stages)
 
-    def check(
-        self, config: KimiLinearConfig, num_processes: int, num_microbatches: int, compile: bool
-    ) -> None:
+    def check(self, config: KimiLinearConfig, settings: Settings, num_processes: int) -> None:
         """Looks for what would be found only when all processes are there.
 
         Args:
             config: The model.
+            settings: The run's; parts of a batch are the pipeline's microbatches.
             num_processes: How many processes there are.
-            num_microbatches: Parts of a batch.
-            compile: Whether sublayers go through ``torch.compile``.
 
         Raises:
             UserError: These do not go together; the sentence says which.
@@ -120,16 +118,28 @@ class Split:
                 f"--pipeline {count}: tie_word_embeddings is set, expected an embedding and a head "
                 "of their own: they are in different stages"
             )
-        self._check_microbatches(num_microbatches)
-        if compile and _SCHEDULES[self.schedule].halves:
-            raise UserError(
-                f"--compile does not go with --schedule {self.schedule}, whose backward comes in "
-                "two halves: that of a compiled sublayer is one"
-            )
+        self._check_microbatches(settings.gradient_accumulation)
+        if _SCHEDULES[self.schedule].halves:
+            self._check_halves(settings)
         try:
             import attnres_ext.parallel.pipeline  # noqa: F401
         except ImportError as error:
             raise UserError(f"--pipeline {count}: {error}") from error
+
+    def _check_halves(self, settings: Settings) -> None:
+        for option, given, reason in (
+            ("--compile", settings.compile, "that of a compiled sublayer is one"),
+            (
+                "--activation-checkpointing",
+                settings.activation_checkpointing,
+                "the second would compute a sublayer again for each of its weights",
+            ),
+        ):
+            if given:
+                raise UserError(
+                    f"{option} does not go with --schedule {self.schedule}, whose backward comes "
+                    f"in two halves: {reason}"
+                )
 
     def _check_microbatches(self, count: int) -> None:
         given = f"--gradient-accumulation {count}: --schedule {self.schedule}"
