@@ -11,10 +11,13 @@ import torch
 
 from attnres_ext.cli import train_run
 from attnres_ext.cli.main import main
-from attnres_ext.models.kimi_linear import KimiLinearConfig, presets
+from attnres_ext.models.kimi_linear import KimiLinearConfig, KimiLinearForCausalLM, presets
+from attnres_ext.training.data import read_text, tokenize
+from attnres_ext.training.distributed import joined
 from attnres_ext.training.errors import UserError
-from attnres_ext.training.loop import Settings
+from attnres_ext.training.loop import Settings, build_arms, train
 from attnres_ext.training.split import Split
+from attnres_ext.training.tokenizer import ByteTokenizer
 
 from .conftest import TINY, metrics, tree, write_text
 from .processes import finish, start
@@ -79,6 +82,39 @@ def test_all_residuals_in_bfloat16(tmp_path):
         assert finish(start(run, size)) == [0] * size
         outcomes.append(outcome(tmp_path / name))
     assert outcomes[0] == outcomes[1]
+
+
+def test_a_process_holds_its_own_layers_alone(tmp_path):
+    """Parameters, gradients and moments; together they are the model's."""
+    settings = Settings(
+        residuals=("block",), steps=1, batch_size=2, sequence_length=16, gradient_accumulation=2,
+        validation_batches=1,
+    )  # fmt: skip
+    text = write_text(tmp_path)
+
+    def run():
+        torch.set_num_threads(1)
+        split = Split.of(2, None, "ZBVZeroBubble")
+        with joined("cpu", split) as world:
+            corpus = tokenize(read_text(text), ByteTokenizer(), settings.sequence_length)
+            config = presets("tiny", vocab_size=257)
+            (arm,) = build_arms(settings, lambda _: KimiLinearForCausalLM(config), world)
+            list(train([arm], corpus, settings, 1, world))
+            held = {name: p for name, p in arm.model.named_parameters() if not p.is_meta}
+            assert set(held.values()) == set(arm.optimizer.state)
+            layers = {name.split(".")[2] for name in held if name.startswith("model.layers.")}
+            (tmp_path / str(world.rank)).write_text(
+                json.dumps([sorted(layers), sum(p.numel() for p in held.values())])
+            )
+            (tmp_path / "all").write_text(str(arm.num_parameters))
+        return 0
+
+    assert finish(start(run)) == [0, 0]
+    (outer, some), (inner, rest) = (
+        json.loads((tmp_path / str(rank)).read_text()) for rank in (0, 1)
+    )
+    assert (outer, inner) == (["0", "3"], ["1", "2"])
+    assert some + rest == int((tmp_path / "all").read_text())
 
 
 def kill_at(step, out, children, victims):
