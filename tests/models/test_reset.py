@@ -13,10 +13,20 @@ from attnres_ext import AttentionResiduals
 from attnres_ext.compat.liger import LigerAttnRes
 from attnres_ext.models.kimi_linear import (
     KimiLinearForCausalLM,
+    KimiLinearStage,
     load_weights,
     presets,
     save_weights,
 )
+from attnres_ext.parallel import first_sites_of, place_stages, plan_pipeline
+
+
+def stage(index):
+    model = KimiLinearForCausalLM(presets("tiny"))
+    config, block = model.config, model.residual.sublayers_per_block
+    plan = plan_pipeline(config.num_sublayers, block, first_sites_of((4, 4)), place_stages(2, 1))
+    return KimiLinearStage(model, plan.stages[index])
+
 
 K3 = {"q_lora_rank": 6, "mla_use_output_gate": True}
 WHOLES = {
@@ -24,6 +34,8 @@ WHOLES = {
     "standard": lambda: KimiLinearForCausalLM(presets("tiny", residual="standard")),
     "K3": lambda: KimiLinearForCausalLM(presets("tiny", **K3)),
     "tied": lambda: KimiLinearForCausalLM(presets("tiny", tie_word_embeddings=True)),
+    "first stage": lambda: stage(0),
+    "last stage": lambda: stage(1),
     "residual": lambda: AttentionResiduals(8, 4, mode="full"),
     "LigerAttnRes": lambda: LigerAttnRes(8),
 }

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from attnres_ext import depth_attention, inter_block_attention
+from attnres_ext import depth_attention, inter_block_attention, merge_partial
 from tests.ops.cases import make_sources
 
 from .device import DEVICES, Device, Simulator
@@ -37,7 +37,8 @@ PHASE_ONE = [
     *itertools.product((3, 20), (3,), (264,), ([BF16], [FP16], [FP32], [BF16, FP32])),
     *itertools.product((3,), (3,), (67,), ([BF16], [FP64])),
 ]
-
+#: D and dtypes: as many values of a row a thread as merging has kernels for.
+MERGING = [*itertools.product((72, 2048, 2304), ([BF16], [FP16]))]
 
 #: Of what runs with tensor cores, and the same without.
 CONFIGS = ("", "depth_attention=rows,backward_depth_attention=rows")
@@ -62,6 +63,12 @@ def launched_on(device: Device, simulator: Simulator) -> set[str]:
                 torch.autograd.grad(out.sum(), [*leaves, query, gain])
                 out = depth_attention(leaves, query)
             torch.autograd.grad(out.sum(), [*leaves, query])
+            found |= {launched.kernel for launched in simulator.launches()}
+        for hidden, dtypes in MERGING:
+            tensors = [t.requires_grad_() for t in make_sources(3, (tokens, hidden), dtype=dtypes)]
+            query, lse = torch.zeros(hidden, requires_grad=True), torch.zeros(tokens)
+            out, _ = merge_partial(tensors[0], lse, *tensors[1:], query)
+            torch.autograd.grad(out.sum(), [*tensors, query])
             found |= {launched.kernel for launched in simulator.launches()}
     return found
 

@@ -73,6 +73,15 @@ class KimiLinearStage(nn.Module):
             self.lm_head = model.lm_head
         self.checkpoint_sublayers = whole.checkpoint_sublayers
 
+    def reset_parameters(self) -> None:
+        """As of the model, for what the stage has of it."""
+        part = self.model
+        if hasattr(part, "embed_tokens"):
+            nn.init.normal_(part.embed_tokens.weight, std=self.config.initializer_range)
+        ends = (part.norm, self.lm_head) if hasattr(self, "lm_head") else ()
+        for each in (*part.layers.values(), part.residual, *ends):
+            each.reset_parameters()
+
     def forward(self, x: Tensor | SuspendedPass) -> SuspendedPass | Tensor:
         """From token ids ``[B, T]`` or the stage before, to the next stage or logits
         ``[B, T, vocab_size]``."""
