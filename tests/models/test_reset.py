@@ -81,7 +81,7 @@ def test_every_module_can_be_reset():
         if isinstance(value, type)
         and issubclass(value, nn.Module)
         and value.__module__.startswith("attnres_ext.")
-        and not value.__name__.startswith("_")  # what wraps another
+        and not value.__name__.startswith("_")  # they inherit it
     }
     seen = {type(part) for make in WHOLES.values() for part in make().modules()}
     assert ours <= seen
