@@ -92,3 +92,14 @@ def one_of(*choices: str) -> Callable[[str], str]:
         return text
 
     return parse
+
+
+def add_model_options(group: argparse._ArgumentGroup) -> None:
+    """Adds ``--model`` and ``--residual``, which ``model_option.read_config`` reads."""
+    group.add_argument(
+        "--model", metavar="NAME_OR_FILE", help="a preset of Kimi Linear, or a config.json"
+    )
+    group.add_argument(
+        "--residual", type=one_of("standard", "block", "full"), metavar="MODE",
+        help="standard, block or full (default: the model's own)",
+    )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from attnres_ext.cli.arguments import HelpFormatter, number, one_of
+from attnres_ext.cli.arguments import HelpFormatter, add_model_options, number, one_of
 
 _EXAMPLES = """\
 examples:
@@ -42,13 +42,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="finished blocks (embedding included), sites that read them, tokens, hidden size",
     )  # fmt: skip
     model = parser.add_argument_group("state of a decoder")
-    model.add_argument(
-        "--model", metavar="NAME_OR_FILE", help="a preset of Kimi Linear, or a config.json"
-    )
-    model.add_argument(
-        "--residual", type=one_of("standard", "block", "full"), metavar="MODE",
-        help="standard, block or full (default: the model's own)",
-    )  # fmt: skip
+    add_model_options(model)
     model.add_argument(
         "--length", type=number(int, least=1), default=4096, metavar="TOKENS",
         help="tokens to have room for",

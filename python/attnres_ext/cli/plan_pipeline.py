@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from attnres_ext.cli.arguments import HelpFormatter, number, one_of
+from attnres_ext.cli.arguments import HelpFormatter, add_model_options, number, one_of
 from attnres_ext.parallel.routing import CACHES, GRADIENTS
 from attnres_ext.parallel.split import PLACEMENTS
 
@@ -52,13 +52,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="draw who holds which block when, for one microbatch",
     )  # fmt: skip
     model = parser.add_argument_group("model")
-    model.add_argument(
-        "--model", metavar="NAME_OR_FILE", help="a preset of Kimi Linear, or a config.json"
-    )
-    model.add_argument(
-        "--residual", type=one_of("standard", "block", "full"), metavar="MODE",
-        help="standard, block or full (default: the model's own)",
-    )  # fmt: skip
+    add_model_options(model)
     whole = number(int, least=1)
     model.add_argument(
         "--layers", type=whole, metavar="N",
