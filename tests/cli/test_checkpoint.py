@@ -14,7 +14,8 @@ from attnres_ext.training.checkpoint import (
     verify,
 )
 from attnres_ext.training.errors import UserError
-from attnres_ext.training.loop import Settings, make_optimizer
+from attnres_ext.training.loop import make_optimizer
+from attnres_ext.training.settings import Settings
 from attnres_ext.training.tokenizer import ByteTokenizer
 
 

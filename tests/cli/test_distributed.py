@@ -13,7 +13,8 @@ from attnres_ext.models.kimi_linear import KimiLinearForCausalLM, presets
 from attnres_ext.models.kimi_linear.shards import gathered, is_shard
 from attnres_ext.training.data import read_text, tokenize
 from attnres_ext.training.distributed import joined
-from attnres_ext.training.loop import Settings, build_arms, train
+from attnres_ext.training.loop import build_arms, train
+from attnres_ext.training.settings import Settings
 from attnres_ext.training.tokenizer import ByteTokenizer
 
 from .conftest import TINY, metrics, tree, write_text

@@ -78,7 +78,7 @@ def test_bad_shape(refused, shape):
 
 
 def test_bad_dtype(refused):
-    assert "'int8' is not one of float32" in refused("info", "--dtype", "int8")
+    assert "--dtype is 'int8', expected one of float32" in refused("info", "--dtype", "int8")
 
 
 def state(capsys, *arguments):
@@ -131,4 +131,6 @@ def test_bad_models(refused, tmp_path):
     path.write_text(json.dumps(presets("tiny").to_dict() | {"sublayers_per_block": 0}))
     assert "sublayers_per_block is 0" in refused("info", "--model", path)
     assert "model_max_length" in refused("info", "--model", "tiny", "--length", 513)
-    assert "'ring' is not one of" in refused("info", "--model", "tiny", "--residual", "ring")
+    assert "--residual is 'ring', expected one of" in refused(
+        "info", "--model", "tiny", "--residual", "ring"
+    )

@@ -9,13 +9,13 @@ from attnres_ext.training.data import read_text, tokenize
 from attnres_ext.training.errors import UserError
 from attnres_ext.training.loop import (
     Record,
-    Settings,
     build_arms,
     depth_weights,
     learning_rate,
     make_optimizer,
     train,
 )
+from attnres_ext.training.settings import Settings
 from attnres_ext.training.summary import summarize
 from attnres_ext.training.tokenizer import ByteTokenizer
 

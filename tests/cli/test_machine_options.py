@@ -14,8 +14,9 @@ from attnres_ext.cli.main import main
 from attnres_ext.models.kimi_linear import KimiLinearForCausalLM, presets
 from attnres_ext.training.data import read_text, tokenize
 from attnres_ext.training.distributed import World
-from attnres_ext.training.loop import Settings, build_arms, train
+from attnres_ext.training.loop import build_arms, train
 from attnres_ext.training.preparation import prepare
+from attnres_ext.training.settings import Settings
 from attnres_ext.training.tokenizer import ByteTokenizer
 
 from .conftest import TINY, metrics, tree, write_text
@@ -191,8 +192,10 @@ def test_refusals(refused, tmp_path):
     start = ["train", "--out", tmp_path / "run", "--text", text, *TINY]
     sentence = refused(*start, "--gradient-accumulation", 3)
     assert "--batch-size 2 cannot be shared out evenly" in sentence
-    assert "'float8' is not one of float32, bfloat16" in refused(*start, "--precision", "float8")
-    assert "at least 1" in refused(*start, "--gradient-accumulation", 0)
+    assert "--precision is 'float8', expected one of float32, bfloat16" in refused(
+        *start, "--precision", "float8"
+    )
+    assert "is '0', expected a pos" in refused(*start, "--gradient-accumulation", 0)
     assert not (tmp_path / "run").exists()
 
 

@@ -5,8 +5,9 @@ import sys
 
 import pytest
 
+from attnres_ext.cli.arguments import given_fields, options_of, typed
 from attnres_ext.cli.main import main, make_parser
-from attnres_ext.training.loop import Settings
+from attnres_ext.training.settings import Settings
 from attnres_ext.version import __version__
 
 SUBCOMMANDS = ["train", "generate", "inspect", "info", "bench", "plan-pipeline"]
@@ -35,11 +36,25 @@ def test_subcommand_help_has_examples_and_explains_every_option(name, capsys):
         assert option.help, option.option_strings
 
 
-def test_defaults_of_the_command_are_those_of_the_library():
-    args = make_parser().parse_args(["train", "--out", "x"])
-    named = {**vars(args), "residuals": args.residual}
-    for field in dataclasses.fields(Settings):
-        assert named[field.name] == field.default, field.name
+@pytest.mark.parametrize("field", dataclasses.fields(Settings), ids=lambda field: field.name)
+def test_a_setting_is_an_option(field):
+    """Its default, typed, is its default; what is not named is left to the dataclass."""
+    named = 3 if field.default is None else field.default
+    words = [options_of(field)[-1], *([] if named is False else [typed(named)])]
+    args = make_parser(["train"]).parse_args(["train", "--out", "x", *words])
+    (given,) = given_fields(args, Settings).items()
+    assert given[0] is field
+    assert given[1] is True if named is False else typed(given[1]).endswith(typed(named))
+    assert field.default in (None, False) or given[1] == field.default
+
+
+def test_settings_are_refused_in_python_as_on_the_command_line():
+    with pytest.raises(ValueError, match=r"^steps is 0, expected a positive integer; seeds has -1"):
+        Settings(steps=0, seeds=(-1,))
+    with pytest.raises(ValueError, match=r"^sublayers_per_block is 0, .*, or null$"):
+        Settings(sublayers_per_block=0)
+    with pytest.raises(ValueError, match=r"residuals has 'ring', expected one of standard, block"):
+        Settings(residuals=("block", "ring"))
 
 
 @pytest.mark.parametrize("argv", [[], ["fly"], ["train", "--wings", "2"], ["train"]])

@@ -15,7 +15,8 @@ from attnres_ext.models.kimi_linear import KimiLinearConfig, KimiLinearForCausal
 from attnres_ext.training.data import read_text, tokenize
 from attnres_ext.training.distributed import joined
 from attnres_ext.training.errors import UserError
-from attnres_ext.training.loop import Settings, build_arms, train
+from attnres_ext.training.loop import build_arms, train
+from attnres_ext.training.settings import Settings
 from attnres_ext.training.split import Split
 from attnres_ext.training.tokenizer import ByteTokenizer
 

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -203,14 +204,17 @@ def test_resuming_a_finished_run_changes_nothing(train):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--residual", "standard,foo"], "'foo' is not one of standard, block, full"),
-        (["--residual", "block,block"], "names something twice"),
+        (
+            ["--residual", "standard,foo"],
+            "--residual is 'foo', expected one of standard, block, full",
+        ),
+        (["--residual", "block,block"], "--residual is 'block,block', expected each once"),
         (["--residual", ""], "--residual"),
-        (["--steps", "0"], "0 is not a whole number at least 1"),
-        (["--steps", "many"], "'many' is not a whole number"),
-        (["--learning-rate", "nan"], "nan is not a number above 0"),
-        (["--seeds", "1,1"], "names something twice"),
-        (["--preset", "huge"], "'huge' is not one of tiny, demo, small"),
+        (["--steps", "0"], "--steps is '0', expected a positive integer"),
+        (["--steps", "many"], "--steps is 'many', expected a positive integer"),
+        (["--learning-rate", "nan"], "--learning-rate is 'nan', expected a number above 0"),
+        (["--seeds", "1,1"], "is '1,1', expected each once"),
+        (["--preset", "huge"], "--preset is 'huge', expected one of tiny, demo, small"),
         (["--config", "nowhere.json"], "not allowed with argument --preset"),
         (["--device", "abacus"], "--device abacus cannot be used"),
         (["--sublayers-per-block", "99"], "sublayers_per_block is 99"),
@@ -310,6 +314,9 @@ def test_resume_refuses_a_damaged_checkpoint(refused, train):
     [
         ("run.json", "{"),
         ("run.json", '{"format": 7}'),
+        ("run.json", '{"format": 2}'),
+        ("run.json", '{"format": 2, "settings": {"steps": 0}}'),
+        ("run.json", '{"format": 2, "settings": {"stepps": 1}}'),
         ("tokenizer.json", "{}"),
         ("metrics.jsonl", "garbage\n"),
     ],
@@ -325,6 +332,28 @@ def test_resume_refuses_damaged_files(refused, train, name, content):
 def test_the_same_command_with_resume_is_fine(train, whole):
     out = train("--residual", "standard,block")
     assert final(train("--residual", "standard,block", "--resume", out=out)) == whole
+
+
+def test_a_run_of_an_older_version_is_resumed(refused, train, whole):
+    """Format 1 had what is learnt, and with which model, among the command line's arguments."""
+    out = train("--residual", "standard,block", "--sublayers-per-block", 2)
+    run = json.loads((out / "run.json").read_text())
+    settings = run["settings"]
+    moved = {
+        "text", "tokenizer", "vocab_size", "validation_fraction", "preset", "config",
+        "sublayers_per_block",
+    }  # fmt: skip
+    run["format"] = 1
+    run["arguments"] = {**settings, "residual": settings["residuals"], "command_line": "train"}
+    del run["arguments"]["residuals"]
+    run["settings"] = {name: settings[name] for name in settings.keys() - moved}
+    (out / "run.json").write_text(json.dumps(run))
+    before = final(out)
+    shutil.rmtree(out / "checkpoints")
+    resume = ["train", "--out", out, "--resume"]
+    assert "--sublayers-per-block 4 differs from 2" in refused(*resume, "--sublayers-per-block", 4)
+    assert main([*map(str, resume), "--sublayers-per-block", "2"]) == 0
+    assert final(out) == before
 
 
 def test_two_processes_do_not_share_a_run(refused, train, text, tmp_path):

@@ -1,31 +1,15 @@
-"""Types and actions for argparse that the subcommands share."""
+"""Types of arguments that the subcommands share, and options from the fields of a dataclass."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
-
-class Given(argparse.Action):
-    """Stores a value and remembers that the user named it, in ``namespace.given``."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        """Stores ``values``."""
-        setattr(namespace, self.dest, values)
-        given = getattr(namespace, "given", {})
-        namespace.given = {**given, self.dest: option_string}
-
-
-class GivenFlag(Given):
-    """A switch, off unless named; remembers that the user named it."""
-
-    def __init__(self, option_strings, dest, help=None):
-        super().__init__(option_strings, dest, nargs=0, default=False, help=help)
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        """Switches on."""
-        super().__call__(parser, namespace, True, option_string)
+from attnres_ext.fields import Wanted, plain, wanted_by
+from attnres_ext.residual import MODES
+from attnres_ext.training.files import shown
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -41,34 +25,83 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return super()._get_help_string(action)
 
 
-def number(
-    kind: type, least: float | None = None, above: float | None = None, most: float | None = None
-) -> Callable[[str], Any]:
-    """A parser for numbers within bounds, which says what it wanted when it refuses."""
-    bounds = [
-        f"{word} {bound:g}"
-        for word, bound in (("at least", least), ("above", above), ("at most", most))
-        if bound is not None
-    ]
-    name = "a whole number" if kind is int else "a number"
-    wanted = f"{name} {' and '.join(bounds)}".strip()
+def add_fields(
+    parser: argparse.ArgumentParser,
+    cls: type,
+    groups: Mapping[str, argparse._ArgumentGroup],
+) -> None:
+    """Adds an option for each field of a dataclass, in its group; see :func:`given_fields`.
 
+    A field's metadata has ``help``, ``group``, and where they differ from what argparse would take,
+    ``metavar`` and ``options``; of fields with the same ``either`` one is given.
+
+    Args:
+        parser: Where to add them.
+        cls: A dataclass of fields made with :func:`attnres_ext.fields.field`.
+        groups: Groups of ``parser`` that are there already, by title.
+    """
+    groups, either = dict(groups), {}
+    for field in dataclasses.fields(cls):
+        about, wanted = field.metadata, wanted_by(cls)[field.name]
+        title = about["group"]
+        group = groups.get(title) or groups.setdefault(title, parser.add_argument_group(title))
+        if name := about.get("either"):
+            group = either.get(name) or either.setdefault(
+                name, group.add_mutually_exclusive_group()
+            )
+        help = about["help"]
+        if wanted.kind is bool:
+            form: dict[str, Any] = {"action": "store_true"}
+        else:
+            parse = _argument(wanted)
+            form = {"type": list_of(parse) if wanted.collection else parse}
+            form["metavar"] = about.get("metavar")
+            if field.default is not None:
+                help += f" (default: {typed(field.default)})"
+        # What is not named is not there: the dataclass has the defaults.
+        group.add_argument(
+            *options_of(field), dest=field.name, default=argparse.SUPPRESS, help=help, **form
+        )
+
+
+def given_fields(args: argparse.Namespace, cls: type) -> dict[dataclasses.Field, Any]:
+    """The fields that the user named, with their values."""
+    return {
+        field: getattr(args, field.name)
+        for field in dataclasses.fields(cls)
+        if hasattr(args, field.name)
+    }
+
+
+def options_of(field: dataclasses.Field) -> tuple[str, ...]:
+    """What a field is called on the command line."""
+    return field.metadata.get("options") or ("--" + field.name.replace("_", "-"),)
+
+
+def typed(value: Any) -> str:
+    """A field's value as the user would type it."""
+    value = plain(value)
+    return shown(",".join(map(str, value)) if isinstance(value, list) else str(value))
+
+
+def _argument(wanted: Wanted) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
         try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
-        # Written so that a NaN is refused.
-        inside = (
-            (least is None or value >= least)
-            and (above is None or value > above)
-            and (most is None or value <= most)
-        )
-        if not inside:
-            raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
-        return value
+            return wanted.parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
 
     return parse
+
+
+def number(kind: type, **bounds: float) -> Callable[[str], Any]:
+    """A parser for numbers within the bounds of :class:`attnres_ext.fields.Wanted`."""
+    return _argument(Wanted(kind, **bounds))
+
+
+def one_of(*choices: str) -> Callable[[str], str]:
+    """A parser for one of a few words."""
+    return _argument(Wanted(str, one_of=choices))
 
 
 def list_of(parse: Callable[[str], Any]) -> Callable[[str], tuple]:
@@ -77,21 +110,10 @@ def list_of(parse: Callable[[str], Any]) -> Callable[[str], tuple]:
     def parse_list(text: str) -> tuple:
         values = tuple(parse(part.strip()) for part in text.split(","))
         if len(set(values)) < len(values):
-            raise argparse.ArgumentTypeError(f"{text} names something twice")
+            raise argparse.ArgumentTypeError(f"is {text!r}, expected each once")
         return values
 
     return parse_list
-
-
-def one_of(*choices: str) -> Callable[[str], str]:
-    """A parser for one of a few words."""
-
-    def parse(text: str) -> str:
-        if text not in choices:
-            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(choices)}")
-        return text
-
-    return parse
 
 
 def add_model_options(group: argparse._ArgumentGroup) -> None:
@@ -100,6 +122,6 @@ def add_model_options(group: argparse._ArgumentGroup) -> None:
         "--model", metavar="NAME_OR_FILE", help="a preset of Kimi Linear, or a config.json"
     )
     group.add_argument(
-        "--residual", type=one_of("standard", "block", "full"), metavar="MODE",
+        "--residual", type=one_of(*MODES), metavar="MODE",
         help="standard, block or full (default: the model's own)",
     )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -40,6 +41,8 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Prints ``message`` on stderr and leaves with exit code 2."""
+        # The rest of the sentence is "is VALUE, expected WANTED".
+        message = re.sub(r"^argument (\S+): is ", r"\1 is ", message)
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from attnres_ext.cli.arguments import Given, GivenFlag, HelpFormatter, list_of, number, one_of
+from attnres_ext.cli.arguments import HelpFormatter, add_fields, number, one_of
+from attnres_ext.training.settings import Settings
 from attnres_ext.training.split import SCHEDULES
 
 _EXAMPLES = """\
@@ -44,15 +45,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         epilog=_EXAMPLES,
         formatter_class=HelpFormatter,
     )
-    _add_run_arguments(parser)
-    _add_text_arguments(parser)
-    _add_model_arguments(parser)
-    _add_optimization_arguments(parser)
-    _add_machine_arguments(parser)
-    _add_pipeline_arguments(parser)
-
-
-def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
     group.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="folder for everything written"
@@ -64,45 +56,8 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     either.add_argument(
         "--overwrite", action="store_true", help="start again where DIR already holds a run"
     )
-    group.add_argument(
-        "--checkpoint-every", type=number(int, least=1), default=50, action=Given, metavar="STEPS",
-        help="steps between checkpoints; the last step always has one",
-    )  # fmt: skip
-    group.add_argument(
-        "--keep-checkpoints", type=number(int, least=1), default=1, action=Given, metavar="N",
-        help="how many checkpoints stay, the newest ones",
-    )  # fmt: skip
-    group.add_argument(
-        "--validate-every", type=number(int, least=1), default=50, action=Given, metavar="STEPS",
-        help="steps between validations",
-    )  # fmt: skip
-    group.add_argument(
-        "--validation-batches", type=number(int, least=1), default=8, action=Given, metavar="N",
-        help="batches of a validation, spread over the held-out text",
-    )  # fmt: skip
-
-
-def _add_machine_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("machine")
-    group.add_argument(
-        "--device", default="cpu", action=Given,
-        help="cpu, cuda, cuda:1, ...; under torchrun each process takes its own",
-    )  # fmt: skip
-    group.add_argument(
-        "--precision", type=one_of("float32", "bfloat16"), default="float32", action=Given,
-        metavar="DTYPE", help="float32, or bfloat16 by autocast (weights stay float32)",
-    )  # fmt: skip
-    group.add_argument(
-        "--gradient-accumulation", type=number(int, least=1), default=1, action=Given, metavar="N",
-        help="compute a batch in N parts, one after the other: less memory, same values; the "
-        "microbatches of a pipeline",
-    )  # fmt: skip
-    group.add_argument(
-        "--activation-checkpointing",
-        action=GivenFlag,
-        help="compute sublayers again in the backward: less memory, same values",
-    )
-    group.add_argument("--compile", action=GivenFlag, help="compile sublayers with torch.compile")
+    add_fields(parser, Settings, {"run": group})
+    _add_pipeline_arguments(parser)
 
 
 def _add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
@@ -120,90 +75,6 @@ def _add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--schedule", type=one_of(*SCHEDULES), metavar="NAME",
         help=f"one of {', '.join(SCHEDULES)} (default: 1F1B)",
-    )  # fmt: skip
-
-
-def _add_text_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("text")
-    group.add_argument(
-        "--text", type=Path, action=Given, metavar="FILE_OR_DIR",
-        help="what to learn: a file, a folder with all its text files, or a pipe, whose text the "
-        "run keeps (default: the sources of Python's standard library)",
-    )  # fmt: skip
-    group.add_argument(
-        "--tokenizer", type=one_of("byte", "bpe"), default="byte", action=Given, metavar="KIND",
-        help="byte (any file) or bpe (UTF-8 only; learnt from the training part)",
-    )  # fmt: skip
-    group.add_argument(
-        "--vocab-size", type=number(int, least=300, most=2**20), default=4096, action=Given,
-        metavar="N", help="ids of the bpe tokenizer",
-    )  # fmt: skip
-    group.add_argument(
-        "--validation-fraction", type=number(float, above=0, most=0.5), default=0.05, action=Given,
-        metavar="SHARE", help="share of the text held out",
-    )  # fmt: skip
-    group.add_argument(
-        "--sequence-length", type=number(int, least=2), default=256, action=Given,
-        metavar="TOKENS", help="tokens of a training sequence",
-    )  # fmt: skip
-
-
-def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--residual", type=list_of(one_of("standard", "block", "full")),
-        default="standard,block", action=Given, metavar="MODES",
-        help="arms to train, of standard, block and full, with commas between",
-    )  # fmt: skip
-    either = group.add_mutually_exclusive_group()
-    either.add_argument(
-        "--preset", type=one_of("tiny", "demo", "small"), default="demo", action=Given,
-        metavar="NAME", help="size of the model: tiny, demo or small",
-    )  # fmt: skip
-    either.add_argument(
-        "--config", type=Path, action=Given, metavar="FILE",
-        help="configuration of the model in JSON, in place of a preset",
-    )  # fmt: skip
-    group.add_argument(
-        "--sublayers-per-block", type=number(int, least=1), action=Given, metavar="N",
-        help="attention and MLP sublayers in one block (default: the model's own)",
-    )  # fmt: skip
-
-
-def _add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("optimization")
-    group.add_argument(
-        "--steps", type=number(int, least=1), default=300, action=Given, metavar="N",
-        help="optimizer steps",
-    )  # fmt: skip
-    group.add_argument(
-        "--seed", "--seeds", dest="seeds", type=list_of(number(int, least=0, most=2**31)),
-        default="0", action=Given, metavar="N[,N...]",
-        help="each arm is trained once per seed; a seed decides weights and batches",
-    )  # fmt: skip
-    group.add_argument(
-        "--batch-size", type=number(int, least=1), default=4, action=Given, metavar="N",
-        help="sequences per step",
-    )  # fmt: skip
-    group.add_argument(
-        "--learning-rate", type=number(float, above=0), default=4e-3, action=Given, metavar="RATE",
-        help="peak of the cosine schedule",
-    )  # fmt: skip
-    group.add_argument(
-        "--final-learning-rate", type=number(float, least=0, most=1), default=0.1, action=Given,
-        metavar="SHARE", help="where the cosine ends, as a share of the peak",
-    )  # fmt: skip
-    group.add_argument(
-        "--warmup-steps", type=number(int, least=0), default=20, action=Given, metavar="N",
-        help="steps of linear warm-up",
-    )  # fmt: skip
-    group.add_argument(
-        "--weight-decay", type=number(float, least=0), default=0.1, action=Given, metavar="RATE",
-        help="AdamW's decay of matrices; vectors have none",
-    )  # fmt: skip
-    group.add_argument(
-        "--gradient-clip", type=number(float, above=0), default=1.0, action=Given, metavar="NORM",
-        help="largest gradient norm",
     )  # fmt: skip
 
 

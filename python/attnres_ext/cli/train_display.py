@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from attnres_ext.training.loop import Record, Settings
+from attnres_ext.training.loop import Record
+from attnres_ext.training.settings import Settings
 from attnres_ext.training.summary import Row
 
 # Width of tables that go to a file or a pipe.

@@ -9,30 +9,28 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from attnres_ext import _C
+from attnres_ext.cli.arguments import given_fields, options_of, typed
 from attnres_ext.cli.devices import check_device
 from attnres_ext.cli.train_display import Display, print_table
+from attnres_ext.fields import plain
 from attnres_ext.models.kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
 from attnres_ext.training.checkpoint import ArmState, load_arm
 from attnres_ext.training.data import Corpus, check_utf8, read_text, tokenize
 from attnres_ext.training.distributed import World, as_shards, joined, num_processes
 from attnres_ext.training.errors import UserError
 from attnres_ext.training.files import shown, write_json
-from attnres_ext.training.loop import Arm, Settings, build_arms, depth_weights, train
+from attnres_ext.training.loop import Arm, build_arms, depth_weights, train
 from attnres_ext.training.model import make_config, site_names, source_names
 from attnres_ext.training.run import FORMAT, Run, check_vacant
+from attnres_ext.training.settings import Settings
 from attnres_ext.training.split import Split
 from attnres_ext.training.summary import summarize
 from attnres_ext.training.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer
-
-_ENTERING = frozenset(
-    {"command", "given", "out", "overwrite", "resume", "pipeline", "virtual", "schedule"}
-)
 
 
 def start_run(args: argparse.Namespace) -> int:
@@ -41,38 +39,30 @@ def start_run(args: argparse.Namespace) -> int:
     Everything that can be wrong with the request is found before anything is written, and before
     a process waits for others.
     """
-    check_device(args.device)
+    settings = Settings(**{field.name: v for field, v in given_fields(args, Settings).items()})
+    check_device(settings.device)
     check_vacant(args.out, args.overwrite)
-    settings = _settings(args)
-    text = read_text(args.text, args.validation_fraction)
-    if args.tokenizer == "bpe":
+    text = read_text(settings.text, settings.validation_fraction)
+    if settings.tokenizer == "bpe":
         check_utf8(text.source, [*text.training, *text.validation])
         documents = (document.content for document in text.training)
-        tokenizer: Tokenizer = BpeTokenizer.learn(documents, args.vocab_size)
+        tokenizer: Tokenizer = BpeTokenizer.learn(documents, settings.vocab_size)
     else:
         tokenizer = ByteTokenizer()
     corpus = tokenize(text, tokenizer, settings.sequence_length)
-    config = make_config(
-        args.preset,
-        args.config,
-        tokenizer.vocab_size,
-        args.sublayers_per_block,
-        settings.sequence_length,
-    )
+    config = make_config(settings, tokenizer.vocab_size)
     split = _split(args, config, settings)
     description = {
         "format": FORMAT,
         "attnres_ext": _C.version,
         "torch": torch.__version__,
-        "arguments": {name: _plain(getattr(args, name)) for name in _defining(args)},
-        "settings": dataclasses.asdict(settings),
-        "model": args.config.name if args.config else args.preset,
+        "command_line": args.command_line,
+        "settings": settings.to_dict(),
+        "model": settings.config.name if settings.config else settings.preset,
         "config": config.to_dict(),
         "text": {
-            "path": str(args.text.resolve()) if args.text and text.piped is None else None,
             "kept": text.piped is not None,
             "source": text.source,
-            "validation_fraction": args.validation_fraction,
             "fingerprint": text.fingerprint,
         },
     }
@@ -91,19 +81,16 @@ def start_run(args: argparse.Namespace) -> int:
 def resume_run(args: argparse.Namespace) -> int:
     """Continues the run in ``args.out`` from its last checkpoint; returns the exit code."""
     run = Run.open(args.out)
-    description = run.description
-    _check_unchanged(args, description)
-    settings = _stored_settings(description)
+    description, settings = run.description, run.settings
+    _check_unchanged(args, settings, description["text"])
     config = KimiLinearConfig.from_dict(description["config"])
     check_device(settings.device)
     split = _split(args, config, settings)
     with joined(settings.device, split) as world, _locked(run, world):
         tokenizer = run.tokenizer
         stored = description["text"]
-        path = Path(stored["path"]) if stored["path"] else None
-        if stored.get("kept"):
-            path = run.kept_text
-        text = read_text(path, stored["validation_fraction"])
+        path = run.kept_text if stored.get("kept") else settings.text
+        text = read_text(path, settings.validation_fraction)
         if text.fingerprint != stored["fingerprint"]:
             raise UserError(
                 f"--resume: the text ({text.source}) is not what {shown(args.out)} was started "
@@ -137,50 +124,17 @@ def _locked(run: Run, world: World) -> AbstractContextManager[None]:
     return run.lock() if world.leads else nullcontext()
 
 
-def _settings(args: argparse.Namespace) -> Settings:
-    named = {
-        field.name: getattr(args, field.name)
-        for field in dataclasses.fields(Settings)
-        if hasattr(args, field.name)
-    }
-    return Settings(**named, residuals=args.residual)
-
-
-def _stored_settings(description: dict[str, Any]) -> Settings:
-    stored = dict(description["settings"])
-    for name in ("residuals", "seeds"):
-        stored[name] = tuple(stored[name])
-    return Settings(**stored)
-
-
-def _defining(args: argparse.Namespace) -> list[str]:
-    """Names of the arguments that define a run: all but where it is and how it is entered."""
-    return [name for name in vars(args) if name not in _ENTERING]
-
-
-def _check_unchanged(args: argparse.Namespace, description: dict[str, Any]) -> None:
-    """Refuses arguments that differ from those the run began with."""
-    stored = description["arguments"]
-    for name, option in getattr(args, "given", {}).items():
-        if name == "text" and description["text"].get("kept"):
+def _check_unchanged(args: argparse.Namespace, settings: Settings, text: dict[str, Any]) -> None:
+    """Refuses settings that differ from those the run began with."""
+    for field, value in given_fields(args, Settings).items():
+        if field.name == "text" and text.get("kept"):
             continue  # another pipe: the run goes on with what it has kept of the first
-        value = _plain(getattr(args, name))
-        if stored.get(name) != value:
+        began = getattr(settings, field.name)
+        if plain(value) != plain(began):
             raise UserError(
-                f"--resume: {option} {_shown(value)} differs from {_shown(stored.get(name))}, with "
-                f"which {shown(args.out)} was started; a resumed run keeps its settings"
+                f"--resume: {options_of(field)[0]} {typed(value)} differs from {typed(began)}, "
+                f"with which {shown(args.out)} was started; a resumed run keeps its settings"
             )
-
-
-def _plain(value: Any) -> Any:
-    """An argument as JSON gives it back."""
-    if isinstance(value, tuple):
-        return list(value)
-    return str(value.resolve()) if isinstance(value, Path) else value
-
-
-def _shown(value: Any) -> str:
-    return shown(",".join(map(str, value)) if isinstance(value, list) else str(value))
 
 
 def _build(settings: Settings, config: KimiLinearConfig, world: World) -> list[Arm]:

@@ -26,59 +26,10 @@ from attnres_ext.training.data import Corpus, step_seed
 from attnres_ext.training.distributed import World, synchronize_gradients
 from attnres_ext.training.errors import UserError
 from attnres_ext.training.preparation import prepare
+from attnres_ext.training.settings import Settings
 
 if TYPE_CHECKING:
     from attnres_ext.training.pipeline import Pipeline
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What defines a run besides its text and its model; stored in ``run.json``.
-
-    Attributes:
-        residuals: Residual modes to compare, in order.
-        seeds: Each mode is trained once per seed.
-        steps: Optimizer steps.
-        batch_size: Sequences a step.
-        sequence_length: Tokens a sequence.
-        learning_rate: Peak of the schedule.
-        final_learning_rate: Where the cosine ends, as a share of the peak.
-        warmup_steps: Steps of linear warm-up.
-        weight_decay: For parameters with two or more dimensions; others have none.
-        gradient_clip: Largest gradient norm.
-        validate_every: Steps between validations.
-        validation_batches: Batches of a validation.
-        checkpoint_every: Steps between checkpoints.
-        keep_checkpoints: How many checkpoints stay, the newest ones.
-        device: Where to train, as torch names it.
-        precision: "float32", or "bfloat16": products and the residual's sums in bfloat16 by
-            autocast; parameters and optimizer stay float32.
-        compile: Whether sublayers go through ``torch.compile``.
-        activation_checkpointing: Whether sublayers are computed again in the backward instead of
-            keeping what it needs.
-        gradient_accumulation: In how many parts a batch is computed, one after the other, or as
-            microbatches of a pipeline. Values are those of the whole batch up to rounding.
-    """
-
-    residuals: tuple[str, ...] = ("standard", "block")
-    seeds: tuple[int, ...] = (0,)
-    steps: int = 300
-    batch_size: int = 4
-    sequence_length: int = 256
-    learning_rate: float = 4e-3
-    final_learning_rate: float = 0.1
-    warmup_steps: int = 20
-    weight_decay: float = 0.1
-    gradient_clip: float = 1.0
-    validate_every: int = 50
-    validation_batches: int = 8
-    checkpoint_every: int = 50
-    keep_checkpoints: int = 1
-    device: str = "cpu"
-    precision: str = "float32"
-    compile: bool = False
-    activation_checkpointing: bool = False
-    gradient_accumulation: int = 1
 
 
 @dataclass

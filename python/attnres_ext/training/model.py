@@ -3,53 +3,45 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 from attnres_ext.models.kimi_linear.configuration import KimiLinearConfig, presets
 from attnres_ext.residual import AttentionResiduals
 from attnres_ext.training.errors import UserError
+from attnres_ext.training.settings import Settings
 
 # About eight blocks recover most of what full depth attention gives (paper, Fig. 6).
 _BLOCKS = 8
 
 
-def make_config(
-    preset: str,
-    config: Path | None,
-    vocab_size: int,
-    sublayers_per_block: int | None,
-    sequence_length: int,
-) -> KimiLinearConfig:
+def make_config(settings: Settings, vocab_size: int) -> KimiLinearConfig:
     """The configuration that all arms share; each sets its own ``residual``.
 
     Args:
-        preset: Name of a preset, used when ``config`` is None.
-        config: A ``config.json``.
+        settings: The run's. Without ``sublayers_per_block`` the configuration's own is kept, or
+            makes about eight blocks where it has none.
         vocab_size: The tokenizer's.
-        sublayers_per_block: In place of the configuration's own; None keeps that, or makes about
-            eight blocks where it has none.
-        sequence_length: What the model must be able to take.
 
     Raises:
-        UserError: No such preset or file, or a configuration that cannot work.
+        UserError: No such file, or a configuration that cannot work.
     """
+    path = settings.config
     try:
-        model = KimiLinearConfig.from_json(config) if config else presets(preset)
-        per_block = sublayers_per_block or model.sublayers_per_block
+        model = KimiLinearConfig.from_json(path) if path else presets(settings.preset)
+        per_block = settings.sublayers_per_block or model.sublayers_per_block
         model = model.replace(
             vocab_size=vocab_size,
             residual="block",
             sublayers_per_block=per_block or max(2, math.ceil(model.num_sublayers / _BLOCKS)),
         )
     except OSError as error:
-        raise UserError(f"--config {config} cannot be read: {error.strerror}") from error
+        raise UserError(f"--config {path} cannot be read: {error.strerror}") from error
     except (ValueError, TypeError) as error:
-        option = f"--config {config}" if config else f"--preset {preset}"
+        option = f"--config {path}" if path else f"--preset {settings.preset}"
         raise UserError(f"{option}: {error}") from error
-    if sequence_length > model.model_max_length:
+    if settings.sequence_length > model.model_max_length:
         raise UserError(
-            f"--sequence-length {sequence_length} is more than the model takes: model_max_length "
-            f"is {model.model_max_length}"
+            f"--sequence-length {settings.sequence_length} is more than the model takes: "
+            f"model_max_length is {model.model_max_length}"
         )
     return model
 

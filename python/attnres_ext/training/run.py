@@ -10,10 +10,11 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from attnres_ext.fields import build
 from attnres_ext.training.checkpoint import (
     ArmState,
     checkpoints,
@@ -33,10 +34,11 @@ from attnres_ext.training.files import (
     writing,
 )
 from attnres_ext.training.loop import Record
+from attnres_ext.training.settings import Settings
 from attnres_ext.training.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 
-# Of run.json; raised whenever an older one can no longer be resumed.
-FORMAT = 1
+# Of run.json. In 1 some settings were among "arguments"; it is still read.
+FORMAT = 2
 _DESCRIPTION = "run.json"
 _METRICS = "metrics.jsonl"
 _TOKENIZER = "tokenizer.json"
@@ -133,12 +135,29 @@ class Run:
             UserError: The file is damaged, or another version of the package wrote it.
         """
         description = read_json_object(self.path / _DESCRIPTION)
-        if description.get("format") != FORMAT:
+        if description.get("format") not in (1, FORMAT):
             raise UserError(
                 f"{self.path / _DESCRIPTION} has format {description.get('format')}, expected "
                 f"{FORMAT}: it was written by another version, or is damaged"
             )
         return description
+
+    @property
+    def settings(self) -> Settings:
+        """The settings that it was begun with.
+
+        Raises:
+            UserError: As for :attr:`description`, or a setting is not what it may be.
+        """
+        description = self.description
+        names = {entry.name for entry in fields(Settings)}
+        older = description.get("arguments", {})
+        values = {name: value for name, value in older.items() if name in names}
+        try:
+            return build(Settings, values | description["settings"])
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            path = self.path / _DESCRIPTION
+            raise UserError(f"{path} is damaged, or another version's: {error}") from error
 
     @property
     def kept_text(self) -> Path:

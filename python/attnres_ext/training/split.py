@@ -10,7 +10,7 @@ from attnres_ext.training.errors import UserError
 
 if TYPE_CHECKING:
     from attnres_ext.models.kimi_linear.configuration import KimiLinearConfig
-    from attnres_ext.training.loop import Settings
+    from attnres_ext.training.settings import Settings
 
 __all__ = ["SCHEDULES", "Split"]
 
