@@ -78,21 +78,21 @@ def test_a_public_configuration_file_is_read_as_it_is():
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"hidden_size": 0}, "hidden_size is 0; it must be a positive integer"),
-        ({"vocab_size": 2.5}, "vocab_size is 2.5; it must be a positive integer"),
+        ({"hidden_size": 0}, "hidden_size is 0, expected a positive integer"),
+        ({"vocab_size": 2.5}, "vocab_size is 2.5, expected a positive integer"),
         ({"hiden_size": 8}, "hiden_size is not a known field; did you mean hidden_size?"),
-        ({"num_hidden_layers": 5}, "must together name each of the layers 1 to 5"),
-        ({"num_experts_per_token": 5}, "it must lie between 1 and num_experts = 4"),
+        ({"num_hidden_layers": 5}, "expected each of the layers 1 to 5"),
+        ({"num_experts_per_token": 5}, "from 1 to 4, as num_experts is 4"),
         ({"moe_intermediate_size": None}, "moe_intermediate_size is None"),
-        ({"residual": "deep"}, "residual is 'deep'; it must be one of standard, block, full"),
-        ({"sublayers_per_block": 9}, "it must lie between 1 and the 8 sublayers of the model"),
+        ({"residual": "deep"}, "residual is 'deep', expected one of standard, block, full"),
+        ({"sublayers_per_block": 9}, "from 1 to 8: the sublayers of the model"),
         ({"sublayers_per_block": None}, "sublayers_per_block is None"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only 'silu' is supported"),
-        ({"linear_attn_config": None}, "it must be an object with kda_layers"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu', expected 'silu'"),
+        ({"linear_attn_config": None}, "expected an object with kda_layers"),
         ({"linear_attn_config": {"num_heads": 2}}, "linear_attn_config.kda_layers"),
-        ({"rms_norm_eps": 0.0}, "rms_norm_eps is 0.0; it must be positive"),
-        ({"qk_rope_head_dim": -1}, "it must be an integer of at least 0"),
-        ({"num_shared_experts": -1}, "neither may be negative"),
+        ({"rms_norm_eps": 0.0}, "rms_norm_eps is 0.0, expected a number above 0"),
+        ({"qk_rope_head_dim": -1}, "qk_rope_head_dim is -1, expected an integer of at least 0"),
+        ({"num_shared_experts": -1}, "num_shared_experts is -1, expected an integer of at least 0"),
     ],
     ids=lambda value: "" if isinstance(value, str) else str(value),
 )
@@ -104,9 +104,9 @@ def test_mistakes_give_sentences(changes, sentence):
 def test_mistakes_in_linear_attn_config_give_sentences():
     linear = presets("tiny").to_dict()["linear_attn_config"]
     for name, value, sentence in (
-        ("chunk_size", 24, "chunk_size is 24; it must be a power of two"),
-        ("gate_lower_bound", 5.0, "gate_lower_bound is 5.0; a log-decay's lower bound"),
-        ("kda_layers", [0, 1, 2], "must together name each of the layers 1 to 4"),
+        ("chunk_size", 24, "chunk_size is 24, expected a power of two"),
+        ("gate_lower_bound", 5.0, "gate_lower_bound is 5.0, expected a number below 0, or null"),
+        ("kda_layers", [0, 1, 2], "expected each of the layers 1 to 4"),
     ):
         with pytest.raises(ValueError, match=re.escape(sentence)):
             presets("tiny", linear_attn_config={**linear, name: value})
@@ -118,13 +118,13 @@ def test_all_mistakes_are_named_at_once():
 
 
 def test_an_unknown_preset_and_a_broken_file_give_sentences(tmp_path):
-    with pytest.raises(ValueError, match="no preset named 'huge'; there are tiny, demo"):
+    with pytest.raises(ValueError, match="name is 'huge', expected one of tiny, demo"):
         presets("huge")
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
         KimiLinearConfig.from_json(tmp_path)
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(ValueError, match="must be a JSON object"):
+    with pytest.raises(ValueError, match="expected a JSON object"):
         KimiLinearConfig.from_json(tmp_path)
 
 
@@ -154,7 +154,7 @@ def test_any_value_in_any_place_gives_a_configuration_or_a_sentence(path):
 @pytest.mark.parametrize("size", [0, -2, 1.5, "3", True])
 def test_block_size_in_decoder_layers_must_be_one(size):
     values = presets("tiny").to_dict() | {"attn_res_block_size": size}
-    with pytest.raises(ValueError, match=r"attn_res_block_size is .*; it must be a positive"):
+    with pytest.raises(ValueError, match=r"attn_res_block_size is .*, expected a positive"):
         KimiLinearConfig.from_dict(values)
 
 

@@ -117,7 +117,7 @@ def test_no_state_is_a_state_of_zeros():
 
 
 def test_chunk_size_must_be_a_power_of_two():
-    with pytest.raises(ValueError, match="chunk_size is 24; it must be a power of two"):
+    with pytest.raises(ValueError, match="chunk_size is 24, expected a power of two"):
         chunk_gated_delta_rule(*make_inputs(3), chunk_size=24)
 
 

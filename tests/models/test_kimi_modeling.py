@@ -237,7 +237,7 @@ def test_chunks_bound_the_memory_of_blocks(mode, monkeypatch):
 
 def test_prefill_refuses():
     model, ids = make_model("block"), make_ids()
-    with pytest.raises(ValueError, match="chunk_size is 0; it must be at least 1"):
+    with pytest.raises(ValueError, match="chunk_size is 0, expected at least 1"):
         model.prefill(ids, model.new_state(2, 21), 0)
     state = model.new_state(2, 20)
     with pytest.raises(ValueError, match="21 more do not fit"):

@@ -93,7 +93,7 @@ def chunk_gated_delta_rule(
         Outputs ``[B, T, H, V]`` and the state after the last token ``[B, H, K, V]``.
     """
     if chunk_size < 1 or chunk_size & (chunk_size - 1):
-        raise ValueError(f"chunk_size is {chunk_size}; it must be a power of two")
+        raise ValueError(f"chunk_size is {chunk_size}, expected a power of two")
     tokens, key_dim = q.shape[1], q.shape[-1]
     while chunk_size > 1 and chunk_size >= 2 * tokens:
         chunk_size //= 2

@@ -432,7 +432,7 @@ class KimiLinearForCausalLM(nn.Module):
             ValueError: For a chunk size below one, or tokens that do not fit the state.
         """
         if chunk_size < 1:
-            raise ValueError(f"prefill: chunk_size is {chunk_size}; it must be at least 1")
+            raise ValueError(f"prefill: chunk_size is {chunk_size}, expected at least 1")
         self._check(input_ids, None, state, None)
         batch_size, length = input_ids.shape
         state.prefill_cache = self.model.new_block_cache(
@@ -477,7 +477,7 @@ class KimiLinearForCausalLM(nn.Module):
             ValueError: An argument is not one of these.
         """
         if temperature < 0:
-            raise ValueError(f"generate: temperature is {temperature}; it must be at least 0")
+            raise ValueError(f"generate: temperature is {temperature}, expected at least 0")
         if max_new_tokens < 1:
             return
         self._check(input_ids, None, None, None)
@@ -508,12 +508,12 @@ class KimiLinearForCausalLM(nn.Module):
     ) -> None:
         if input_ids.dim() != 2 or input_ids.shape[1] < 1 or input_ids.shape[0] < 1:
             raise ValueError(
-                f"input_ids has shape {tuple(input_ids.shape)}; it must be [batch, tokens] with "
+                f"input_ids has shape {tuple(input_ids.shape)}, expected [batch, tokens] with "
                 "at least one each"
             )
         if labels is not None and labels.shape != input_ids.shape:
             raise ValueError(
-                f"labels has shape {tuple(labels.shape)}; it must have that of input_ids, "
+                f"labels has shape {tuple(labels.shape)}, expected that of input_ids, "
                 f"{tuple(input_ids.shape)}"
             )
         if labels is not None and input_ids.shape[1] < 2:
@@ -522,7 +522,7 @@ class KimiLinearForCausalLM(nn.Module):
             raise ValueError("labels need the logits of all tokens: leave logits_to_keep at None")
         if logits_to_keep is not None and logits_to_keep < 1:
             raise ValueError(
-                f"logits_to_keep is {logits_to_keep}; it must be at least 1, or None for all tokens"
+                f"logits_to_keep is {logits_to_keep}, expected at least 1, or None for all tokens"
             )
         if state is None:
             return

@@ -52,7 +52,8 @@ class Packing:
         ends = cu_seqlens.tolist()
         if ends[0] != 0 or ends[-1] != shape[1] or sorted(set(ends)) != ends:
             raise ValueError(
-                f"cu_seqlens is {ends}; it must rise from 0 to the {shape[1]} tokens of input_ids"
+                f"cu_seqlens is {ends}, expected values that rise from 0 to the {shape[1]} tokens "
+                "of input_ids"
             )
         cu_seqlens = cu_seqlens.to(device or cu_seqlens.device, torch.int64)
         tokens = torch.arange(shape[1], device=cu_seqlens.device)
@@ -102,7 +103,7 @@ class Padding:
         if attention_mask.shape != shape or attention_mask.is_floating_point():
             raise ValueError(
                 f"attention_mask has shape {tuple(attention_mask.shape)} and dtype "
-                f"{attention_mask.dtype}; it must be {tuple(shape)} like input_ids, bool or "
+                f"{attention_mask.dtype}, expected {tuple(shape)} like input_ids, bool or "
                 "integers"
             )
         present = attention_mask.bool()
