@@ -6,7 +6,7 @@
 #include <atomic>
 #include <cstdint>
 
-#include "kernels/launch_shape.hpp"
+#include "launch_shape.hpp"
 
 namespace attnres::cuda {
 

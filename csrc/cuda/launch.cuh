@@ -8,7 +8,7 @@
 
 #include "cluster_counts.hpp"
 #include "common/set.cuh"
-#include "kernels/launch_shape.hpp"
+#include "launch_shape.hpp"
 #include "launchers.hpp"
 
 namespace attnres::cuda::inline ATTNRES_CUDA_SET {

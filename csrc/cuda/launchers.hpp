@@ -4,7 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include "attnres/params.hpp"
-#include "kernels/depth_attention_tile.hpp"
+#include "device.hpp"
 
 namespace attnres::cuda {
 

@@ -12,8 +12,8 @@
 
 #include "attnres/backend.hpp"
 #include "attnres/check.hpp"
+#include "inter_block_attention/rows_tile.hpp"
 #include "kernel_sets.hpp"
-#include "kernels/inter_block_attention_tile.hpp"
 #include "launchers.hpp"
 
 // Lives in libtorch_cuda, which a CPU-only torch does not have: weak, so that one library loads

@@ -2,7 +2,7 @@
 // or less shared memory.
 #include "attnres/plan.hpp"
 #include "check.hpp"
-#include "kernels/inter_block_attention_tile.hpp"
+#include "inter_block_attention/rows_tile.hpp"
 
 using namespace attnres::cuda;
 

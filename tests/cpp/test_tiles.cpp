@@ -1,6 +1,6 @@
 // What the CUDA kernels' plan says of an H100, and of a device with little shared memory.
 #include "check.hpp"
-#include "kernels/depth_attention_tile.hpp"
+#include "depth_attention/rows_tile.hpp"
 
 using namespace attnres::cuda;
 

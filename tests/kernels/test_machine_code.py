@@ -39,7 +39,7 @@ INTER_BLOCK = re.compile(
     r"(?P<capacity>\d+)>"
 )
 #: kInterBlockRegisters and kInterBlockBackwardRegisters in
-#: csrc/cuda/kernels/inter_block_attention_tile.hpp
+#: csrc/cuda/inter_block_attention/rows_tile.hpp
 INTER_BLOCK_REGISTERS = {"fwd": 128, "bwd": 168}
 #: Adds up what the CTAs of the backward found: no rows, no policy.
 WEIGHT_GRADIENT = re.compile(
@@ -244,7 +244,7 @@ def test_registers_are_what_the_plan_counts_on(kernels) -> None:
         is_double = "double" in parts["elements"]
         share = int(parts["chunks"]) * width(parts["elements"]) * (2 if is_double else 1)
         # depth_attention_registers() and depth_attention_backward_registers() in
-        # csrc/cuda/kernels/depth_attention_tile.hpp; kDispatchRegisters in
+        # csrc/cuda/depth_attention/rows_tile.hpp; kDispatchRegisters in
         # csrc/cuda/common/elements.cuh
         dispatch = 48 if is_double else 24 if "Mixed" in parts["elements"] else 0
         budget = (2 if parts["way"] == "fwd" else 3) * share + 64 + dispatch

@@ -1,5 +1,5 @@
 #include "cases.hpp"
-#include "kernels/depth_attention_bwd_launch.cuh"
+#include "depth_attention/backward_launch.cuh"
 
 namespace simt {
 

@@ -10,9 +10,9 @@
 #include <vector>
 
 #include "attnres/params.hpp"
+#include "device.hpp"
 #include "executor.hpp"
-#include "kernels/depth_attention_tile.hpp"
-#include "kernels/launch_shape.hpp"
+#include "launch_shape.hpp"
 
 namespace simt {
 

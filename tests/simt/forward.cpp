@@ -1,5 +1,5 @@
 #include "cases.hpp"
-#include "kernels/depth_attention_launch.cuh"
+#include "depth_attention/forward_launch.cuh"
 
 namespace simt {
 

@@ -1,5 +1,5 @@
 #include "cases.hpp"
-#include "kernels/inter_block_attention_bwd_launch.cuh"
+#include "inter_block_attention/backward_launch.cuh"
 
 namespace simt {
 

@@ -1,5 +1,5 @@
 #include "cases.hpp"
-#include "kernels/inter_block_attention_launch.cuh"
+#include "inter_block_attention/forward_launch.cuh"
 
 namespace simt {
 

@@ -19,7 +19,7 @@
 #include "common/ring.cuh"
 #include "common/rows.cuh"
 #include "common/teams.cuh"
-#include "kernels/depth_attention_tile.hpp"
+#include "device.hpp"
 
 namespace attnres::cuda::inline ATTNRES_CUDA_SET {
 

@@ -22,6 +22,10 @@ struct ByteRowsOf {
 using ByteRows = ByteRowsOf<std::byte>;
 using ConstByteRows = ByteRowsOf<const std::byte>;
 
+// A table of sources is part of a kernel's parameters, and a launch copies all of them: 32 bytes a
+// source. Short lists have a short table.
+constexpr int kShortTable = 16;
+
 template <typename Byte>
 __device__ __forceinline__ Byte* row_at(const ByteRowsOf<Byte>& rows, int64_t row) {
   // Contiguous leading dimensions have one level, and most tensors do: no division then.

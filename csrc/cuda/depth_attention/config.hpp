@@ -16,7 +16,7 @@
 
 #include "arch.hpp"
 #include "attnres/check.hpp"
-#include "kernels/depth_attention_tile.hpp"
+#include "device.hpp"
 
 namespace attnres::cuda {
 
@@ -68,10 +68,6 @@ struct DepthAttentionRead {
 
 constexpr int helper_warps(const DepthAttentionRead& read) {
   return 2 + (read.stores_sum ? 1 : 0) + (read.has_norm ? 1 : 0);
-}
-
-constexpr int round_up(int value, int multiple) {
-  return (value + multiple - 1) / multiple * multiple;
 }
 
 // Where things are in a CTA's shared memory, in bytes. `ldmatrix` reads eight rows at once if they

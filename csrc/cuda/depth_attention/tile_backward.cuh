@@ -1,5 +1,5 @@
 // Depth attention, backward, for aligned rows of one 16-bit dtype: everything is read once, and all
-// arithmetic on rows is done by tensor cores. With the notation of depth_attention_bwd.cuh, and g
+// arithmetic on rows is done by tensor cores. With the notation of rows_backward.cuh, and g
 // the gradient of the mix,
 //
 //   t_i  = <g, v_i> + grad_weights_i
@@ -33,12 +33,12 @@
 #pragma once
 
 #include "common/mma.cuh"
+#include "common/parts.cuh"
 #include "common/ring.cuh"
 #include "common/rows.cuh"
 #include "common/teams.cuh"
+#include "depth_attention/args.cuh"
 #include "depth_attention/backward_config.hpp"
-#include "depth_attention/parts.cuh"
-#include "kernels/depth_attention_args.cuh"
 
 namespace attnres::cuda::inline ATTNRES_CUDA_SET {
 

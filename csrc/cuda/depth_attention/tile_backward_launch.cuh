@@ -2,8 +2,8 @@
 // configuration, its arguments and its launch shape.
 #pragma once
 
+#include "common/tile_teams.cuh"
 #include "depth_attention/tile_backward.cuh"
-#include "depth_attention/tile_teams.cuh"
 
 namespace attnres::cuda::inline ATTNRES_CUDA_SET {
 

@@ -26,12 +26,12 @@
 
 #include "common/elements.cuh"
 #include "common/mma.cuh"
+#include "common/parts.cuh"
 #include "common/reduce.cuh"
 #include "common/ring.cuh"
 #include "common/rows.cuh"
+#include "depth_attention/args.cuh"
 #include "depth_attention/config.hpp"
-#include "depth_attention/parts.cuh"
-#include "kernels/depth_attention_args.cuh"
 
 namespace attnres::cuda::inline ATTNRES_CUDA_SET {
 

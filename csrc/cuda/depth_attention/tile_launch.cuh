@@ -2,8 +2,8 @@
 // shape.
 #pragma once
 
+#include "common/tile_teams.cuh"
 #include "depth_attention/tile_forward.cuh"
-#include "depth_attention/tile_teams.cuh"
 
 namespace attnres::cuda::inline ATTNRES_CUDA_SET {
 

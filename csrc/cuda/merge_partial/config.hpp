@@ -8,7 +8,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "kernels/depth_attention_tile.hpp"
+#include "device.hpp"
 
 namespace attnres::cuda {
 

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "depth_attention/config.hpp"
-#include "kernels/launch_shape.hpp"
+#include "launch_shape.hpp"
 #include "merge_partial/merge_backward.cuh"
 #include "merge_partial/merge_forward.cuh"
 

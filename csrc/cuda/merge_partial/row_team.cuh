@@ -5,7 +5,7 @@
 #include "common/elements.cuh"
 #include "common/reduce.cuh"
 #include "common/rows.cuh"
-#include "kernels/depth_attention_args.cuh"
+#include "depth_attention/args.cuh"
 #include "merge_partial/config.hpp"
 
 namespace attnres::cuda::inline ATTNRES_CUDA_SET {

@@ -2,8 +2,8 @@
 // ring in shared memory.
 #define ATTNRES_CUDA_SET sm80
 
-#include "kernels/depth_attention_bwd_launch.cuh"
-#include "kernels/depth_attention_launch.cuh"
+#include "depth_attention/backward_launch.cuh"
+#include "depth_attention/forward_launch.cuh"
 #include "launch.cuh"
 
 namespace attnres::cuda {

@@ -1,8 +1,8 @@
 // Phase 1 for 8.x: all threads copy tiles asynchronously into shared memory.
 #define ATTNRES_CUDA_SET sm80
 
-#include "kernels/inter_block_attention_bwd_launch.cuh"
-#include "kernels/inter_block_attention_launch.cuh"
+#include "inter_block_attention/backward_launch.cuh"
+#include "inter_block_attention/forward_launch.cuh"
 #include "launch.cuh"
 
 namespace attnres::cuda {

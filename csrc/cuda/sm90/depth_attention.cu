@@ -2,8 +2,8 @@
 // rows, and kernels start before the one before them has ended.
 #define ATTNRES_CUDA_SET sm90
 
-#include "kernels/depth_attention_bwd_launch.cuh"
-#include "kernels/depth_attention_launch.cuh"
+#include "depth_attention/backward_launch.cuh"
+#include "depth_attention/forward_launch.cuh"
 #include "launch.cuh"
 
 namespace attnres::cuda {

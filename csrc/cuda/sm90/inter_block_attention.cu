@@ -2,8 +2,8 @@
 // columns of what one CTA has no room for, and kernels start before the one before them has ended.
 #define ATTNRES_CUDA_SET sm90
 
-#include "kernels/inter_block_attention_bwd_launch.cuh"
-#include "kernels/inter_block_attention_launch.cuh"
+#include "inter_block_attention/backward_launch.cuh"
+#include "inter_block_attention/forward_launch.cuh"
 #include "launch.cuh"
 
 namespace attnres::cuda {

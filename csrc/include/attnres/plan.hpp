@@ -182,7 +182,7 @@ constexpr int64_t phase_one_bytes(const Shape& shape, bool training) {
 // by some number of CTAs. 2: one is worked on and the next one is on its way, and in the backward
 // the sums of the score vectors' gradients have room too. 1: a token has to be waited for, and such
 // sums are read and written in the second-level cache. 0: rows or score vectors come more than
-// once. An estimate from below of what csrc/cuda/kernels/ then chooses.
+// once. An estimate from below of what csrc/cuda/ then chooses.
 constexpr int phase_one_tokens(const Shape& shape, const DeviceFacts& facts, bool training) {
   if (facts.most_tiles_shared == 0) return 2;
   constexpr auto round_up = [](int64_t value, int64_t multiple) {

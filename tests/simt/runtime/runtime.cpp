@@ -15,8 +15,8 @@
 #include <utility>
 #include <vector>
 
+#include "device.hpp"
 #include "kernel_sets.hpp"
-#include "kernels/depth_attention_tile.hpp"
 
 namespace simt {
 namespace {

@@ -1,12 +1,11 @@
-// The backward's counterpart of inter_block_attention_launch.cuh: two kernels, the second for the
+// The backward's counterpart of forward_launch.cuh: two kernels, the second for the
 // gradients of queries and gains. Tensor cores serve bfloat16 alone: gradients can be smaller than
 // float16 tells from zero.
 #pragma once
 
 #include "attnres/dispatch.hpp"
-#include "kernels/depth_attention_bwd_launch.cuh"
-#include "kernels/inter_block_attention_bwd.cuh"
-#include "kernels/inter_block_attention_launch.cuh"
+#include "inter_block_attention/forward_launch.cuh"
+#include "inter_block_attention/rows_backward.cuh"
 
 namespace attnres::cuda::inline ATTNRES_CUDA_SET {
 

@@ -12,7 +12,7 @@
 #pragma once
 
 #include "common/tile_loaders.cuh"
-#include "kernels/inter_block_attention_fwd.cuh"
+#include "inter_block_attention/rows_forward.cuh"
 
 namespace attnres::cuda::inline ATTNRES_CUDA_SET {
 

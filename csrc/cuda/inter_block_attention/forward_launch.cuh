@@ -5,9 +5,8 @@
 #pragma once
 
 #include "attnres/dispatch.hpp"
-#include "kernels/depth_attention_launch.cuh"
-#include "kernels/inter_block_attention_fwd.cuh"
-#include "kernels/launch_shape.hpp"
+#include "inter_block_attention/rows_forward.cuh"
+#include "launch_shape.hpp"
 
 namespace attnres::cuda::inline ATTNRES_CUDA_SET {
 

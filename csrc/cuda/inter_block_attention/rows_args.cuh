@@ -5,7 +5,7 @@
 #include "common/elements.cuh"
 #include "common/rows.cuh"
 #include "common/teams.cuh"
-#include "kernels/inter_block_attention_tile.hpp"
+#include "inter_block_attention/rows_tile.hpp"
 
 namespace attnres::cuda::inline ATTNRES_CUDA_SET {
 

@@ -1,12 +1,12 @@
-// The backward's counterpart of depth_attention_launch.cuh: two kernels, the second for the weight
+// The backward's counterpart of forward_launch.cuh: two kernels, the second for the weight
 // gradients. A ring serves rows of one span; longer ones, too, are read in place. Where the
 // architecture has clusters they serve the rows that do not fit one CTA.
 #pragma once
 
+#include "depth_attention/forward_launch.cuh"
+#include "depth_attention/rows_backward.cuh"
 #include "depth_attention/tile_backward_launch.cuh"
-#include "kernels/depth_attention_bwd.cuh"
-#include "kernels/depth_attention_launch.cuh"
-#include "kernels/launch_shape.hpp"
+#include "launch_shape.hpp"
 
 namespace attnres::cuda::inline ATTNRES_CUDA_SET {
 

@@ -10,14 +10,9 @@
 #include <algorithm>
 #include <cstdint>
 
-namespace attnres::cuda {
+#include "device.hpp"
 
-struct DeviceLimits {
-  int num_multiprocessors;
-  int shared_bytes_per_multiprocessor;
-  int shared_bytes_per_cta;  // with opt-in
-  int capability = 90;       // 10 * major + minor
-};
+namespace attnres::cuda {
 
 struct DepthAttentionTile {
   int cluster_size;    // CTAs that share a row
@@ -35,14 +30,6 @@ struct DepthAttentionTile {
   int shared_bytes;
 };
 
-// 16 warps, four for each of a multiprocessor's four register files, leave 128 registers to a
-// thread; a seventeenth warp would leave 96. The largest body holds 32 values of the pseudo-query
-// and 32 of the mix; the rest is addresses and loop state.
-constexpr int kProducerThreads = 32;
-constexpr int kMaxThreads = 512;
-constexpr int kMaxComputeThreads = kMaxThreads - kProducerThreads;
-constexpr int kRegistersPerMultiprocessor = 65536;
-
 // What the plan counts on; tests/kernels compares it with the machine code. `share_bytes` is what a
 // thread holds of the pseudo-query, and again of the mix; `dispatch` is the elements policy's
 // kDispatchRegisters.
@@ -56,26 +43,8 @@ constexpr int depth_attention_backward_registers(int share_bytes, int dispatch) 
 }
 static_assert(kMaxThreads * depth_attention_backward_registers(16 * 4, 0) <=
               kRegistersPerMultiprocessor);
-// A kernel's launch bound. It holds the compiler to the registers that the plan counts on, as far
-// as they fit in portions: a multiprocessor hands them out to four warps at a time.
-constexpr int most_threads_with(int registers) {
-  constexpr int kFourWarps = 4 * 32;
-  return kRegistersPerMultiprocessor / (registers * kFourWarps) * kFourWarps;
-}
-static_assert(most_threads_with(128) == kMaxThreads && most_threads_with(96) == 640);
 // Block summation holds two slots at a time.
 constexpr int kLeastSlots = 2;
-// Parts of a weight gradient that a multiprocessor makes at most: each CTA of the backward makes
-// one, or each cluster.
-constexpr int kPartsPerMultiprocessor = 2;
-// What the driver takes from a CTA's shared memory.
-constexpr int kReservedSharedBytes = 1024;
-
-// Bytes that are more than an int holds are more than any device has, and stay so.
-constexpr int saturated(int64_t value) {
-  return static_cast<int>(std::min<int64_t>(value, INT32_MAX));
-}
-
 // Barriers, and two rounds of a pair of sums for every segment and source.
 constexpr int64_t depth_attention_team_bytes(int cluster_size, int64_t num_segments,
                                              int num_sources) {
@@ -167,8 +136,6 @@ inline DepthAttentionTile choose_depth_attention_tile(const DepthAttentionShape&
   return tile;
 }
 
-// The largest cluster that every device with clusters runs.
-constexpr int kMostCtasInCluster = 8;
 // A multiprocessor takes about 64 bytes a cycle from the second-level cache, so a row of B bytes
 // takes B / 64 cycles on one and B / 512 on a cluster of 8, which costs it an exchange of sums, a
 // trip of about 250 cycles to another multiprocessor's shared memory, and another one for an output

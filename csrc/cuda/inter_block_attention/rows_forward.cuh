@@ -8,8 +8,8 @@
 #pragma once
 
 #include "common/tile_loaders.cuh"
-#include "kernels/inter_block_attention_scalar.cuh"
-#include "kernels/inter_block_attention_tensor.cuh"
+#include "inter_block_attention/scalar_products.cuh"
+#include "inter_block_attention/tensor_products.cuh"
 
 namespace attnres::cuda::inline ATTNRES_CUDA_SET {
 

@@ -4,16 +4,13 @@
 // rows that do not fit one CTA.
 #pragma once
 
+#include "depth_attention/rows_forward.cuh"
 #include "depth_attention/tile_launch.cuh"
-#include "kernels/depth_attention_fwd.cuh"
-#include "kernels/launch_shape.hpp"
+#include "launch_shape.hpp"
 #include "merge_partial/merge_launch.cuh"
 
 namespace attnres::cuda::inline ATTNRES_CUDA_SET {
 
-// The table of sources is part of a kernel's parameters, and a launch copies all of them: 32 bytes
-// a source.
-constexpr int kShortTable = 16;
 static_assert(sizeof(DepthAttentionForwardArgs<double, kMaxSources, OneCta>) < 32764,
               "limit of kernel parameters");
 

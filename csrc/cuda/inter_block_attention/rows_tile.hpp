@@ -32,7 +32,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "kernels/depth_attention_tile.hpp"
+#include "device.hpp"
 
 namespace attnres::cuda {
 
@@ -54,10 +54,6 @@ static_assert((kInterBlockThreads + kProducerThreads) * kInterBlockRegisters <=
               kRegistersPerMultiprocessor);
 static_assert((kInterBlockBackwardThreads + kProducerThreads) * kInterBlockBackwardRegisters <=
               kRegistersPerMultiprocessor);
-
-constexpr int round_up(int64_t value, int multiple) {
-  return saturated((value + multiple - 1) / multiple * multiple);
-}
 
 struct InterBlockTile {
   int cluster_size;  // CTAs that share a token

@@ -4,7 +4,7 @@
 
 #include "common/rows.cuh"
 #include "common/teams.cuh"
-#include "kernels/depth_attention_tile.hpp"
+#include "depth_attention/rows_tile.hpp"
 
 namespace attnres::cuda::inline ATTNRES_CUDA_SET {
 

@@ -6,7 +6,7 @@
 #include "common/elements.cuh"
 #include "common/loaders.cuh"
 #include "common/reduce.cuh"
-#include "kernels/depth_attention_args.cuh"
+#include "depth_attention/args.cuh"
 
 namespace attnres::cuda::inline ATTNRES_CUDA_SET {
 

@@ -2,8 +2,11 @@
 // have in common.
 #pragma once
 
-#include "depth_attention/config.hpp"
-#include "kernels/launch_shape.hpp"
+#include <algorithm>
+
+#include "common/set.cuh"
+#include "device.hpp"
+#include "launch_shape.hpp"
 
 namespace attnres::cuda::inline ATTNRES_CUDA_SET {
 
@@ -14,8 +17,8 @@ struct TileTeams {
 };
 
 // No more than `most` of them. `warps` of a CTA beside those that compute.
-template <auto kKernel, typename Launch>
-TileTeams tile_teams(const DepthAttentionConfig& config, int warps, int shared_bytes, int64_t most,
+template <auto kKernel, typename Config, typename Launch>
+TileTeams tile_teams(const Config& config, int warps, int shared_bytes, int64_t most,
                      const DeviceLimits& limits, Launch&& launch) {
   LaunchShape shape = {config.ctas * limits.num_multiprocessors, 32 * (config.warps + warps),
                        shared_bytes, true, config.cluster > 1 ? config.cluster : 0};

@@ -17,7 +17,7 @@
 
 #include "common/mma.cuh"
 #include "common/reduce.cuh"
-#include "kernels/inter_block_attention_args.cuh"
+#include "inter_block_attention/rows_args.cuh"
 
 namespace attnres::cuda::inline ATTNRES_CUDA_SET {
 

@@ -13,7 +13,7 @@
 // the threads that own their columns, and over teams by a second kernel, in order.
 #pragma once
 
-#include "kernels/depth_attention_thread.cuh"
+#include "depth_attention/rows_thread.cuh"
 
 namespace attnres::cuda::inline ATTNRES_CUDA_SET {
 
@@ -474,8 +474,6 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 // The parts' sums, in order, and from them the gradients of query, key_weight and out_weight. A CTA
 // takes 32 columns of one of the two sums: its warps add every kWeightGradientWarps-th part, and
 // the first warp adds what they have.
-constexpr int kWeightGradientWarps = 8;
-
 template <typename Compute>
 __global__ void __launch_bounds__(kWeightGradientWarps* kWarpSize)
     depth_attention_weight_gradient_kernel(

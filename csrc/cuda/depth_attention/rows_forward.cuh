@@ -9,7 +9,7 @@
 // mixes what it stored. Merging a state takes source 0's logit as given. See attnres/params.hpp.
 #pragma once
 
-#include "kernels/depth_attention_thread.cuh"
+#include "depth_attention/rows_thread.cuh"
 
 namespace attnres::cuda::inline ATTNRES_CUDA_SET {
 

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "common/reduce.cuh"
-#include "kernels/inter_block_attention_args.cuh"
+#include "inter_block_attention/rows_args.cuh"
 
 namespace attnres::cuda::inline ATTNRES_CUDA_SET {
 
