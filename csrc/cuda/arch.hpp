@@ -33,18 +33,27 @@ struct DepthAttentionBackwardTuning {
   int most_stages;
 };
 
+// Of the tile of phase 1.
+struct InterBlockAttentionTuning {
+  // Stages of one or two tokens before a cluster shares their columns, or two become one. Derived:
+  // one is mixed while the next one is scored, and a third one is on its way.
+  int wanted_stages;
+  int most_stages;
+};
+
 struct Architecture {
   int capability;  // 10 * major + minor, and later until the next one
   DepthAttentionTuning depth_attention;
   DepthAttentionBackwardTuning depth_attention_backward;
+  InterBlockAttentionTuning inter_block_attention;
 };
 
 // H100, H200: 13 and 18 bytes a cycle and multiprocessor.
-constexpr Architecture kHopper = {90, {12, 3, 6, 64 << 10}, {12, 6, 3, 6}};
+constexpr Architecture kHopper = {90, {12, 3, 6, 64 << 10}, {12, 6, 3, 6}, {3, 6}};
 // B200, B300: 28 bytes a cycle and multiprocessor.
-constexpr Architecture kBlackwell = {100, {12, 3, 6, 96 << 10}, {12, 6, 3, 6}};
+constexpr Architecture kBlackwell = {100, {12, 3, 6, 96 << 10}, {12, 6, 3, 6}, {3, 6}};
 // RTX 50 and RTX PRO: 100 KB of shared memory, 5 bytes a cycle and multiprocessor.
-constexpr Architecture kBlackwellRtx = {120, {12, 3, 4, 24 << 10}, {12, 6, 3, 4}};
+constexpr Architecture kBlackwellRtx = {120, {12, 3, 4, 24 << 10}, {12, 6, 3, 4}, {3, 4}};
 
 constexpr const Architecture& architecture(int capability) {
   return capability >= kBlackwellRtx.capability ? kBlackwellRtx

@@ -54,6 +54,7 @@ def kernel_config(
     dtype: str = "bfloat16",
     norm: bool = False,
     accumulate: bool = False,
+    num_queries: int = 0,
     capability: int = 90,
     shared_bytes: int = 232448,
 ) -> str | None: ...

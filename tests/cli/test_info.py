@@ -57,10 +57,15 @@ def test_kernels_for_a_shape(capsys, monkeypatch):
                 "warps=12,columns=192,cluster=1,stages=3,ctas=1",
                 "general body",
             ),
+            "inter_block_attention": (
+                "inter_block_warps=12,inter_block_columns=192,inter_block_cluster=1,"
+                "inter_block_tokens=1,inter_block_stages=3,inter_block_ctas=1",
+                "general body",
+            ),
             "merge_partial": ("warps=3,chunks=3,teams=5", "warps=5,chunks=2,teams=3"),
         }
     assert set(kernels("float32").values()) == {("general body", "general body")}
-    monkeypatch.setenv("ATTNRES_CUDA_CONFIG", "depth_attention=rows")
+    monkeypatch.setenv("ATTNRES_CUDA_CONFIG", "depth_attention=rows,inter_block_attention=rows")
     assert {forward for forward, _ in kernels().values()} == {"general body"}
 
 

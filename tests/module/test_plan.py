@@ -176,6 +176,19 @@ def test_kernel_configs_are_those_of_the_launchers():
         (("depth_attention", "forward", 65, 2304), {}, None),
         (("depth_attention", "forward", 9, 7164), {}, None),
         (("depth_attention", "forward", 9, 2304), {"capability": 80}, None),
+        (
+            ("inter_block_attention", "forward", 9, 2304),
+            {"num_queries": 6},
+            "inter_block_warps=12,inter_block_columns=192,inter_block_cluster=1,"
+            "inter_block_tokens=1,inter_block_stages=3",
+        ),
+        (
+            ("inter_block_attention", "forward", 8, 7168),
+            {"num_queries": 24},
+            "inter_block_warps=4,inter_block_columns=224,inter_block_cluster=8,"
+            "inter_block_tokens=2,inter_block_stages=3",
+        ),
+        (("inter_block_attention", "forward", 17, 2304), {"num_queries": 6}, None),
         (("merge_partial", "forward", 1, 7168), {"capability": 80}, "warps=7,chunks=4,teams=2"),
         (("merge_partial", "backward", 1, 8192), rtx5090, "warps=16,chunks=2,teams=1"),
         (("merge_partial", "backward", 1, 8200), {}, None),
@@ -196,6 +209,7 @@ def test_kernel_configs_are_those_of_the_launchers():
         (("attend", "forward", 1, 8), "operator is 'attend', expected 'depth_attention'"),
         (("merge_partial", "up", 1, 8), "direction is 'up', expected 'forward' or 'backward'"),
         (("depth_attention", "forward", 0, 8), "got 0 sources of 8 values"),
+        (("inter_block_attention", "forward", 1, 8), "got 0 queries, expected at least 1"),
     ],
 )
 def test_kernel_configs_refuse(arguments, message):

@@ -169,16 +169,11 @@ class Case(Sources):
         """How to run the case, and its sizes."""
         return encode_head(self, seed, kind, self.out_eps)
 
-    def encode_config(self) -> bytes:
-        """What the environment asks for."""
-        config = self.config.encode()
-        return struct.pack("=q", len(config)) + config
-
     def encode(self, seed: int) -> bytes:
         """The bytes of the case in the order in which the runner takes them."""
         known = 0 if self.known_rstd is None else len(self.known_rstd)
         parts = [self.encode_head(seed, "forward"), struct.pack("=2q", known, self.in_place)]
-        parts.append(self.encode_config())
+        parts.append(encode_config(self.config))
         parts += [encode_rows(source) for source in self.sources]
         if self.absent_partial:
             parts[-1] = encode_absent()
@@ -210,6 +205,12 @@ def encode_head(case: Any, seed: int, kind: str, out_eps: float = 0.0) -> bytes:
             struct.pack("=3d", case.eps, out_eps, case.scale),
         ]
     )
+
+
+def encode_config(config: str) -> bytes:
+    """What the environment asks for."""
+    text = config.encode()
+    return struct.pack("=q", len(text)) + text
 
 
 def encode_absent() -> bytes:

@@ -9,6 +9,7 @@ void run_inter_block_backward(File& cases, File& results) {
   take_sizes(cases, p);
   p.num_queries = cases.take<int64_t>();
   p.num_parts = cases.take<int64_t>();
+  take_config(cases);
 
   const auto count = static_cast<size_t>(p.num_sources);
   std::vector<Buffer> inputs;

@@ -19,6 +19,7 @@ from .cases import (
     Rows,
     Sources,
     encode_absent,
+    encode_config,
     encode_head,
     encode_output,
     encode_rows,
@@ -42,6 +43,8 @@ class InterBlock(Sources):
     limits: Limits = field(default_factory=Limits)
     known_rstd: Tensor | None = None
     save_stats: bool = True
+    #: ATTNRES_CUDA_CONFIG; the general body, unless a case is about the tile.
+    config: str = "inter_block_attention=rows,backward_inter_block_attention=rows"
 
     @property
     def num_queries(self) -> int:
@@ -72,7 +75,8 @@ class InterBlock(Sources):
     def encode(self, seed: int) -> bytes:
         """The bytes of the case in the order in which the runner takes them."""
         parts = [encode_head(self, seed, "inter_block_forward")]
-        parts += [struct.pack("=q", self.num_queries), self.encode_inputs()]
+        parts += [struct.pack("=q", self.num_queries), encode_config(self.config)]
+        parts.append(self.encode_inputs())
         known = self.known_rstd
         parts.append(encode_absent() if known is None else encode_tensor(known, 1, 0, 0))
         parts += [encode_output(shape, dtype, self.hidden) for shape, dtype in self.output_shapes()]

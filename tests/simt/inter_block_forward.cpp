@@ -8,6 +8,7 @@ void run_inter_block_forward(File& cases, File& results) {
   InterBlockForward p;
   take_sizes(cases, p);
   p.num_queries = cases.take<int64_t>();
+  take_config(cases);
 
   std::vector<Buffer> inputs;
   std::vector<ConstRows> sources(static_cast<size_t>(p.num_sources));

@@ -21,6 +21,7 @@ from .cases import (
     Launched,
     Limits,
     encode_absent,
+    encode_config,
     encode_rows,
     encode_tensor,
     rows,
@@ -75,7 +76,7 @@ class Backward(GradientCase):
         has_mix = self.save == "output" and case.out_weight is not None
         mix = saved["mix"].to(case.compute) if has_mix else None
         parts = [case.encode_head(seed, "backward"), struct.pack("=q", self.num_parts)]
-        parts.append(case.encode_config())
+        parts.append(encode_config(case.config))
         parts += [encode_rows(source) for source in case.sources]
         parts.append(self.encode_bases())
         for vector in (case.query, case.key_weight, case.out_weight):

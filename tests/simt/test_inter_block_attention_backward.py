@@ -18,6 +18,7 @@ from .build import Runner, runner_or_skip
 from .cases import (
     Limits,
     encode_absent,
+    encode_config,
     encode_head,
     encode_rows,
     encode_tensor,
@@ -75,7 +76,8 @@ class Backward(GradientCase):
         """The bytes of the case in the order in which the runner takes them."""
         case = self.case
         parts = [encode_head(case, seed, "inter_block_backward")]
-        parts += [struct.pack("=2q", case.num_queries, self.num_parts), case.encode_inputs()]
+        parts += [struct.pack("=2q", case.num_queries, self.num_parts)]
+        parts += [encode_config(case.config), case.encode_inputs()]
         parts.append(self.encode_bases())
         parts.append(encode_absent() if self.grad_out is None else encode_rows(self.grad_out))
         stats = None

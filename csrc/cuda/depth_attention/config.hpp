@@ -8,15 +8,15 @@
 #pragma once
 
 #include <algorithm>
-#include <charconv>
 #include <cstdint>
-#include <cstdlib>
+#include <iterator>
 #include <string>
 #include <string_view>
 
 #include "arch.hpp"
 #include "attnres/check.hpp"
 #include "device.hpp"
+#include "wishes.hpp"
 
 namespace attnres::cuda {
 
@@ -158,49 +158,33 @@ struct DepthAttentionWishes {
 
 inline DepthAttentionWishes parse_depth_attention_wishes(std::string_view text) {
   DepthAttentionWishes wishes;
-  const std::string_view whole = text;
-  while (!text.empty()) {
-    const std::string_view entry = text.substr(0, text.find(','));
-    text.remove_prefix(std::min(text.size(), entry.size() + 1));
-    const size_t sign = entry.find('=');
-    std::string_view key = entry.substr(0, sign);
-    const std::string_view value =
-        sign == std::string_view::npos ? std::string_view{} : entry.substr(sign + 1);
-    constexpr std::string_view kBackward = "backward_";
-    const bool is_backward = key.substr(0, kBackward.size()) == kBackward;
-    if (is_backward) key.remove_prefix(kBackward.size());
-    if (key == "depth_attention") {
-      ATTNRES_CHECK(value == "rows" || value == "tile",
-                    "ATTNRES_CUDA_CONFIG: depth_attention is \"", value,
-                    "\", expected \"rows\" or \"tile\"");
-      (is_backward ? wishes.backward_rows : wishes.rows) = value == "rows";
-      continue;
+  for_wishes(text, [&](const Wish& wish) {
+    if (wish.name.substr(0, kInterBlockPrefix.size()) == kInterBlockPrefix) return;
+    if (wish.name == "depth_attention") {
+      (wish.is_backward ? wishes.backward_rows : wishes.rows) = wish.asks_for_rows(wish.name);
+      return;
     }
-    DepthAttentionConfig& config = is_backward ? wishes.backward : wishes.config;
-    int* const wish = key == "warps"     ? &config.warps
-                      : key == "columns" ? &config.columns
-                      : key == "cluster" ? &config.cluster
-                      : key == "stages"  ? &config.stages
-                      : key == "ctas"    ? &config.ctas
-                                         : nullptr;
+    DepthAttentionConfig& config = wish.is_backward ? wishes.backward : wishes.config;
+    int* const place = wish.name == "warps"     ? &config.warps
+                       : wish.name == "columns" ? &config.columns
+                       : wish.name == "cluster" ? &config.cluster
+                       : wish.name == "stages"  ? &config.stages
+                       : wish.name == "ctas"    ? &config.ctas
+                                                : nullptr;
     ATTNRES_CHECK(
-        wish != nullptr, "ATTNRES_CUDA_CONFIG is \"", whole, "\", which names \"", key,
+        place != nullptr, "ATTNRES_CUDA_CONFIG is \"", text, "\", which names \"", wish.name,
         "\"; it may name depth_attention, warps, columns, cluster, stages and ctas, and each of "
         "them with backward_ before it");
-    const auto [end, error] = std::from_chars(value.data(), value.data() + value.size(), *wish);
-    const bool is_number = error == std::errc{} && end == value.data() + value.size() && *wish > 0;
-    const bool is_known = wish != &config.columns ||
-                          std::find(std::begin(kWarpColumns), std::end(kWarpColumns), *wish) !=
-                              std::end(kWarpColumns);
-    ATTNRES_CHECK(is_number && is_known, "ATTNRES_CUDA_CONFIG: ", key, " is \"", value,
-                  "\", expected ", wish == &config.columns ? "64, 128, 192 or 256" : "a number");
-  }
+    const bool is_columns = place == &config.columns;
+    *place = wish.number(is_columns ? "64, 128, 192 or 256" : "a number", [&](int number) {
+      return !is_columns || std::find(std::begin(kWarpColumns), std::end(kWarpColumns), number) !=
+                                std::end(kWarpColumns);
+    });
+  });
   return wishes;
 }
-// Read at every call, so that one process can try them all.
 inline DepthAttentionWishes depth_attention_wishes() {
-  const char* const text = std::getenv("ATTNRES_CUDA_CONFIG");
-  return text == nullptr ? DepthAttentionWishes{} : parse_depth_attention_wishes(text);
+  return parse_depth_attention_wishes(text_of_wishes());
 }
 
 // Warps and their columns for a CTA of a cluster of that size: the fewest columns that hold

@@ -6,6 +6,7 @@
 
 #include "attnres/dispatch.hpp"
 #include "inter_block_attention/rows_forward.cuh"
+#include "inter_block_attention/tile_launch.cuh"
 #include "launch_shape.hpp"
 
 namespace attnres::cuda::inline ATTNRES_CUDA_SET {
@@ -134,8 +135,8 @@ auto launch_inter_block_with(const InterBlockForward& p, const DeviceLimits& lim
 // `Ring` and `Team` are the architecture's: the loader for aligned rows, and CtaCluster where there
 // are clusters.
 template <template <typename> class Ring, typename Team, typename Launch>
-auto launch_inter_block_attention_forward(const InterBlockForward& p, const DeviceLimits& limits,
-                                          Launch&& launch) {
+auto launch_inter_block_attention_rows(const InterBlockForward& p, const DeviceLimits& limits,
+                                       Launch&& launch) {
   const auto in_place = [&]<typename Compute>(Compute) {
     using Policy = InterBlockPolicy<ScalarProducts<Mixed<Compute, 1>, 1>, DirectTiles>;
     return launch_inter_block_with<Policy, kMaxSources>(p, limits, launch, nullptr);
@@ -164,6 +165,20 @@ auto launch_inter_block_attention_forward(const InterBlockForward& p, const Devi
       break;
   }
   no_such_dtype();
+}
+
+// Where there are clusters, there are bulk copies and all else that the tile takes.
+template <template <typename> class Ring, typename Team, typename Launch>
+auto launch_inter_block_attention_forward(const InterBlockForward& p, const DeviceLimits& limits,
+                                          Launch&& launch) {
+  const auto rows = [&] {
+    return launch_inter_block_attention_rows<Ring, Team>(p, limits, launch);
+  };
+  if constexpr (Team::kIsCluster) {
+    return launch_inter_block_attention_tile(p, limits, launch, rows);
+  } else {
+    return rows();
+  }
 }
 
 }  // namespace attnres::cuda::inline ATTNRES_CUDA_SET

@@ -114,21 +114,37 @@ def collect_plan(shape: tuple[int, ...], dtype: str, itemsize: int) -> dict[str,
                 }
             )
     described = f"N={sources} S={queries} M={tokens} D={hidden} {dtype}"
-    return {"shape": described, "plans": plans, "kernels": _kernels(sources, hidden, dtype)}
+    return {
+        "shape": described,
+        "plans": plans,
+        "kernels": _kernels(sources, queries, hidden, dtype),
+    }
 
 
-def _kernels(sources: int, hidden: int, dtype: str) -> list[dict[str, str]]:
-    """How the CUDA kernels of a site with an output norm cut their work, per kind of device."""
+def _kernels(sources: int, queries: int, hidden: int, dtype: str) -> list[dict[str, str]]:
+    """How the CUDA kernels of a site with an output norm, and of phase 1, cut their work."""
     kernels = []
     for name, device in _planned_devices().items():
         if device["device"] != "cuda":
             continue
         facts = {key: value for key, value in device.items() if key != "device"}
-        for operator in ("depth_attention", "accumulate_depth_attention", "merge_partial"):
+        for operator in (
+            "depth_attention",
+            "accumulate_depth_attention",
+            "inter_block_attention",
+            "merge_partial",
+        ):
             row = {"device": name, "operator": operator}
             for direction in ("forward", "backward"):
                 config = _C.kernel_config(
-                    operator, direction, sources, hidden, dtype, norm=True, **facts
+                    operator,
+                    direction,
+                    sources,
+                    hidden,
+                    dtype,
+                    norm=True,
+                    num_queries=queries,
+                    **facts,
                 )
                 row[direction] = config or "general body"
             kernels.append(row)
