@@ -1,4 +1,4 @@
-"""Times every configuration of the depth attention tile that fits, beside the one that is chosen.
+"""Times every configuration of a tile that fits, beside the one that is chosen.
 
     python tools/sweep.py [--seconds 110] [--shapes N9xD2304 ...]
 
@@ -22,35 +22,53 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 VARIABLE = "ATTNRES_CUDA_CONFIG"
-#: What is tried beside what is chosen: columns of a warp, CTAs of a cluster, CTAs of a
-#: multiprocessor, stages. 0 leaves the choice to the library.
-COLUMNS = (64, 128, 192, 256)
-CLUSTERS = (1, 2, 4, 8)
-CTAS = (0, 1, 2, 3)
-STAGES = (0, 2, 3)
+#: What is tried beside what is chosen, by operator: CTAs of a cluster, columns of a warp, CTAs of a
+#: multiprocessor, stages; tokens of a stage. 0 leaves the choice to the library.
+WISHES = {
+    "depth_attention": {
+        "cluster": (1, 2, 4, 8),
+        "columns": (64, 128, 192, 256),
+        "ctas": (0, 1, 2, 3),
+        "stages": (0, 2, 3),
+    },
+    "inter_block_attention": {
+        "inter_block_cluster": (1, 2, 4, 8, 16),
+        "inter_block_columns": (128, 192, 224),
+        "inter_block_tokens": (1, 2),
+        "inter_block_ctas": (0, 1, 2),
+        "inter_block_stages": (0, 2, 3),
+    },
+}
 #: What the library says to a configuration that it cannot have.
 DOES_NOT_FIT = "ATTNRES_CUDA_CONFIG"
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A read: depth attention, or block summation with an output norm."""
+    """A read: depth attention, block summation with an output norm, or phase 1 of some queries."""
 
     sources: int
     tokens: int
     hidden: int
     sums: bool = False
+    queries: int = 0
 
     @property
     def name(self) -> str:
-        """As it is asked for: N9xD2304, and +sum."""
+        """As it is asked for: N9xD2304, and +sum, or N9xS6xD2304."""
+        queries = f"xS{self.queries}" if self.queries else ""
         tokens = "" if self.tokens == 8192 else f"xM{self.tokens}"
-        return f"N{self.sources}xD{self.hidden}{tokens}{'+sum' if self.sums else ''}"
+        return f"N{self.sources}{queries}xD{self.hidden}{tokens}{'+sum' if self.sums else ''}"
+
+    @property
+    def operator(self) -> str:
+        """The one whose tile serves it."""
+        return "inter_block_attention" if self.queries else "depth_attention"
 
     @property
     def bytes_moved(self) -> int:
         """Bytes of bfloat16 that must be moved."""
-        rows = self.sources + (4 if self.sums else 1)
+        rows = self.sources + (4 if self.sums else self.queries or 1)
         return rows * self.tokens * self.hidden * 2
 
 
@@ -59,6 +77,8 @@ SHAPES = [
     Shape(9, 8192, 7168),
     Shape(54, 8192, 2304),
     Shape(8, 8192, 2304, sums=True),
+    Shape(9, 8192, 2304, queries=6),
+    Shape(8, 8192, 7168, queries=24),
     Shape(9, 8192, 4096),
     Shape(9, 8192, 1024),
     Shape(9, 8192, 512),
@@ -80,7 +100,7 @@ class Timings:
     def line(self) -> str:
         """The best beside the chosen one, and the general body."""
         best = min(self.calls, key=lambda config: self.calls[config])
-        rows = self.calls.get("depth_attention=rows")
+        rows = self.calls.get(f"{self.shape.operator}=rows")
         parts = [
             f"{self.shape.name}: copy {self.copy:.1f} us",
             f"chosen {self.calls['']:.1f} us ({self.copy / self.calls['']:.2f} of copy)",
@@ -94,13 +114,13 @@ class Timings:
         return ", ".join(parts)
 
 
-def configurations() -> Iterator[str]:
+def configurations(operator: str) -> Iterator[str]:
     """What to ask for: the chosen and the general one first, then one thing after the other."""
     yield ""
-    yield "depth_attention=rows"
-    for cluster, columns, ctas, stages in itertools.product(CLUSTERS, COLUMNS, CTAS, STAGES):
-        wishes = {"columns": columns, "cluster": cluster, "ctas": ctas, "stages": stages}
-        yield ",".join(f"{key}={value}" for key, value in wishes.items() if value)
+    yield f"{operator}=rows"
+    wishes = WISHES[operator]
+    for values in itertools.product(*wishes.values()):
+        yield ",".join(f"{key}={value}" for key, value in zip(wishes, values, strict=True) if value)
 
 
 @contextlib.contextmanager
@@ -131,7 +151,7 @@ def sweep(
     """
     end = clock() + seconds
     timings = Timings(shape, copy)
-    for number, config in enumerate(configurations()):
+    for number, config in enumerate(configurations(shape.operator)):
         if number >= 2 and clock() > end:
             timings.left_out += 1
             continue
@@ -171,23 +191,27 @@ def time_shape(shape: Shape, seconds: float) -> Timings:
     """A sweep on the current device."""
     import torch
 
-    from attnres_ext import accumulate_depth_attention, depth_attention
+    from attnres_ext import accumulate_depth_attention, depth_attention, inter_block_attention
 
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     # Inputs of all sets are larger than the second-level cache, and twice.
     sets = max(2, min(64, -(-2 * cache // shape.bytes_moved)))
     row = (shape.tokens, shape.hidden)
     half = {"dtype": torch.bfloat16, "device": "cuda"}
-    query = torch.randn(shape.hidden, device="cuda") / shape.hidden**0.5
+    queries = torch.randn(max(1, shape.queries), shape.hidden, device="cuda") / shape.hidden**0.5
     gain = torch.ones(shape.hidden, device="cuda")
     sources = [[torch.randn(row, **half) for _ in range(shape.sources)] for _ in range(sets)]
     sums = [(torch.randn(row, **half), torch.randn(row, **half)) for _ in range(sets)]
 
     def call(number: int) -> object:
+        if shape.queries:
+            return inter_block_attention(sources[number], queries)
         if not shape.sums:
-            return depth_attention(sources[number], query)
+            return depth_attention(sources[number], queries[0])
         partial, delta = sums[number]
-        return accumulate_depth_attention(partial, delta, sources[number], query, out_weight=gain)
+        return accumulate_depth_attention(
+            partial, delta, sources[number], queries[0], out_weight=gain
+        )
 
     values = shape.bytes_moved // 4
     copies = [tuple(torch.empty(values, **half) for _ in range(2)) for _ in range(sets)]

@@ -23,7 +23,7 @@ class Device:
         self.now += 1
         if "cluster=4" in config or "cluster=8" in config:
             raise RuntimeError("ATTNRES_CUDA_CONFIG asks for what does not fit")
-        if config == "columns=192,cluster=2,stages=3":
+        if config == "cluster=2,columns=192,stages=3":
             return 100.0
         return {"": 120.0, "depth_attention=rows": 200.0}.get(config, 150.0)
 
@@ -36,7 +36,7 @@ def test_the_best_stands_beside_the_chosen(monkeypatch: pytest.MonkeyPatch) -> N
     assert not any("cluster=4" in config for config in timings.calls)
     line = timings.line()
     assert line.startswith("N9xD2304: copy 90.0 us, chosen 120.0 us (0.75 of copy), best 100.0 us")
-    assert "with columns=192,cluster=2,stages=3, general body 200.0 us" in line
+    assert "with cluster=2,columns=192,stages=3, general body 200.0 us" in line
     assert "ATTNRES_CUDA_CONFIG" not in os.environ
 
 
@@ -44,7 +44,7 @@ def test_it_ends_in_time_and_says_what_it_has_not_reached() -> None:
     device = Device()
     timings = tool.sweep(SHAPE, device, copy=90.0, seconds=10, clock=lambda: device.now)
     assert device.now == 11
-    assert timings.left_out == len(list(tool.configurations())) - 11
+    assert timings.left_out == len(list(tool.configurations("depth_attention"))) - 11
     # The chosen one is timed however little time there is.
     timings = tool.sweep(SHAPE, device, copy=90.0, seconds=0, clock=lambda: device.now)
     assert list(timings.calls) == ["", "depth_attention=rows"]
@@ -58,7 +58,13 @@ def test_a_fault_is_not_taken_for_what_does_not_fit() -> None:
         tool.sweep(SHAPE, fails, copy=1.0, seconds=1)
 
 
-def test_every_configuration_is_asked_for_once() -> None:
-    configs = list(tool.configurations())
-    assert len(configs) == len(set(configs)) == 2 + 4 * 4 * 4 * 3
+@pytest.mark.parametrize(
+    ("operator", "count"),
+    [("depth_attention", 4 * 4 * 4 * 3), ("inter_block_attention", 5 * 3 * 2 * 3 * 3)],
+)
+def test_every_configuration_is_asked_for_once(operator: str, count: int) -> None:
+    configs = list(tool.configurations(operator))
+    assert len(configs) == len(set(configs)) == 2 + count
+    assert configs[1] == f"{operator}=rows"
+    assert {shape.operator for shape in tool.SHAPES} == set(tool.WISHES)
     assert len({shape.name for shape in tool.SHAPES}) == len(tool.SHAPES)
