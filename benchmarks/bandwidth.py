@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnres_ext.benchmarks.timing import Action, Effort, Timer, Timing, measure
+from .timing import Action, Effort, Timer, Timing, measure
 
 #: Sizes of the buffers in `ladder`, in MiB.
 LADDER = (1, 8, 32, 128, 256)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from attnres_ext.benchmarks.timing import Action, Sampler
+from .timing import Action, Sampler
 
 #: Calls in one graph; each is a handful of kernels.
 _MOST_CALLS = 2048

@@ -25,8 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from attnres_ext.benchmarks import machine
 from attnres_ext.training.files import write_json
+
+from . import machine
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from attnres_ext.benchmarks.evidence_summary import Arm, complete_seeds, summarize
 from attnres_ext.training.plot_style import COLOURS, GRID, STYLE, head, save
+
+from .evidence_summary import Arm, complete_seeds, summarize
 
 _MARKERS = {"standard": "s", "block": "o", "full": "^"}
 

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from attnres_ext import reference
-from attnres_ext.benchmarks.inputs import (
+
+from .inputs import (
     WEIGHTS,
     Inputs,
     arguments,
@@ -28,7 +29,7 @@ from attnres_ext.benchmarks.inputs import (
     map_leaves,
     take_rows,
 )
-from attnres_ext.benchmarks.registry import Case
+from .registry import Case
 
 Forward = Callable[[Inputs], tuple[Tensor, ...]]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnres_ext.benchmarks.registry import Case
+from .registry import Case
 
 EPS = 1e-5
 

@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from attnres_ext import _C
-from attnres_ext.benchmarks import sources
+from attnres_ext import _C, sources
 
 #: Packages on PyPI that the operators are compared with.
 RIVALS = ("flash-linear-attention", "liger-kernel", "flash-attn-res", "fast-attnres")
@@ -30,7 +29,7 @@ def repository() -> Path | None:
 
 
 def source_hashes(root: Path | None = None) -> dict[str, Any] | None:
-    """:func:`attnres_ext.benchmarks.sources.hashes`; None without sources."""
+    """:func:`attnres_ext.sources.hashes`; None without sources."""
     root = root or repository()
     return None if root is None else sources.hashes(root)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from attnres_ext.benchmarks.registry import Case
+from .registry import Case
 
 # glibc's <malloc.h>.
 _M_TRIM_THRESHOLD = -1

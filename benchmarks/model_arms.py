@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from attnres_ext import AttentionResiduals, reference
-from attnres_ext.benchmarks.contestants import fla
-from attnres_ext.benchmarks.plain_residual import Mix, PlainResidual
+
+from .contestants import fla
+from .plain_residual import Mix, PlainResidual
 
 
 @dataclass(frozen=True)

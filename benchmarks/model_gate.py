@@ -15,10 +15,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from attnres_ext.benchmarks.gate import Verdict, first_line
-from attnres_ext.benchmarks.model_arms import ARMS, Arm
-from attnres_ext.benchmarks.model_stack import Stack
 from attnres_ext.models.kimi_linear import KimiLinearForCausalLM
+
+from .gate import Verdict, first_line
+from .model_arms import ARMS, Arm
+from .model_stack import Stack
 
 #: Tokens that are compared; the definition in float64 takes longer than everything else together.
 _TOKENS = 48

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from attnres_ext.benchmarks import registry
-from attnres_ext.benchmarks.registry import UnknownCaseError
+from . import registry
+from .registry import UnknownCaseError
 
 #: Where stacks come from.
 ORIGINS = {

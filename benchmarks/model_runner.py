@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
-from attnres_ext.benchmarks.cuda_timing import CudaTimer
-from attnres_ext.benchmarks.gate import first_line
-from attnres_ext.benchmarks.memory import peak_bytes
-from attnres_ext.benchmarks.model_arms import ARMS, YARDSTICK, Arm
-from attnres_ext.benchmarks.model_gate import ModelGate
-from attnres_ext.benchmarks.model_registry import ModelCase
-from attnres_ext.benchmarks.model_stack import action, make_stack
-from attnres_ext.benchmarks.results import ModelResult
-from attnres_ext.benchmarks.timing import HostTimer, Timer, Timing, measure_in_step
+from .cuda_timing import CudaTimer
+from .gate import first_line
+from .memory import peak_bytes
+from .model_arms import ARMS, YARDSTICK, Arm
+from .model_gate import ModelGate
+from .model_registry import ModelCase
+from .model_stack import action, make_stack
+from .results import ModelResult
+from .timing import HostTimer, Timer, Timing, measure_in_step
 
 #: Seconds for the turns of a case, all arms together.
 _SECONDS = 20.0

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from attnres_ext import AttentionResiduals
-from attnres_ext.benchmarks.model_arms import ARMS, Arm
-from attnres_ext.benchmarks.model_registry import ModelCase
-from attnres_ext.benchmarks.timing import Action
 from attnres_ext.models.kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
 from attnres_ext.models.kimi_linear.configuration import LinearAttentionConfig
 from attnres_ext.models.kimi_linear.mla import KimiLatentState
 from attnres_ext.models.kimi_linear.modeling import KimiDecoderLayer, KimiLinearState
 from attnres_ext.residual_state import ResidualState
+
+from .model_arms import ARMS, Arm
+from .model_registry import ModelCase
+from .timing import Action
 
 #: A small vocabulary: the head of a short stack would otherwise be most of the work.
 _VOCABULARY = 1024

@@ -7,8 +7,6 @@ The first line says where and how, every other line is one contestant in one cas
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -165,20 +163,14 @@ def write(path: Path, run: dict[str, Any], results: Iterable[Result | ModelResul
         run: what is common to all results.
         results: the lines.
     """
+    # Readers of results need nothing that is compiled.
+    from attnres_ext.training.files import write_text
+
     path.parent.mkdir(parents=True, exist_ok=True)
     records = [{"kind": "run", "format": FORMAT, **run}]
     names = {kind: name for name, kind in _KINDS.items()}
     records += [{"kind": names[type(result)], **_record(result)} for result in results]
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as file:
-            for record in records:
-                file.write(json.dumps(record, allow_nan=False) + "\n")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_text(path, "".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
 
 
 def _record(result: Measurement) -> dict[str, Any]:
@@ -188,34 +180,14 @@ def _record(result: Measurement) -> dict[str, Any]:
     return {**values, **measured}
 
 
-def read(path: Path) -> tuple[dict[str, Any], list[Result]]:
-    """The run and its results for operators, as :func:`write` or ``make gpu-check`` wrote them.
-
-    Raises:
-        ValueError: the file is none of ours, or its format is newer than this reader.
-    """
-    run, rows = read_all(path)
-    return run, [row for row in rows if isinstance(row, Result)]
-
-
-def read_models(path: Path) -> tuple[dict[str, Any], list[ModelResult]]:
-    """The run and its results for whole models, as :func:`write` wrote them.
-
-    Raises:
-        ValueError: the file is none of ours, or its format is newer than this reader.
-    """
-    run, rows = read_all(path)
-    return run, [row for row in rows if isinstance(row, ModelResult)]
-
-
 def files(folder: Path) -> list[Path]:
     """Every file of ``folder`` that :func:`read` reads: runs, and GPU checks with figures."""
     checks = [path for path in folder.glob("gpu-check-*.json") if '"figures"' in path.read_text()]
     return sorted([*folder.glob("*.jsonl"), *checks])
 
 
-def read_all(path: Path) -> tuple[dict[str, Any], list[Result | ModelResult]]:
-    """The run and all of its results, in the order of the file.
+def read(path: Path) -> tuple[dict[str, Any], list[Result | ModelResult]]:
+    """The run and its results, as :func:`write` or ``make gpu-check`` wrote them.
 
     Raises:
         ValueError: the file is none of ours, or its format is newer than this reader.

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnres_ext.benchmarks import bandwidth, contestants, machine, traffic
-from attnres_ext.benchmarks.cuda_timing import CudaTimer
-from attnres_ext.benchmarks.gate import Gate, first_line
-from attnres_ext.benchmarks.inputs import Inputs, copy_inputs, make_inputs, with_weights
-from attnres_ext.benchmarks.memory import available_bytes
-from attnres_ext.benchmarks.registry import Case
-from attnres_ext.benchmarks.results import Result
-from attnres_ext.benchmarks.timing import Action, Effort, HostTimer, Timer, Timing, measure
+from . import bandwidth, contestants, machine, traffic
+from .cuda_timing import CudaTimer
+from .gate import Gate, first_line
+from .inputs import Inputs, copy_inputs, make_inputs, with_weights
+from .memory import available_bytes
+from .registry import Case
+from .results import Result
+from .timing import Action, Effort, HostTimer, Timer, Timing, measure
 
 Forward = Callable[[Inputs], tuple[Tensor, ...]]
 Report = Callable[[str], None]

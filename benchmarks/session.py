@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from attnres_ext.benchmarks import results
-from attnres_ext.benchmarks.results import ModelResult, Result
+from . import results
+from .results import ModelResult, Result
 
 #: What two runs must have in common to be one.
 _SAME = (
@@ -133,7 +133,7 @@ def _kept(folder: Path) -> Iterable[tuple[Path, dict[str, Any], list[Result | Mo
     found = []
     for path in folder.glob("*.jsonl"):
         try:
-            facts, rows = results.read_all(path)
+            facts, rows = results.read(path)
             found.append((facts["date"], path, facts, rows))
         except (ValueError, KeyError, OSError):
             continue

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 
 from attnres_ext import _C
-from attnres_ext.benchmarks.registry import Case
+
+from .registry import Case
 
 
 def bytes_moved(case: Case) -> int:

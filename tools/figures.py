@@ -31,17 +31,20 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.util
 import json
-import os
 import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+# As they lie here, without the package around them: none of these needs torch.
+from benchmarks import evidence_summary, registry, results, tables, wording  # noqa: E402
+from tools import derived  # noqa: E402
+from tools.gpu_check.build import sources  # noqa: E402
+
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (
     "README.md",
@@ -56,36 +59,23 @@ TABLE = re.compile(r"(<!-- figures: ([^>]*?) -->\n).*?(<!-- /figures -->)", re.D
 RIVALS = {"cpu": ("eager", "compile"), "cuda": ("fla", "eager")}
 
 
-def load(path: str) -> ModuleType:
-    """A Python file of this checkout, by its path: none of these needs torch."""
-    stem = Path(path).stem
-    spec = importlib.util.spec_from_file_location(f"_{stem}", ROOT / path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-registry, results, sources, wording, builds, evidence_summary = (
-    load(f"benchmarks/{name}.py")
-    for name in ("registry", "results", "sources", "wording", "builds", "evidence_summary")
-)
-costs, derived = load("tools/costs.py"), load("tools/derived.py")
-seconds, version = wording.seconds, wording.version
-
-
-def runs(folder: Path) -> list[tuple[dict[str, Any], list[Any]]]:
-    """Every benchmark run kept in ``folder``, oldest first."""
+def runs(folder: Path, kind: type | None = results.Result) -> list[tuple[dict[str, Any], Any]]:
+    """Every benchmark run kept in ``folder``, oldest first, and its rows of a kind."""
     found = [results.read(path) for path in results.files(folder)]
+    found = [(run, [row for row in rows if isinstance(row, kind)]) for run, rows in found]
     return sorted(found, key=lambda run: run[0]["date"])
+
+
+def newest(folder: Path, pattern: str) -> dict[str, Any] | None:
+    """The newest record of a kind that is one JSON file each."""
+    kept = [json.loads(path.read_text()) for path in folder.glob(pattern)]
+    return max(kept, key=lambda one: one["date"], default=None)
 
 
 def best_run(
     folder: Path, device: str, suite: str, plain: bool = False
-) -> tuple[dict[str, Any], list[Any], list[Any]] | None:
-    """The run to show, and its cases of ``suite``.
+) -> tuple[dict[str, Any], list[Any], dict[str, tables.Rows]] | None:
+    """The run to show, all of its rows, and those of ``suite`` by case.
 
     The run with most of these cases, so that a filtered one does not hide the others; then that of
     the largest suite, which meets most rivals; then the newest.
@@ -96,11 +86,10 @@ def best_run(
         suite: of the benchmark.
         plain: whether in a process that gives freed memory back; that is the same on a GPU.
     """
-    cases = registry.select(suite, device=device)
-    names = {case.name for case in cases}
+    names = [case.name for case in registry.select(suite, device=device)]
 
     def rank(run: tuple[dict[str, Any], list[Any]]) -> tuple[int, int, str]:
-        found = {row.case for row in run[1] if row.contestant == "ours" and row.case in names}
+        found = {row.case for row in run[1] if row.contestant == "ours"} & {*names}
         return len(found), registry.SUITES.index(run[0]["suite"]), run[0]["date"]
 
     candidates = [
@@ -113,10 +102,11 @@ def best_run(
     if not candidates:
         return None
     run, rows = max(candidates, key=rank)
-    return run, rows, cases
+    cases = tables.by_case(rows)
+    return run, rows, {name: cases[name] for name in names if name in cases}
 
 
-def markdown(header: list[str], rows: list[list[str]], numbers: int) -> list[str]:
+def markdown(header: list[str], rows: list[list[str]], numbers: int = 0) -> list[str]:
     """A table whose last ``numbers`` columns are aligned to the right."""
     texts = len(header) - numbers
     rule = "|" + "---|" * texts + "---:|" * numbers
@@ -129,46 +119,13 @@ def operators(device: str, suite: str, folder: Path, plain: bool = False) -> lis
     if chosen is None:
         return missing(device, suite, plain)
     run, everything, cases = chosen
-    header = ["operator", "case", "one call", "time", "GB/s", "of copy"]
-    header += [f"{wording.contestant(name)} takes" for name in RIVALS[device]]
-    rows: list[list[str]] = []
-    failures: dict[str, list[str]] = {}
-    for case in cases:
-        by_name = {row.contestant: row for row in everything if row.case == case.name}
-        ours = by_name.get("ours")
-        if ours is None:
-            continue
-        cells = [f"`{case.operator}`", case.shape, case.work]
-        if ours.seconds is None:
-            rows.append([*cells, ours.status, *["–"] * (2 + len(RIVALS[device]))])
-            # Before it, an error names the shapes, which stand here anyway.
-            why = ours.reason.rsplit(": ", 1)[-1]
-            failures.setdefault(why, []).append(f"`{case.operator}` {case.shape} {case.work}")
-            continue
-        copy = _seconds_of(by_name.get("copy"))
-        cells.append(seconds(ours.seconds))
-        cells.append(f"{ours.bandwidth / 1e9:.1f}" if copy and ours.bandwidth else "–")
-        cells.append(f"{100 * copy / ours.seconds:.0f} %" if copy else "–")
-        for name in RIVALS[device]:
-            rival = _seconds_of(by_name.get(name))
-            cells.append(_times(rival / ours.seconds) if rival else "–")
-        rows.append(cells)
-    table = markdown(header, rows, numbers=3 + len(RIVALS[device]))
-    said = [f"Failed: {', '.join(which)}: {why}." for why, which in failures.items()]
-    return [*table, "", " ".join([origin(run, everything), *said])]
+    table, said = tables.operators(cases.values(), RIVALS[device])
+    return [*markdown(*table), "", " ".join([origin(run, everything), *said])]
 
 
 def plain(device: str, suite: str, folder: Path) -> list[str]:
     """:func:`operators` in a process that gives freed memory back."""
     return operators(device, suite, folder, plain=True)
-
-
-def _times(ratio: float) -> str:
-    return f"{ratio:.{1 if ratio >= 2 else 2}f} ×"
-
-
-def _seconds_of(row: Any) -> float | None:
-    return None if row is None else row.seconds
 
 
 def origin(record: dict[str, Any], rows: Iterable[Any] = ()) -> str:
@@ -177,7 +134,7 @@ def origin(record: dict[str, Any], rows: Iterable[Any] = ()) -> str:
     where = f"{wording.processor(record)}{threads}, torch {record['versions']['torch']}"
     command = wording.command(record)
     shared, timed = results.shared_cores(rows)
-    words = [f"`{command}`, {record['date'][:10]}, {version(record)}; {where}"]
+    words = [f"`{command}`, {record['date'][:10]}, {wording.version(record)}; {where}"]
     words[0] += f", {memory}." if (memory := wording.memory(record)) else "."
     if shared:
         words.append(f"In this run {wording.shared_cores(shared, timed)}.")
@@ -197,7 +154,7 @@ def limits(device: str, suite: str, folder: Path) -> list[str]:
     if chosen is None:
         return missing(device, suite)
     run, rows, cases = chosen
-    return [*markdown(*costs.limits(rows, cases, wording)), "", origin(run, rows)]
+    return [*markdown(*tables.limits(cases)), "", origin(run, rows)]
 
 
 def host(device: str, folder: Path) -> list[str]:
@@ -206,33 +163,29 @@ def host(device: str, folder: Path) -> list[str]:
     if chosen is None:
         return missing(device, "all")
     run, rows, cases = chosen
-    return [*markdown(*costs.host(rows, cases, wording)), "", origin(run, rows)]
+    return [*markdown(*tables.host(cases.values())), "", origin(run, rows)]
 
 
 def models(device: str, folder: Path) -> list[str]:
     """Whole models: of every case the newest run."""
-    newest: dict[str, tuple[dict[str, Any], list[Any]]] = {}
-    kept = [results.read_models(path) for path in results.files(folder)]
-    whole = {id(run): rows for run, rows in kept}
-    for run, rows in sorted(kept, key=lambda one: one[0]["date"]):
-        by_case: dict[str, list[Any]] = {}
-        for row in rows if run["device"] == device else ():
-            by_case.setdefault(row.case, []).append(row)
-        newest |= {case: (run, found) for case, found in by_case.items()}
-    if not newest:
+    found: dict[str, tuple[dict[str, Any], list[Any], list[Any]]] = {}
+    for run, rows in runs(folder, results.ModelResult):
+        if run["device"] == device:
+            for case in dict.fromkeys(row.case for row in rows):
+                found[case] = run, rows, [row for row in rows if row.case == case]
+    if not found:
         return [*missing(device, "model"), *missing(device, "decode")]
-    rows = [row for _, found in newest.values() for row in found]
-    origins = dict.fromkeys(origin(run, whole[id(run)]) for run, _ in newest.values())
-    return [*markdown(*costs.models(rows, wording)), "", *origins]
+    table = tables.models(row for _, _, rows in found.values() for row in rows)
+    origins = dict.fromkeys(origin(run, rows) for run, rows, _ in found.values())
+    return [*markdown(*table), "", *origins]
 
 
 def build(folder: Path) -> list[str]:
     """What a build costs, and what comes out of it."""
-    kept = [json.loads(path.read_text()) for path in folder.glob(builds.PATTERN)]
-    if not kept:
+    record = newest(folder, "build-*.json")
+    if record is None:
         return ["Nothing is measured yet; `python tools/time_build.py` does it."]
-    record = max(kept, key=lambda one: one["date"])
-    return [*markdown(*costs.build(record, wording)), "", origin(record)]
+    return [*markdown(*tables.build(record)), "", origin(record)]
 
 
 def traffic(folder: Path) -> list[str]:
@@ -252,34 +205,15 @@ def table1(folder: Path) -> list[str]:
 
 def training(folder: Path) -> list[str]:
     """What the newest kept training run came to."""
-    kept = [json.loads(path.read_text()) for path in folder.glob("training-*.json")]
-    if not kept:
+    record = newest(folder, "training-*.json")
+    if record is None:
         return ["Nothing is kept yet; `make demo` trains, `tools/figures.py` keeps."]
-    record = max(kept, key=lambda one: one["date"])
-    header = ["residual", "parameters", "validation loss", "bits per byte", "ms per step"]
-    header += ["over standard"]
-    rows = []
-    for arm in record["arms"]:
-        over = arm["overhead"]
-        rows.append(
-            [
-                arm["arm"],
-                f"{arm['parameters']:,}",
-                _number(arm["val_loss"], 3),
-                _number(arm["bits_per_byte"], 3),
-                _number(arm["ms_per_step"], 0),
-                f"{over['percent']:+.1f} % ({over['low']:+.1f} to {over['high']:+.1f})"
-                if over
-                else "–",
-            ]
-        )
-    machine = record["machine"]
+    table, about = tables.training(record)
     return [
-        *markdown(header, rows, numbers=5),
+        *markdown(*table),
         "",
-        f"`{record['command']}`: {record['steps']} steps of {record['tokens_per_step']:,} tokens "
-        f"on {record['text']}, {record['date'][:10]}, {version(record)}; "
-        f"{machine['processor']}, torch {record['versions']['torch']}, "
+        f"`{record['command']}`: {about}, {record['date'][:10]}, {wording.version(record)}; "
+        f"{record['machine']['processor']}, torch {record['versions']['torch']}, "
         f"{wording.memory({'device': 'cpu', 'pages_kept': False, **record})}. "
         "Time over standard is the "
         "median over steps of the ratio within a step, with its 95 % interval.",
@@ -312,9 +246,9 @@ def evidence(name: str, folder: Path) -> list[str]:
     lines = [
         *markdown(header, rows, numbers=3 + len(rates)),
         "",
-        f"`{record['command']}`, {record['date'][:10]}, {version(record)}; {record['text']}, "
-        f"{design['steps']} steps of {tokens:,} tokens, {len(seeds)} seeds; mean ± standard "
-        "deviation over seeds, nats per token.",
+        f"`{record['command']}`, {record['date'][:10]}, {wording.version(record)}; "
+        f"{record['text']}, {design['steps']} steps of {tokens:,} tokens, {len(seeds)} seeds; "
+        "mean ± standard deviation over seeds, nats per token.",
     ]
     if any(arm.at_edge for arm in arms):
         lines[-1] += " *: at the edge of the sweep, a better rate may lie beyond."
@@ -322,10 +256,6 @@ def evidence(name: str, folder: Path) -> list[str]:
     if (ROOT / "docs" / image).is_file():
         lines += ["", f"![Losses over learning rates, and differences within seeds]({image})"]
     return lines
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
 
 
 def gpu_checks(folder: Path) -> list[dict[str, Any]]:
@@ -407,8 +337,8 @@ def last_check(records: list[dict[str, Any]], kernels: str, operator: str, direc
         for record, outcome in [one for one in ran if ships(one[0]) == whole][-1:]:
             found = [tool for tool in CHECKERS if record["parts"].get(tool, {}).get("errors")]
             outcome += f", but {' and '.join(found)} found errors" if found else ""
-            when = f"{record['date'][:10]}, {version(record)}, {record['machine']['gpu']}"
-            if record["kernels"].get(name) != sources.kernel_hashes(ROOT).get(name):
+            when = f"{record['date'][:10]}, {wording.version(record)}, {record['machine']['gpu']}"
+            if record["kernels"].get(name) != sources().kernel_hashes(ROOT).get(name):
                 then = f"unverified: changed since {when}; then {outcome}"
             else:
                 then = f"{outcome}, {when}"
@@ -440,21 +370,10 @@ def verification(folder: Path) -> list[str]:
 
 def checks(folder: Path) -> list[str]:
     """Every part of every check on a GPU, the newest first."""
-    rows = []
-    for record in reversed(gpu_checks(folder)):
-        sets = ", ".join(f"sm{number}" for number in record.get("library_sets", ()))
-        first = [record["date"][:16].replace("T", " "), record["machine"]["gpu"]]
-        first += [version(record), sets or "–"]
-        for name, part in record["parts"].items():
-            counts = part.get("counts", {})
-            of = part.get("collected", sum(counts.values()))
-            tests = f"{counts.get('passed', 0):,} of {of:,} passed" if of else ""
-            failed = f"{counts['failed']:,} failed" if counts.get("failed") else ""
-            rows.append([*first, name, part["status"], ", ".join(filter(None, [tests, failed]))])
-    if not rows:
+    records = gpu_checks(folder)
+    if not records:
         return ["Nothing has run on a GPU yet; `make gpu-check` does it."]
-    header = ["when", "GPU", "of", "sets in the library", "part", "outcome", "tests"]
-    return markdown(header, rows, numbers=0)
+    return markdown(*tables.checks(reversed(records)))
 
 
 TABLES = {
@@ -476,16 +395,10 @@ def render(text: str, folder: Path = RESULTS) -> str:
     return TABLE.sub(replace, text)
 
 
-def write(path: Path, text: str) -> None:
-    """Replaces a file at once."""
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
 def add_training(run_folder: Path, folder: Path) -> Path:
     """Keeps the summary of a training run, with the machine that made it."""
     from attnres_ext.benchmarks import machine, memory
+    from attnres_ext.training.files import write_json
 
     description = json.loads((run_folder / "run.json").read_text())
     summary = json.loads((run_folder / "summary.json").read_text())
@@ -509,7 +422,7 @@ def add_training(run_folder: Path, folder: Path) -> Path:
         "arms": summary["arms"],
     }
     path = folder / f"training-{stamp:%Y-%m-%dT%H%M%SZ}.json"
-    write(path, json.dumps(record, indent=2) + "\n")
+    write_json(path, record)
     return path
 
 
@@ -524,6 +437,8 @@ def main() -> int:
     if arguments.add_training:
         print(f"kept as {add_training(arguments.add_training, RESULTS)}")
     stale = []
+    if not arguments.check:
+        from attnres_ext.training.files import write_text
     for name in DOCUMENTS:
         path = ROOT / name
         text = path.read_text()
@@ -531,7 +446,7 @@ def main() -> int:
         if new != text:
             stale.append(name)
             if not arguments.check:
-                write(path, new)
+                write_text(path, new)
     for name in stale:
         print(f"{name}: {'out of date' if arguments.check else 'written'}")
     return 1 if arguments.check and stale else 0

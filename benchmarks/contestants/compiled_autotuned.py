@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from attnres_ext.benchmarks.contestants.compiling import compile_definition, missing_compiler
-from attnres_ext.benchmarks.inputs import Inputs
-from attnres_ext.benchmarks.memory import missing_memory
-from attnres_ext.benchmarks.registry import Case
+from ..inputs import Inputs
+from ..memory import missing_memory
+from ..registry import Case
+from .compiling import compile_definition, missing_compiler
 
 ABOUT = "torch.compile of attnres_ext.reference, mode max-autotune-no-cudagraphs, static shapes"
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from attnres_ext import reference
-from attnres_ext.benchmarks.inputs import Inputs, arguments, as_tuple
-from attnres_ext.benchmarks.registry import Case
+
+from ..inputs import Inputs, arguments, as_tuple
+from ..registry import Case
 
 
 def missing_compiler(device: str) -> str | None:

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from torch import Tensor
 
 from attnres_ext import reference
-from attnres_ext.benchmarks.inputs import Inputs, arguments, as_tuple
-from attnres_ext.benchmarks.memory import missing_memory
-from attnres_ext.benchmarks.registry import Case
+
+from ..inputs import Inputs, arguments, as_tuple
+from ..memory import missing_memory
+from ..registry import Case
 
 ABOUT = "attnres_ext.reference, eager PyTorch"
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from attnres_ext.benchmarks.contestants import packages
-from attnres_ext.benchmarks.inputs import EPS, Inputs
-from attnres_ext.benchmarks.registry import Case
+from ..inputs import EPS, Inputs
+from ..registry import Case
+from . import packages
 
 ABOUT = "attnres.attnres of fast-attnres, with weights in bfloat16 as it wants them"
 

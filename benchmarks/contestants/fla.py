@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from attnres_ext import reference
-from attnres_ext.benchmarks.contestants import packages
-from attnres_ext.benchmarks.inputs import EPS, Inputs
-from attnres_ext.benchmarks.registry import Case
+
+from ..inputs import EPS, Inputs
+from ..registry import Case
+from . import packages
 
 #: Read by the package whenever it chooses a backend.
 _SWITCH = "FLA_ATTNRES_GLUON"

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from attnres_ext.benchmarks.contestants import fla
-from attnres_ext.benchmarks.inputs import Inputs
-from attnres_ext.benchmarks.registry import Case
+from ..inputs import Inputs
+from ..registry import Case
+from . import fla
 
 ABOUT = "fla.ops.attnres.fused_attnres, Gluon backend (FLA_ATTNRES_GLUON=1), checkpoint_level 1"
 

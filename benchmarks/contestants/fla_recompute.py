@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from attnres_ext.benchmarks.contestants import fla
-from attnres_ext.benchmarks.inputs import Inputs
-from attnres_ext.benchmarks.registry import Case
+from ..inputs import Inputs
+from ..registry import Case
+from . import fla
 
 ABOUT = "fla.ops.attnres.fused_attnres, Triton, checkpoint_level 1 (its default)"
 

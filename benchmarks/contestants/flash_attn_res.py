@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnres_ext import reference
-from attnres_ext.benchmarks.contestants import packages
-from attnres_ext.benchmarks.inputs import EPS, Inputs
-from attnres_ext.benchmarks.registry import Case
+
+from ..inputs import EPS, Inputs
+from ..registry import Case
+from . import packages
 
 ABOUT = "flash_attn_res, phases 1 and 2 in Triton; PyTorch stacks, adds and normalises around it"
 

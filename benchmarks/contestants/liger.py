@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from attnres_ext.benchmarks.contestants import packages
-from attnres_ext.benchmarks.inputs import EPS, Inputs
-from attnres_ext.benchmarks.registry import Case
+from ..inputs import EPS, Inputs
+from ..registry import Case
+from . import packages
 
 ABOUT = "liger_kernel.transformers.functional.liger_attn_res; stacking its sources is part of it"
 

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from torch import Tensor
 
 from attnres_ext import ops, reference
-from attnres_ext.benchmarks.inputs import Inputs, arguments, as_tuple
-from attnres_ext.benchmarks.registry import Case
+
+from ..inputs import Inputs, arguments, as_tuple
+from ..registry import Case
 
 ABOUT = "attnres_ext, compiled"
 

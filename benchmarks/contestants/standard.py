@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnres_ext import reference
-from attnres_ext.benchmarks import traffic
-from attnres_ext.benchmarks.inputs import EPS, Inputs
-from attnres_ext.benchmarks.registry import Case
+
+from .. import traffic
+from ..inputs import EPS, Inputs
+from ..registry import Case
 
 ABOUT = "yardstick: x + f(x), then RMSNorm, in eager PyTorch (no depth attention)"
 

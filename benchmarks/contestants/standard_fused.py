@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from attnres_ext import ops, reference
-from attnres_ext.benchmarks import traffic
-from attnres_ext.benchmarks.contestants import ours, standard
-from attnres_ext.benchmarks.inputs import EPS, Inputs
-from attnres_ext.benchmarks.registry import Case
+
+from .. import traffic
+from ..inputs import EPS, Inputs
+from ..registry import Case
+from . import ours, standard
 
 ABOUT = "yardstick: x + f(x) and RMSNorm in one kernel, this library's (no depth attention)"
 

@@ -14,11 +14,11 @@ The same the other way round, against the last run, is an improvement.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from attnres_ext.benchmarks.report.kept import Kept, Place, Run
-from attnres_ext.benchmarks.results import ModelResult, Result
+from ..results import ModelResult, Result
+from .kept import Kept, Place, Run
 
 #: What makes a regression, as a share.
 THRESHOLD = 0.10
@@ -118,20 +118,17 @@ def series(kept: Kept, place: Place) -> list[Series]:
     ]
 
 
-def _figures(run: Run) -> list[tuple[str, str, Result | ModelResult, float | None]]:
-    figures = []
+def _figures(run: Run) -> Iterator[tuple[str, str, Result | ModelResult, float | None]]:
     for name, rows in run.by_case.items():
         ours = rows.get("ours")
         if ours is not None and ours.seconds:
             label = f"{ours.operator} · {ours.shape} · {ours.work}"
-            figures.append((name, label, ours, _first(rows.get("copy"), rows.get("eager"))))
-    for name, rows in run.models_by_case.items():
-        for (residual, contestant), ours in rows.items():
-            if contestant == "ours" and ours.seconds:
+            yield name, label, ours, _first(rows.get("copy"), rows.get("eager"))
+    for name, models in run.models_by_case.items():
+        for (residual, who), ours in models.items():
+            if who == "ours" and ours.seconds:
                 label = f"{ours.work} · {ours.shape} · {residual}"
-                yardstick = _first(rows.get(("standard", "standard")))
-                figures.append((f"{name}/{residual}", label, ours, yardstick))
-    return figures
+                yield f"{name}/{residual}", label, ours, _first(models.get(("standard",) * 2))
 
 
 def _first(*rows: Result | ModelResult | None) -> float | None:

@@ -9,14 +9,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from attnres_ext.benchmarks import builds, results, wording
-from attnres_ext.benchmarks.results import ModelResult, Result
+from .. import results, tables, wording
+from ..results import ModelResult, Result
 
 #: Files of one record each: how they are called, and what they must hold.
 _RECORDS = (
     ("training-*.json", ("arms", "steps", "text", "tokens_per_step")),
     (
-        builds.PATTERN,
+        "build-*.json",
         ("steps", "libraries", "seconds", "processor_seconds", "jobs", "cuda_archs"),
     ),
     ("gpu-check-*.json", ("parts", "device")),
@@ -54,13 +54,16 @@ class Run:
 
     name: str
     facts: dict[str, Any]
-    results: tuple[Result, ...]
-    models: tuple[ModelResult, ...]
+    rows: tuple[Result | ModelResult, ...]
 
-    @property
-    def date(self) -> str:
+    def when(self) -> str:
         """When it began, ISO 8601."""
         return self.facts["date"]
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What is said of it, with its name, as of other records."""
+        return {**self.facts, "name": self.name}
 
     @cached_property
     def place(self) -> Place:
@@ -74,20 +77,18 @@ class Run:
         )
 
     @cached_property
-    def by_case(self) -> dict[str, dict[str, Result]]:
-        """Results by case and contestant."""
-        return _grouped(self.results, lambda row: row.contestant)
+    def by_case(self) -> dict[str, tables.Rows]:
+        """Results of operators by case and who ran."""
+        return tables.by_case(row for row in self.rows if isinstance(row, Result))
 
     @cached_property
     def models_by_case(self) -> dict[str, dict[tuple[str, str], ModelResult]]:
-        """Results of models by case, residual and contestant."""
-        return _grouped(self.models, lambda row: (row.residual, row.contestant))
-
-    @property
-    def rows(self) -> Iterator[Result | ModelResult]:
-        """All of them."""
-        yield from self.results
-        yield from self.models
+        """Results of models by case, residual and who ran."""
+        found: dict[str, dict[tuple[str, str], ModelResult]] = {}
+        for row in self.rows:
+            if isinstance(row, ModelResult):
+                found.setdefault(row.case, {})[row.residual, row.contestant] = row
+        return found
 
 
 @dataclass(frozen=True)
@@ -123,13 +124,17 @@ class Kept:
         """The runs of one place, oldest first."""
         return [run for run in self.runs if run.place == place]
 
-    def newest(self, place: Place) -> dict[str, Run]:
-        """For every operator's case of a place, the newest run that has it."""
-        return {case: run for run in self.at(place) for case in run.by_case}
+    def newest(self, place: Place) -> Iterator[tuple[Run, tables.Rows]]:
+        """Every operator's case of a place: the newest run that has it, and its rows there."""
+        runs = {case: run for run in self.at(place) for case in run.by_case}
+        return ((run, run.by_case[case]) for case, run in runs.items())
 
-    def newest_models(self, place: Place) -> dict[str, Run]:
-        """For every model's case of a place, the newest run that has it."""
-        return {case: run for run in self.at(place) for case in run.models_by_case}
+    def newest_models(
+        self, place: Place
+    ) -> Iterator[tuple[Run, dict[tuple[str, str], ModelResult]]]:
+        """The same for models."""
+        runs = {case: run for run in self.at(place) for case in run.models_by_case}
+        return ((run, run.models_by_case[case]) for case, run in runs.items())
 
 
 def load(folder: Path) -> Kept:
@@ -144,7 +149,12 @@ def load(folder: Path) -> Kept:
     try:
         runs = [_read_run(path) for path in results.files(folder)]
         records = [
-            tuple(sorted(_read_records(folder, pattern, names), key=lambda one: one["date"]))
+            tuple(
+                sorted(
+                    (_read_record(path, names) for path in sorted(folder.glob(pattern))),
+                    key=lambda one: one["date"],
+                )
+            )
             for pattern, names in _RECORDS
         ]
     except OSError as error:
@@ -153,23 +163,18 @@ def load(folder: Path) -> Kept:
         raise ReportError(
             f"{folder} holds no results; `attnres bench --out {folder}` writes results there"
         )
-    return Kept(folder, tuple(sorted(runs, key=lambda run: run.date)), *records)
+    return Kept(folder, tuple(sorted(runs, key=Run.when)), *records)
 
 
 def _read_run(path: Path) -> Run:
     try:
         facts, rows = results.read(path)
-        _, models = results.read_models(path)
     except ValueError as error:
         raise ReportError(str(error)) from None
     for name in ("date", "device", "suite", "machine", "versions"):
         if name not in facts:
             raise ReportError(f"{path}, line 1: does not say its {name}")
-    return Run(path.name, facts, tuple(rows), tuple(models))
-
-
-def _read_records(folder: Path, pattern: str, names: Sequence[str]) -> list[dict[str, Any]]:
-    return [_read_record(path, names) for path in sorted(folder.glob(pattern))]
+    return Run(path.name, facts, tuple(rows))
 
 
 def _read_record(path: Path, names: Sequence[str]) -> dict[str, Any]:
@@ -183,10 +188,3 @@ def _read_record(path: Path, names: Sequence[str]) -> dict[str, Any]:
         if name not in record:
             raise ReportError(f"{path}: does not say its {name}")
     return {**record, "name": path.name}
-
-
-def _grouped(rows: Sequence[Any], key: Any) -> dict[str, dict[Any, Any]]:
-    grouped: dict[str, dict[Any, Any]] = {}
-    for row in rows:
-        grouped.setdefault(row.case, {})[key(row)] = row
-    return grouped

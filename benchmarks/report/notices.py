@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from attnres_ext.benchmarks import results, sources, wording
-from attnres_ext.benchmarks.report.kept import Kept, Run
+from attnres_ext import sources
+
+from .. import results, wording
+from .kept import Kept, Run
 
 
 def notices(kept: Kept, present: Mapping[str, Any] | None) -> list[str]:
@@ -34,8 +36,13 @@ def notices(kept: Kept, present: Mapping[str, Any] | None) -> list[str]:
         )
     found += _unfinished(kept.runs)
     # What newer runs have replaced is shown in histories alone, which know about noise.
-    newest = [*map(kept.newest, kept.places), *map(kept.newest_models, kept.places)]
-    shown = {id(run) for cases in newest for run in cases.values()}
+    newest = [
+        pair
+        for each in (kept.newest, kept.newest_models)
+        for at in kept.places
+        for pair in each(at)
+    ]
+    shown = {id(run) for run, _ in newest}
     found += _disturbed(run for run in kept.runs if id(run) in shown)
     return found
 
@@ -52,7 +59,7 @@ def _age(name: str, runs: Sequence[Run], present: Mapping[str, Any] | None) -> l
         newest = runs[-1]
         return [
             f"There is no {name} result for the present csrc/. The newest is of "
-            f"{newest.date[:10]}, {wording.version(newest.facts)}, and measured older code."
+            f"{newest.when()[:10]}, {wording.version(newest.facts)}, and measured older code."
         ]
     last = {(run.place, case): run for run in runs for case in (*run.by_case, *run.models_by_case)}
     old = [run for run in last.values() if not sources.is_current(run.facts, present)]

@@ -13,7 +13,7 @@ from tests.benchmarks.made_up import MIX, facts, model, timed
 
 
 def point(seconds: float, spread: float = 0.04, yardstick: float | None = None) -> history.Point:
-    run = kept.Run("run.jsonl", facts("2026-01-01"), (), ())
+    run = kept.Run("run.jsonl", facts("2026-01-01"), ())
     low, high = (1 - spread / 2) * seconds, (1 + spread / 2) * seconds
     return history.Point(run, seconds, low, high, yardstick)
 
@@ -50,9 +50,7 @@ def test_changes_are_against_the_best_before() -> None:
 
 
 def run_of(date: str, *rows: object, **others: object) -> kept.Run:
-    results = tuple(row for row in rows if isinstance(row, made_up.Result))
-    models = tuple(row for row in rows if isinstance(row, made_up.ModelResult))
-    return kept.Run(f"{date}.jsonl", facts(date, **others), results, models)
+    return kept.Run(f"{date}.jsonl", facts(date, **others), rows)
 
 
 def series_of(*runs: kept.Run) -> list[history.Series]:

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from attnres_ext.benchmarks import machine, memory, results, runner, sources
+from attnres_ext import sources
+from attnres_ext.benchmarks import machine, memory, results, runner
 from attnres_ext.benchmarks.results import ModelResult, Result
 
 RUN = {"date": "2026-01-01T00:00:00+00:00", "machine": {"cores": 2}, "commit": None}
@@ -70,8 +71,7 @@ def test_round_trip(tmp_path: Path) -> None:
 def test_operators_and_models_share_a_file(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     results.write(path, RUN, [TIMED, MODEL, ABSENT])
-    assert results.read(path) == (RUN, [TIMED, ABSENT])
-    assert results.read_models(path) == (RUN, [MODEL])
+    assert results.read(path) == (RUN, [TIMED, MODEL, ABSENT])
 
 
 def test_figures_of_a_gpu_check_are_read_part_by_part(tmp_path: Path) -> None:
@@ -90,8 +90,7 @@ def test_figures_of_a_gpu_check_are_read_part_by_part(tmp_path: Path) -> None:
         "models": figures(MODEL),
     }
     path.write_text(json.dumps({"kind": "gpu-check", "parts": parts}))
-    assert results.read(path) == (RUN, [TIMED])
-    assert results.read_models(path) == (RUN, [MODEL])
+    assert results.read(path) == (RUN, [TIMED, MODEL])
     other = tmp_path / "gpu-check-y.json"
     other.write_text(json.dumps({"kind": "gpu-check", "parts": {"tests": parts["tests"]}}))
     assert results.files(tmp_path) == [path, tmp_path / "part.jsonl"]

@@ -68,7 +68,7 @@ def test_only_the_same_run_is_gone_on_with(tmp_path: Path, changes: dict[str, ob
         assert (second.path, second.finished) == (first.path, {"a"})
         assert second.facts["resumed"] == ["2026-02-01T00:00:00+00:00"]
         second.add("b", [row("b")], 1.0)
-        run, rows = results.read_all(first.path)
+        run, rows = results.read(first.path)
         assert run["date"] == first.facts["date"]
         assert [one.case for one in rows] == ["a", "b"]
         assert run["case_seconds"] == {"a": 1.0, "b": 1.0}

@@ -123,7 +123,7 @@ def test_the_wheel_holds_every_module_and_data_file(names: set[str]) -> None:
     for folder, prefix in (("python/attnres_ext", ""), ("benchmarks", "benchmarks/")):
         for path in (ROOT / folder).rglob("*"):
             relative = path.relative_to(ROOT / folder)
-            if path.suffix in {".py", ".pyi", ".json"} and relative.parts[0] != "results":
+            if path.suffix in {".py", ".pyi", ".json", ".jinja"} and relative.parts[0] != "results":
                 wanted.add(f"attnres_ext/{prefix}{relative.as_posix()}")
     assert wanted - names == set()
     # What setuptools left behind from files that are gone would be here, too.

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.sources import source_hash
+from attnres_ext.sources import source_hash
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]

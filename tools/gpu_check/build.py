@@ -24,8 +24,9 @@ print(json.dumps([torch.ops.attnres.cuda_architectures(), torch.ops.attnres.sour
 
 
 def sources() -> Any:
-    """``benchmarks/sources.py``, which needs nothing that is compiled."""
-    spec = importlib.util.spec_from_file_location("_sources", ROOT / "benchmarks" / "sources.py")
+    """``attnres_ext/sources.py``, which needs nothing that is compiled."""
+    path = ROOT / "python" / "attnres_ext" / "sources.py"
+    spec = importlib.util.spec_from_file_location("_sources", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -1,7 +1,7 @@
 """Which code was measured: hashes of ``csrc/``, of each backend and of each file of CUDA kernels.
 
-Needs nothing but the standard library: the build runs it too (``python benchmarks/sources.py
-FILE``), so that a binary can say which sources it was compiled from.
+Needs nothing but the standard library: the build runs it too, with a file to write, so that
+a binary can say which sources it was compiled from.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def _digest(root: Path, paths: Iterable[Path]) -> str:
 
 def main() -> None:
     """Writes the header that tells the operators' library what it is made of."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     Path(sys.argv[1]).write_text(f'#define ATTNRES_SOURCE_HASH "{source_hash(root)}"\n')
 
 
