@@ -2,7 +2,7 @@
 
 A kernel that does nothing but move its bytes takes as long as a copy of as many bytes. So each case
 gets a copy of its own: source and destination are half of the case's bytes each, and the copy takes
-turns with the contestants. (One figure for the machine would not do: a copy that fits into a cache
+turns with the baselines. (One figure for the machine would not do: a copy that fits into a cache
 is several times faster than one that does not.)
 """
 

@@ -53,7 +53,7 @@ class CudaTimer:
         try:
             return _Replays(cuda, action, calls)
         except RuntimeError:
-            # Whatever stopped the capture: the contestant is right, its gate has seen to that.
+            # Whatever stopped the capture: the baseline is right, its gate has seen to that.
             # torch leaves the capture's stream behind as the current one.
             cuda.set_stream(stream)
             cuda.synchronize()

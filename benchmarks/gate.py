@@ -1,6 +1,6 @@
 """The correctness gate: whoever is wrong is not timed.
 
-A contestant runs the whole case, and its results and gradients are compared with the definition in
+A baseline runs the whole case, and its results and gradients are compared with the definition in
 float64. The largest error may be twice that of plain PyTorch in the case's own dtype, plus one
 rounding of the result and the reordering of the sums behind it.
 
@@ -39,7 +39,7 @@ class Verdict:
     """What the gate found.
 
     Attributes:
-        passed: whether the contestant may be timed.
+        passed: whether the baseline may be timed.
         reason: what was wrong, in a sentence; empty when it passed.
         worst: largest error as a share of what is allowed.
         failed: whether it raised an error instead of giving a result.
@@ -52,14 +52,14 @@ class Verdict:
 
 
 class Gate:
-    """The expected results of one case, against which its contestants are held."""
+    """The expected results of one case, against which its baselines are held."""
 
     def __init__(self, case: Case, inputs: Inputs, definition: Forward | None = None):
         """Computes what is right, and how far plain PyTorch is from it.
 
         Args:
             case: the case.
-            inputs: the inputs that contestants will be given.
+            inputs: the inputs that baselines will be given.
             definition: what to hold them to, in plain PyTorch; the case's operator by default.
         """
         self.case = case
@@ -75,10 +75,10 @@ class Gate:
         }
 
     def check(self, forward: Forward) -> Verdict:
-        """Runs a contestant once and judges it."""
+        """Runs a baseline once and judges it."""
         try:
             actual = results(forward, self.case, self._inputs)
-        except Exception as error:  # whatever a contestant throws, the others go on
+        except Exception as error:  # whatever a baseline throws, the others go on
             return Verdict(False, f"{type(error).__name__}: {first_line(error)}", failed=True)
         worst = 0.0
         for name, exact in self._exact.items():

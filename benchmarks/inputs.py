@@ -1,4 +1,4 @@
-"""Tensors for a case, and the same call for every contestant that has our functions' signatures."""
+"""Tensors for a case, and the same call for every baseline that has our functions' signatures."""
 
 from __future__ import annotations
 

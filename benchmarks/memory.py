@@ -92,7 +92,7 @@ def keep_pages() -> bool:
 
     By default glibc returns large blocks to the system and maps them anew: every call then pays
     page faults for its result, about as much time as the kernel's own traffic, whoever the
-    contestant. GPUs (PyTorch's caching allocator) and servers (jemalloc, tcmalloc) do not work like
+    baseline. GPUs (PyTorch's caching allocator) and servers (jemalloc, tcmalloc) do not work like
     that.
 
     Returns:

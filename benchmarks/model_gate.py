@@ -1,9 +1,9 @@
-"""Whether an arm computes the model: its hidden states and gradients against float64.
+"""Whether a variant computes the model: its hidden states and gradients against float64.
 
-As in :mod:`attnres_ext.benchmarks.gate`, an arm may be twice as far from float64 as plain PyTorch
-in the model's own dtype, plus a rounding. Inference goes through a decoding state, as the calls
-that are timed do. A stack amplifies roundings layer by layer, so errors are root mean squares over
-tokens: a single entry is a matter of luck.
+As in :mod:`attnres_ext.benchmarks.gate`, a variant may be twice as far from float64 as plain
+PyTorch in the model's own dtype, plus a rounding. Inference goes through a decoding state, as the
+calls that are timed do. A stack amplifies roundings layer by layer, so errors are root mean squares
+over tokens: a single entry is a matter of luck.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor
 from attnres_ext.models.kimi_linear import KimiLinearForCausalLM
 
 from .gate import Verdict, first_line
-from .model_arms import ARMS, Arm
 from .model_stack import Stack
+from .model_variants import VARIANTS, Variant
 
 #: Tokens that are compared; the definition in float64 takes longer than everything else together.
 _TOKENS = 48
@@ -38,12 +38,12 @@ class ModelGate:
         self._wide.residuals.double()
         self._known: dict[str, tuple[dict[str, Tensor], dict[str, float]]] = {}
 
-    def check(self, arm: Arm) -> Verdict:
-        """Runs an arm once and judges it."""
+    def check(self, variant: Variant) -> Verdict:
+        """Runs a variant once and judges it."""
         try:
-            exact, plain_error = self._expected(arm.residual)
-            actual = _results(self._stack, arm)
-        except Exception as error:  # whatever a contestant throws, the others go on
+            exact, plain_error = self._expected(variant.residual)
+            actual = _results(self._stack, variant)
+        except Exception as error:  # whatever a baseline throws, the others go on
             return Verdict(False, f"{type(error).__name__}: {first_line(error)}", failed=True)
         worst = 0.0
         for name, expected in exact.items():
@@ -58,7 +58,7 @@ class ModelGate:
 
     def _expected(self, residual: str) -> tuple[dict[str, Tensor], dict[str, float]]:
         if residual not in self._known:
-            eager = next(a for a in ARMS if (a.residual, a.contestant) == (residual, "eager"))
+            eager = next(a for a in VARIANTS if (a.residual, a.baseline) == (residual, "eager"))
             exact = _results(self._wide, eager)
             plain = _results(self._stack, eager)
             errors = {name: _size(plain[name].double() - exact[name]) for name in exact}
@@ -66,9 +66,9 @@ class ModelGate:
         return self._known[residual]
 
 
-def _results(stack: Stack, arm: Arm) -> dict[str, Tensor]:
+def _results(stack: Stack, variant: Variant) -> dict[str, Tensor]:
     """Hidden states, and for training the gradient of the embedding, which all sites reach."""
-    with stack.connected_by(arm) as model:
+    with stack.connected_by(variant) as model:
         if stack.case.work != "train":
             with torch.inference_mode():
                 return {"hidden states": _inferred(stack, model)}

@@ -17,8 +17,8 @@ from attnres_ext.models.kimi_linear.mla import KimiLatentState
 from attnres_ext.models.kimi_linear.modeling import KimiDecoderLayer, KimiLinearState
 from attnres_ext.residual_state import ResidualState
 
-from .model_arms import ARMS, Arm
 from .model_registry import ModelCase
+from .model_variants import VARIANTS, Variant
 from .timing import Action
 
 #: A small vocabulary: the head of a short stack would otherwise be most of the work.
@@ -52,12 +52,12 @@ def configuration(case: ModelCase) -> KimiLinearConfig:
 
 @dataclass
 class Stack:
-    """One set of layers for all arms: what differs between them is what connects the layers.
+    """One set of layers for all variants: what differs between them is what connects the layers.
 
     Attributes:
         case: what it does.
-        model: the layers; whose residual it has at the moment is the last arm's business.
-        residuals: modules to connect them with, by the arm's name.
+        model: the layers; whose residual it has at the moment is the last variant's business.
+        residuals: modules to connect them with, by the variant's name.
         tokens: ids ``[B, context + tokens]``.
         written: what stands in for sublayers where reads alone are timed.
     """
@@ -69,11 +69,11 @@ class Stack:
     written: dict[tuple[int, torch.Size, torch.dtype], Tensor] = field(default_factory=dict)
 
     @contextlib.contextmanager
-    def connected_by(self, arm: Arm) -> Iterator[KimiLinearForCausalLM]:
-        """The model with the arm's residual; where reads alone are timed, without sublayers."""
+    def connected_by(self, variant: Variant) -> Iterator[KimiLinearForCausalLM]:
+        """The model with the variant's residual; where reads alone are timed, without sublayers."""
         inner = self.model.model
         before = inner.residual
-        inner.residual = self.residuals[arm.name]
+        inner.residual = self.residuals[variant.name]
         if self.case.work == "reads":
             for layer in inner.layers:
                 layer.forward = partial(self._read_alone, layer)
@@ -106,11 +106,11 @@ class Stack:
         return self.written[key]
 
     def parameters(self) -> list[nn.Parameter]:
-        """Of the layers and of every arm's residual, each once."""
+        """Of the layers and of every variant's residual, each once."""
         return list(dict.fromkeys([*self.model.parameters(), *self.residuals.parameters()]))
 
 
-def make_stack(case: ModelCase, device: str, arms: tuple[Arm, ...] = ARMS) -> Stack:
+def make_stack(case: ModelCase, device: str, variants: tuple[Variant, ...] = VARIANTS) -> Stack:
     """Random layers, and pseudo-queries of a size that makes a difference."""
     torch.manual_seed(0)
     dtype = getattr(torch, case.dtype)
@@ -118,7 +118,7 @@ def make_stack(case: ModelCase, device: str, arms: tuple[Arm, ...] = ARMS) -> St
         model = KimiLinearForCausalLM(configuration(case)).to(dtype)
         shared = {mode: _residual(case, mode, device) for mode in ("standard", "block", "full")}
         tokens = torch.randint(0, _VOCABULARY, (case.batch, case.context + case.tokens))
-    residuals = nn.ModuleDict({arm.name: arm.make(shared[arm.residual]) for arm in arms})
+    residuals = nn.ModuleDict({one.name: one.make(shared[one.residual]) for one in variants})
     return Stack(case, model, residuals, tokens)
 
 
@@ -136,67 +136,67 @@ def _residual(case: ModelCase, mode: str, device: str) -> AttentionResiduals:
     return residual
 
 
-def action(stack: Stack, arm: Arm, optimizer: torch.optim.Optimizer | None) -> Action:
-    """What one timed call of an arm does.
+def action(stack: Stack, variant: Variant, optimizer: torch.optim.Optimizer | None) -> Action:
+    """What one timed call of a variant does.
 
     Args:
         stack: the layers.
-        arm: what connects them.
+        variant: what connects them.
         optimizer: of all parameters, for training.
     """
     makers: dict[str, Callable[[], Action]] = {
-        "train": lambda: _training_step(stack, arm, optimizer),
-        "prefill": lambda: _prefill(stack, arm),
-        "decode": lambda: _decoding_step(stack, arm),
-        "reads": lambda: _reads(stack, arm),
+        "train": lambda: _training_step(stack, variant, optimizer),
+        "prefill": lambda: _prefill(stack, variant),
+        "decode": lambda: _decoding_step(stack, variant),
+        "reads": lambda: _reads(stack, variant),
     }
     return makers[stack.case.work]()
 
 
-def _training_step(stack: Stack, arm: Arm, optimizer: torch.optim.Optimizer) -> Action:
+def _training_step(stack: Stack, variant: Variant, optimizer: torch.optim.Optimizer) -> Action:
     def run(_: int) -> None:
-        with stack.connected_by(arm) as model:
+        with stack.connected_by(variant) as model:
             model(stack.tokens, labels=stack.tokens).loss.backward()
-        # Parameters of other arms have no gradient, and are left alone.
+        # Parameters of other variants have no gradient, and are left alone.
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     return Action(run)
 
 
-def _prefill(stack: Stack, arm: Arm) -> Action:
+def _prefill(stack: Stack, variant: Variant) -> Action:
     case = stack.case
 
     def run(_: int) -> Tensor:
-        with stack.connected_by(arm) as model:
+        with stack.connected_by(variant) as model:
             state = model.new_state(case.batch, case.tokens)
             return model(stack.tokens, state=state, logits_to_keep=1).logits
 
     return Action(run, context=torch.inference_mode)
 
 
-def _decoding_step(stack: Stack, arm: Arm) -> Action:
+def _decoding_step(stack: Stack, variant: Variant) -> Action:
     case = stack.case
-    with torch.inference_mode(), stack.connected_by(arm) as model:
+    with torch.inference_mode(), stack.connected_by(variant) as model:
         state = model.new_state(case.batch, case.context + 1)
         model(stack.tokens[:, :-1], state=state, logits_to_keep=1)
     token = stack.tokens[:, -1:]
 
     def run(_: int) -> Tensor:
-        with stack.connected_by(arm) as model:
+        with stack.connected_by(variant) as model:
             return model(token, state=state).logits
 
     return Action(run, before=lambda _: _rewind(state, case.context), context=torch.inference_mode)
 
 
-def _reads(stack: Stack, arm: Arm) -> Action:
+def _reads(stack: Stack, variant: Variant) -> Action:
     case = stack.case
-    with torch.inference_mode(), stack.connected_by(arm) as model:
+    with torch.inference_mode(), stack.connected_by(variant) as model:
         state = model.new_state(case.batch, case.context + 1)
     token = stack.tokens[:, -1:]
 
     def run(_: int) -> Tensor:
-        with stack.connected_by(arm) as model:
+        with stack.connected_by(variant) as model:
             return model.model(token, state)
 
     return Action(run, context=torch.inference_mode)

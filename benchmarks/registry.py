@@ -61,7 +61,7 @@ class Case:
         suite: the smallest suite that runs it on the CPU, None for none; larger ones include
             smaller ones.
         cuda: the same on a GPU.
-        rivals: contestants it meets in the quick suite, which has a minute in all.
+        baselines: who runs in the quick suite, which has a minute in all.
     """
 
     operator: str
@@ -76,7 +76,7 @@ class Case:
     origin: str = "kimi-linear-48b"
     suite: str | None = "ops"
     cuda: str | None = None
-    rivals: tuple[str, ...] = ("ours", "eager")
+    baselines: tuple[str, ...] = ("ours", "eager")
 
     @property
     def shape(self) -> str:
@@ -129,17 +129,17 @@ def _cases() -> list[Case]:
     everybody = ("ours", "eager", "compile")
     cases = [
         # The figures that the project sets itself goals for.
-        replace(site, dtype=dtype, gradients=gradients, suite="quick", rivals=rivals)
-        for gradients, rivals in (("none", everybody), ("fresh", ("ours", "eager")))
+        replace(site, dtype=dtype, gradients=gradients, suite="quick", baselines=who)
+        for gradients, who in (("none", everybody), ("fresh", ("ours", "eager")))
         for dtype in ("float32", "bfloat16")
     ]
     add = Case("accumulate_depth_attention", sources=8, tokens=2048, hidden=2304, norm=True)
     inter = Case("inter_block_attention", sources=9, queries=6, tokens=2048, hidden=2304)
     merge = Case("merge_partial", sources=9, tokens=2048, hidden=2304, norm=True)
     cases += [
-        replace(add, suite="quick", rivals=("ours", "eager", "standard-fused")),
+        replace(add, suite="quick", baselines=("ours", "eager", "standard-fused")),
         replace(inter, suite="quick"),
-        replace(merge, suite="quick", rivals=("ours", "eager", "standard-fused")),
+        replace(merge, suite="quick", baselines=("ours", "eager", "standard-fused")),
     ]
     cases += [
         Case(
@@ -171,7 +171,11 @@ def _cases() -> list[Case]:
         replace(site, norm=True, gradients="fresh"),
         replace(site, layout="padded"),
         replace(
-            site, sources=10, tokens=8192, cuda="quick", rivals=("ours", "eager", "compile", "fla")
+            site,
+            sources=10,
+            tokens=8192,
+            cuda="quick",
+            baselines=("ours", "eager", "compile", "fla"),
         ),
     ]
     for case in (add, inter, merge):
@@ -197,7 +201,7 @@ def _cases() -> list[Case]:
     # Everything that takes a while.
     everything = [
         replace(decode, sources=5, tokens=1024, cuda="ops"),
-        replace(decode, tokens=8192, cuda="quick", rivals=("ours", "eager", "fla")),
+        replace(decode, tokens=8192, cuda="quick", baselines=("ours", "eager", "fla")),
         Case("inter_block_attention", 8, 2048, 7168, queries=24, origin="kimi-k3"),
         Case("accumulate_depth_attention", 8, 2048, 7168, norm=True, origin="kimi-k3"),
         Case("depth_attention", 9, 2048, 7168, gradients="fresh", origin="kimi-k3"),
@@ -227,22 +231,22 @@ def _cuda_cases() -> list[Case]:
     add_up = ("ours", "eager", "standard-fused")
     # What the project sets itself goals for, forward before backward: others tune longer for that.
     headline = [
-        replace(full, rivals=everybody),
-        replace(add, rivals=add_up),
+        replace(full, baselines=everybody),
+        replace(add, baselines=add_up),
         inter,
         inter_k3,
-        replace(merge, rivals=add_up),
-        *(replace(narrow, hidden=hidden, rivals=everybody) for hidden in (512, 1024)),
+        replace(merge, baselines=add_up),
+        *(replace(narrow, hidden=hidden, baselines=everybody) for hidden in (512, 1024)),
         *(
-            replace(case, gradients=gradients, rivals=everybody)
+            replace(case, gradients=gradients, baselines=everybody)
             for case in (site, layer)
             for gradients in ("fresh", "accumulate")
         ),
         replace(inter, gradients="fresh"),
         replace(inter_k3, gradients="fresh"),
-        replace(merge, gradients="fresh", rivals=add_up),
+        replace(merge, gradients="fresh", baselines=add_up),
         *(
-            replace(narrow, hidden=hidden, gradients="fresh", rivals=everybody)
+            replace(narrow, hidden=hidden, gradients="fresh", baselines=everybody)
             for hidden in (512, 1024)
         ),
     ]

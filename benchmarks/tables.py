@@ -62,7 +62,7 @@ def operators(cases: Iterable[Rows], rivals: Sequence[str]) -> tuple[Table, list
             cells.append(_times(other / ours.seconds) if other else "–")
         rows.append(cells)
     header = ["operator", "case", "one call", "time", "GB/s", "of copy"]
-    header += [f"{wording.contestant(name)} takes" for name in rivals]
+    header += [f"{wording.baseline(name)} takes" for name in rivals]
     said = [f"Failed: {', '.join(which)}: {why}." for why, which in failures.items()]
     return Table(header, rows, 3 + len(rivals)), said
 
@@ -156,7 +156,7 @@ def models(rows: Iterable[ModelResult]) -> Table:
             low, high = row.overhead_quartiles or (row.overhead, row.overhead)
             over = f"{wording.percent(row.overhead)} ({wording.percent(low)} to "
             over += f"{wording.percent(high)})"
-        by = "attnres-ext" if row.contestant == "standard" else wording.contestant(row.contestant)
+        by = "attnres-ext" if row.contestant == "standard" else wording.baseline(row.contestant)
         cells.append(
             [
                 row.work,

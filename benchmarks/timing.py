@@ -1,4 +1,4 @@
-"""Timing that is fair to everybody: warm-up, contestants in turns, medians with their spread.
+"""Timing that is fair to everybody: warm-up, baselines in turns, medians with their spread.
 
 How a sample is taken is a timer's business: :class:`HostTimer` here, graphs and events in
 :mod:`attnres_ext.benchmarks.cuda_timing`.
@@ -107,11 +107,11 @@ class Effort:
     """How long to measure.
 
     Attributes:
-        rounds: turns that every contestant gets.
+        rounds: turns that every baseline gets.
         turn: samples in a turn, after one call that is not timed: it brings back to the caches what
-            the previous contestant threw out. Calls longer than `_SLOW` come without it.
+            the previous baseline threw out. Calls longer than `_SLOW` come without it.
         shortest: seconds that a sample lasts at least.
-        budget: seconds after which a slow contestant gets fewer turns, and one sample a turn.
+        budget: seconds after which a slow baseline gets fewer turns, and one sample a turn.
     """
 
     rounds: int = 7
@@ -183,7 +183,7 @@ def measure(
         effort: how long.
         timer: how to take a sample; the host's clock by default.
         refuse: told of an action that cannot be loaded (its memory may not suffice for one more
-            contestant), which is then left out; without it such an error is raised.
+            baseline), which is then left out; without it such an error is raised.
     """
     timer = timer or HostTimer()
     samplers: dict[str, Sampler] = {}
@@ -196,7 +196,7 @@ def measure(
             if once < effort.shortest:
                 once = sampler.sample(10)
             samplers[name], estimates[name] = sampler, once
-        except Exception as error:  # whatever a contestant throws, the others go on
+        except Exception as error:  # whatever a baseline throws, the others go on
             if refuse is None:
                 raise
             refuse(name, error)
@@ -251,7 +251,7 @@ def measure_in_step(
             sampler.sample(1)  # whatever is done once is done
             once += sampler.sample(1)
             samplers[name] = sampler
-        except Exception as error:  # whatever a contestant throws, the others go on
+        except Exception as error:  # whatever a baseline throws, the others go on
             refuse(name, error)
     timings = {name: Timing(timer=sampler.timer) for name, sampler in samplers.items()}
     names = list(samplers)

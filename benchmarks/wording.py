@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-#: What people call a contestant.
-CONTESTANTS = {
+#: What people call a baseline.
+BASELINES = {
     "ours": "attnres-ext",
     "eager": "plain PyTorch",
     "compile": "torch.compile",
@@ -25,9 +25,9 @@ CONTESTANTS = {
 }
 
 
-def contestant(name: str) -> str:
+def baseline(name: str) -> str:
     """What people call ``name``; itself where nobody gave it another name."""
-    return CONTESTANTS.get(name, name)
+    return BASELINES.get(name, name)
 
 
 def digits(value: float, count: int = 3) -> str:

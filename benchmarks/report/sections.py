@@ -85,7 +85,7 @@ def glance(kept: Kept) -> list[tuple[str, list[tuple[str, str, str]]]]:
         ]
         mean, median = statistics.geometric_mean, statistics.median
         tiles = [
-            _tile(f"the speed of {wording.contestant(name)}", found, "geometric mean", mean, _times)
+            _tile(f"the speed of {wording.baseline(name)}", found, "geometric mean", mean, _times)
             for name, found in ratios.items()
         ]
         if shares:
@@ -143,7 +143,7 @@ def _timed(cases: Iterable[Rows]) -> list[str]:
 
 
 def _legend(names: Iterable[str]) -> list[tuple[str, str]]:
-    return [(charts.series(n), wording.contestant(n)) for n in reversed(_DRAWN) if n in names]
+    return [(charts.series(n), wording.baseline(n)) for n in reversed(_DRAWN) if n in names]
 
 
 def _excuses(cases: Iterable[Rows]) -> list[str]:
@@ -153,9 +153,9 @@ def _excuses(cases: Iterable[Rows]) -> list[str]:
         if row.status in ("wrong", "failed") and row.contestant != "ours":
             what = "refused: wrong results" if row.status == "wrong" else "failed"
             case = f"`{row.operator}` {row.shape} {row.work}"
-            found[f"{wording.contestant(row.contestant)} in {case} {what}: {row.reason}"] = None
+            found[f"{wording.baseline(row.contestant)} in {case} {what}: {row.reason}"] = None
         elif row.status == "absent":
-            found[f"{wording.contestant(row.contestant)} not here: {row.reason}"] = None
+            found[f"{wording.baseline(row.contestant)} not here: {row.reason}"] = None
     return list(found)
 
 
@@ -258,7 +258,7 @@ def models(kept: Kept, place: Place) -> Iterator[Card]:
         return
     rows = [row for _, found in shown for row in found.values()]
     excuses = dict.fromkeys(
-        f"{wording.contestant(row.contestant)} {row.status}: {row.reason}"
+        f"{wording.baseline(row.contestant)} {row.status}: {row.reason}"
         for row in rows
         if not row.seconds
     )
@@ -282,7 +282,7 @@ def _curves(rows: Iterable[ModelResult]) -> Iterator[Markup]:
             lines.setdefault((row.contestant, row.residual), []).append(row)
         drawn = [
             charts.Line(
-                f"{residual}, {wording.contestant(who)}", charts.series(who),
+                f"{residual}, {wording.baseline(who)}", charts.series(who),
                 [(position(row), *_over(row)) for row in points], dashed=residual == "full",
             )
             for (who, residual), points in lines.items()

@@ -17,7 +17,9 @@ from attnres_ext.cli.main import main
 
 TINY = (
     Case("depth_attention", 3, 20, 16, "float32", suite="quick"),
-    Case("merge_partial", 3, 20, 16, norm=True, suite="quick", rivals=("eager", "standard-fused")),
+    Case(
+        "merge_partial", 3, 20, 16, norm=True, suite="quick", baselines=("eager", "standard-fused")
+    ),
     Case("depth_attention", 3, 1, 8, "float32", origin="host", suite="ops"),
 )
 TINY_MODELS = tuple(
@@ -83,7 +85,7 @@ def test_filter_contestants_threads_and_allocator(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code = bench(
-        "--suite", "ops", "--filter", "depth_attention", "--contestants", "eager", "--threads", 1,
+        "--suite", "ops", "--filter", "depth_attention", "--baselines", "eager", "--threads", 1,
         "--repeats", 2, "--cold", "--allocator", "system", "--out", tmp_path,
     )  # fmt: skip
     assert code == 0
@@ -110,7 +112,7 @@ def test_suites_of_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_the_suite_of_everything_has_operators_and_models(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ("--filter", "*32*", "--contestants", "ours", "--repeats", 2, "--out", tmp_path)
+    arguments = ("--filter", "*32*", "--baselines", "ours", "--repeats", 2, "--out", tmp_path)
     assert bench("--suite", "all", *arguments) == 0
     assert "training step" in capsys.readouterr().out
     path = kept(tmp_path)
@@ -126,7 +128,7 @@ def test_starts_no_case_once_its_time_is_over(
 ) -> None:
     clock = iter((0.0, 1.0, 15.0, 30.0))
     monkeypatch.setattr(bench_command, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    assert bench("--repeats", 2, "--seconds", 20, "--contestants", "eager") == 0
+    assert bench("--repeats", 2, "--seconds", 20, "--baselines", "eager") == 0
     printed = capsys.readouterr().out
     assert "1 of 2 cases were left out after 20 s" in printed
     assert "merge_partial" not in printed
@@ -134,10 +136,9 @@ def test_starts_no_case_once_its_time_is_over(
 
 @pytest.mark.parametrize("named", [None, ("ours", "eager"), ("ours",), ("eager",)], ids=str)
 def test_on_a_gpu_we_run_before_others_compile(named: tuple[str, ...] | None) -> None:
-    args = SimpleNamespace(device="cuda", contestants=named, repeats=None)
     for device in ("cuda", "cpu"):
         options = runner.Options(names=named, device=device)
-        jobs = bench_command._jobs(args, TINY, TINY_MODELS, options)
+        jobs = bench_command._jobs([*TINY], [*TINY_MODELS], options)
         names = [case.name for case in (*TINY, *TINY_MODELS)]
         first = names if device == "cuda" and named in (None, ("ours", "eager")) else []
         assert [job.name for job in jobs if not job.whole] == first
@@ -147,7 +148,7 @@ def test_on_a_gpu_we_run_before_others_compile(named: tuple[str, ...] | None) ->
 def test_where_it_is_and_how_long_it_takes_goes_to_a_log(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ("--repeats", 2, "--contestants", "ours", "--out", tmp_path)
+    arguments = ("--repeats", 2, "--baselines", "ours", "--out", tmp_path)
     assert bench(*arguments) == 0
     first, *others = capsys.readouterr().err.splitlines()
     # Nobody knows yet: a guess. The next run knows from this one.
@@ -178,7 +179,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, after: int) -> list[str]:
 def test_an_interrupted_run_shows_what_it_has_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ("--suite", "ops", "--repeats", 2, "--contestants", "eager", "--out", tmp_path)
+    arguments = ("--suite", "ops", "--repeats", 2, "--baselines", "eager", "--out", tmp_path)
     begun = interrupt(monkeypatch, after=1)
     assert bench(*arguments) == 130
     printed = capsys.readouterr()
@@ -210,7 +211,7 @@ def test_an_interrupted_run_shows_what_it_has_and_goes_on(
 def test_a_run_of_other_code_or_another_kind_is_not_gone_on_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = ("--repeats", 2, "--contestants", "eager", "--out", tmp_path)
+    arguments = ("--repeats", 2, "--baselines", "eager", "--out", tmp_path)
     begun = interrupt(monkeypatch, after=1)
     assert bench(*arguments) == 130
     assert bench(*arguments, "--cold", "--resume") == 0
@@ -227,7 +228,7 @@ def test_a_disk_that_fills_up_is_one_sentence_after_what_there_is(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.replace", refuse)
-    assert bench("--repeats", 2, "--contestants", "eager", "--out", tmp_path) == 2
+    assert bench("--repeats", 2, "--baselines", "eager", "--out", tmp_path) == 2
     printed = capsys.readouterr()
     assert "N3 M20 D16 fp32" in printed.out
     last = printed.err.splitlines()[-1]
@@ -239,7 +240,7 @@ def test_a_disk_that_fills_up_is_one_sentence_after_what_there_is(
 
 
 def test_where_nobody_can_run_the_table_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench("--contestants", "fla", "--repeats", 2) == 0
+    assert bench("--baselines", "fla", "--repeats", 2) == 0
     assert re.search(r"fla +│ +absent", capsys.readouterr().out)
 
 
@@ -255,7 +256,7 @@ def test_figures_are_whole_in_a_narrow_terminal(
 
 
 def test_what_the_host_gets_through(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ("--suite", "ops", "--filter", "*M1-*", "--repeats", 2, "--contestants", "ours")
+    arguments = ("--suite", "ops", "--filter", "*M1-*", "--repeats", 2, "--baselines", "ours")
     assert bench(*arguments) == 0
     printed = capsys.readouterr().out
     assert re.search(r"ours .* [\d,]+/s ", printed), printed
@@ -267,7 +268,7 @@ def test_list_names_the_cases_and_runs_none(capsys: pytest.CaptureFixture[str]) 
     printed = capsys.readouterr()
     lines = printed.out.splitlines()
     assert [line.split()[0] for line in lines] == [case.name for case in TINY]
-    assert "contestant fla: " in printed.err
+    assert "baseline fla: " in printed.err
     assert bench("--list", "--suite", "decode") == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == [case.name for case in TINY_MODELS[1:]]
@@ -281,7 +282,7 @@ def test_cases_can_be_left_out(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_steps_name_what_is_going_on_before_it_does(capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench("--steps", "--repeats", 2, "--contestants", "ours", "--filter", TINY[0].name) == 0
+    assert bench("--steps", "--repeats", 2, "--baselines", "ours", "--filter", TINY[0].name) == 0
     lines = capsys.readouterr().err.splitlines()
     assert lines[1:5] == [f"case {TINY[0].name}", "  inputs", "  checking ours", "  timing ours"]
 
@@ -294,7 +295,7 @@ def test_a_lost_gpu_ends_the_run_and_keeps_what_it_has(
 
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lost)
-    assert bench("--repeats", 2, "--contestants", "ours", "--out", tmp_path) == 2
+    assert bench("--repeats", 2, "--baselines", "ours", "--out", tmp_path) == 2
     printed = capsys.readouterr().err
     assert (
         f"attnres bench: in case {TINY[0].name} the GPU was lost to this process (CUDA error: an "
@@ -310,7 +311,7 @@ def test_a_lost_gpu_ends_the_run_and_keeps_what_it_has(
         (["--device", "tpu"], "--device is tpu, expected cpu, cuda or cuda:1"),
         (["--device", "cuda"], "--device cuda cannot be used: "),
         (["--filter", "nothing"], "no case of suite 'quick' matches 'nothing'"),
-        (["--contestants", "ours,fastest"], "contestant 'fastest' is not one of ours, eager"),
+        (["--baselines", "ours,fastest"], "baseline 'fastest' is not one of ours, eager"),
         (["--threads", "100000"], "--threads is 100000, but this machine has"),
         (["--resume"], "--resume needs the folder of the run to go on with: --out DIR"),
         (["--out", "/dev/null/folder"], "--out /dev/null/folder cannot be made: Not a directory"),

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import re
-from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
-from attnres_ext.benchmarks.contestants import eager, ours, standard, standard_fused
+from attnres_ext.benchmarks.baselines import BASELINES, Baseline
 from attnres_ext.benchmarks.gate import Gate, results, sample_rows
 from attnres_ext.benchmarks.inputs import Inputs, copy_inputs, make_inputs
 from attnres_ext.benchmarks.registry import Case
 from tests.benchmarks.shapes import SMALL_CASES
 
+eager, ours, standard, standard_fused = (
+    BASELINES[name] for name in ("eager", "ours", "standard", "standard-fused")
+)
 FORWARD = Case("depth_attention", sources=3, tokens=200, hidden=32, dtype="float32")
 BACKWARD = Case("depth_attention", 3, 200, 32, "float32", gradients="fresh", norm=True)
 
@@ -24,9 +26,9 @@ def gate(case: Case) -> Gate:
 
 
 @pytest.mark.parametrize("case", SMALL_CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("contestant", [ours, eager], ids=["ours", "eager"])
-def test_lets_the_operators_pass(case: Case, contestant: object) -> None:
-    verdict = gate(case).check(contestant.prepare(case))
+@pytest.mark.parametrize("baseline", [ours, eager], ids=["ours", "eager"])
+def test_lets_the_operators_pass(case: Case, baseline: Baseline) -> None:
+    verdict = gate(case).check(baseline.prepare(case))
     assert verdict.passed, verdict.reason
     assert verdict.worst <= 1
 
@@ -37,17 +39,15 @@ def test_lets_the_operators_pass(case: Case, contestant: object) -> None:
     [case for case in SMALL_CASES if standard.unsupported(case, "cpu") is None],
     ids=lambda case: case.name,
 )
-def test_lets_the_yardsticks_pass_by_their_own_definitions(
-    case: Case, yardstick: ModuleType
-) -> None:
+def test_lets_the_yardsticks_pass_by_their_own_definitions(case: Case, yardstick: Baseline) -> None:
     inputs = make_inputs(case)
-    held_to = Gate(case, inputs, lambda rows: yardstick.definition(case, rows))
+    held_to = Gate(case, inputs, yardstick.definition)
     verdict = held_to.check(yardstick.prepare(case))
     assert verdict.passed, verdict.reason
 
 
 @pytest.mark.parametrize("yardstick", [standard, standard_fused], ids=["two", "fused"])
-def test_the_yardstick_is_no_depth_attention(yardstick: ModuleType) -> None:
+def test_the_yardstick_is_no_depth_attention(yardstick: Baseline) -> None:
     case = Case("merge_partial", 3, 100, 32, norm=True)
     assert not gate(case).check(yardstick.prepare(case)).passed
 

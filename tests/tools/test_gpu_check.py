@@ -112,7 +112,7 @@ class Machine:
     def _bench(self, arguments: list[str]) -> str:
         out = Path(arguments[arguments.index("--out") + 1])
         out.mkdir(parents=True)
-        names = arguments[arguments.index("--contestants") + 1].split(",")
+        names = arguments[arguments.index("--baselines") + 1].split(",")
         rows = [row for row in self.rows if row["contestant"] in ("copy", *names)]
         lines = [{"kind": "run", "format": 1, "device": "cuda"}, *rows]
         (out / "cuda-ops.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -190,7 +190,7 @@ def test_answers_come_first(machine: Machine, tmp_path: Path) -> None:
     assert [part.name for part in chosen.parts] == ["kernels", "headline"]
     assert chosen.seconds <= 120
     check(machine, tmp_path / "out")
-    turns = [one[one.index("--contestants") + 1] for one in machine.ran("bench")]
+    turns = [one[one.index("--baselines") + 1] for one in machine.ran("bench")]
     assert turns == ["ours", *parts.OTHERS, "ours"]
     first = next(i for i, one in enumerate(machine.commands) if "bench" in one)
     assert sum("pytest" in one for one in machine.commands[:first]) <= 6
@@ -635,7 +635,7 @@ def bench_machine(machine: Machine, hostile: str, how: dict[str, Any]) -> Any:
         machine.commands.append(list(arguments))
         out = Path(arguments[arguments.index("--out") + 1])
         out.mkdir(parents=True)
-        who = arguments[arguments.index("--contestants") + 1].split(",")[0]
+        who = arguments[arguments.index("--baselines") + 1].split(",")[0]
         without = ()
         if "--without" in arguments:
             without = arguments[arguments.index("--without") + 1].split(",")

@@ -21,7 +21,7 @@ def run(
     setting: Setting,
     part: str,
     seconds: float,
-    contestants: Sequence[str],
+    baselines: Sequence[str],
     arguments: Sequence[str],
     patience: float,
 ) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def run(
         setting: what all parts share.
         part: its name.
         seconds: that it may take.
-        contestants: whose turn it is, one after the other; each entry names one or, with commas,
+        baselines: whose turn it is, one after the other; each entry names one or, with commas,
             several. Each takes at most half of the time that is left, the last one all of it.
         arguments: of the benchmark, in addition.
         patience: seconds that a step of a case may take, such as compiling for it.
@@ -43,17 +43,17 @@ def run(
     begin = time.monotonic()
     lost: dict[str, str] = {}
     ended: list[Finished] = []
-    for number, names in enumerate(contestants, start=1):
+    for number, names in enumerate(baselines, start=1):
         now = time.monotonic()
         left = begin + seconds - now
-        end = now + (left if number == len(contestants) else left / 2)
-        command = ["--contestants", names, *arguments]
+        end = now + (left if number == len(baselines) else left / 2)
+        command = ["--baselines", names, *arguments]
         ended.append(_turn(setting, f"{part}-{number}", command, end, patience, lost))
     facts, rows = _read(setting.logs, part)
     entry: dict[str, Any] = {"seconds": time.monotonic() - begin, "lost": lost}
     if facts is not None:
         entry["figures"] = {"run": facts, "results": rows}
-    return {**entry, **_verdict(lost, rows, ended, OURS in contestants)}
+    return {**entry, **_verdict(lost, rows, ended, OURS in baselines)}
 
 
 def _turn(

@@ -33,7 +33,7 @@ Times the operators, and whole models, against plain PyTorch, torch.compile, oth
 and the standard residual.
 
 Whoever is wrong is not timed: results and gradients are first compared with the definition in
-float64. Contestants take turns, and so does a copy of exactly the bytes that the operator must
+float64. Everybody takes turns, and so does a copy of exactly the bytes that the operator must
 move; "% of copy" says how close an operator comes to that copy.
 """
 
@@ -45,7 +45,7 @@ examples:
   attnres bench --suite decode                        prefill and decoding steps
   attnres bench --device cuda --suite all             everything, on an NVIDIA GPU
   attnres bench --suite all --filter D7168            every case of hidden size 7168
-  attnres bench --contestants ours,compile --filter 'depth_attention/*/fresh'
+  attnres bench --baselines ours,compile --filter 'depth_attention/*/fresh'
   attnres bench report benchmarks/results             the results of a folder as one HTML page
 """
 
@@ -76,16 +76,18 @@ def add_parser(subparsers: Any) -> None:
         "--without", metavar="NAMES", type=list_of(str), default=(), help="cases to leave out"
     )
     parser.add_argument(
+        "--baselines",
         "--contestants",
         metavar="NAMES",
         type=list_of(str),
-        help="of ours, eager and others, separated by commas; `--list` names them all",
+        help="who runs: ours, eager and others, separated by commas; `--list` names them all "
+        "(formerly --contestants)",
     )
     parser.add_argument(
         "--threads", type=number(int, least=1), help="threads of PyTorch (default: one per core)"
     )
     parser.add_argument(
-        "--repeats", type=number(int, least=2), help="turns that each contestant gets in a case"
+        "--repeats", type=number(int, least=2), help="turns that everybody gets in a case"
     )
     parser.add_argument(
         "--seconds",
@@ -121,7 +123,7 @@ def add_parser(subparsers: Any) -> None:
         help="also say each step of a case: what hangs, or crashes, has named itself before",
     )
     parser.add_argument(
-        "--list", action="store_true", help="name the cases and contestants, and stop"
+        "--list", action="store_true", help="name the cases and baselines, and stop"
     )
     instead = parser.add_subparsers(
         dest="action", metavar="[report DIR]", help="instead of measuring:"
@@ -135,7 +137,7 @@ def run(args: argparse.Namespace) -> int:
         return bench_report.run(args)
     from rich.console import Console
 
-    from attnres_ext.benchmarks import contestants, model_registry, registry
+    from attnres_ext.benchmarks import baselines, model_registry, registry
     from attnres_ext.cli.devices import check_device
 
     if args.device.split(":")[0] not in registry.DEVICES:
@@ -162,9 +164,9 @@ def run(args: argparse.Namespace) -> int:
         if args.seconds is not None:
             cases = registry.most_wanted_first(cases, kind)
             stacks = model_registry.cheapest_first(stacks)
-        for name in args.contestants or ():
-            contestants.check(name)
-    except (registry.UnknownCaseError, contestants.UnknownContestantError) as error:
+        for name in args.baselines or ():
+            baselines.get(name)
+    except (registry.UnknownCaseError, baselines.UnknownBaselineError) as error:
         raise UserError(str(error)) from None
     if args.list:
         for case in cases:
@@ -172,10 +174,10 @@ def run(args: argparse.Namespace) -> int:
         for stack in stacks:
             print(f"{stack.name}  ({model_registry.ORIGINS[stack.origin]})")
         # Not cases, so not among them where a script reads the list.
-        for name in contestants.NAMES:
-            reason = contestants.get(name).unavailable(args.device)
+        for name, one in baselines.BASELINES.items():
+            reason = one.unavailable(args.device)
             note = f" [{reason}]" if reason else ""
-            print(f"contestant {name}: {contestants.get(name).ABOUT}{note}", file=sys.stderr)
+            print(f"baseline {name}: {one.about}{note}", file=sys.stderr)
         return 0
     cores = os.cpu_count() or 1
     if args.threads is not None and args.threads > cores:
@@ -231,16 +233,17 @@ def _bench(
         effort = replace(effort, rounds=args.repeats)
     options = runner.Options(
         effort=effort,
-        names=args.contestants,
+        names=args.baselines,
         quick=args.suite == "quick",
         # What a GPU's cache holds is gone by the time a model comes back to it.
         cold=args.cold or on_gpu,
         device=args.device,
+        turns=args.repeats,
     )
     facts = runner.describe_run(args.suite, args.device, options, pages_kept)
     # What makes such a run from its beginning.
     facts["command"] = args.command_line.replace(" --resume", "")
-    jobs = _jobs(args, cases, stacks, options)
+    jobs = _jobs(cases, stacks, options)
     guesses = {job.name: job.guess for job in jobs if job.whole}
     now = session.Session(facts, session.expected_seconds(args.out, args.device, guesses))
     if args.resume and now.resume(args.out):
@@ -259,45 +262,28 @@ def _bench(
             _show(args, now, console)
 
 
-def _jobs(
-    args: argparse.Namespace, cases: list[Case], stacks: list[ModelCase], options: Options
-) -> list[_Job]:
+def _jobs(cases: list[Case], stacks: list[ModelCase], options: Options) -> list[_Job]:
     """Every case; on a GPU us and the yardstick in every case before that.
 
     There everybody else compiles kernels and tunes them by trial, minutes for some cases: what a
     run is for should not have to wait for it.
     """
-    jobs = _with_everybody(args, cases, stacks, options)
+    jobs = [_job(case, options) for case in (*cases, *stacks)]
     if not options.on_gpu:
         return jobs
     ours = {"ours"}
-    cases = [case for case in cases if ours < {*options.contestants(case)}]
+    cases = [case for case in cases if ours < {*options.baselines(case)}]
     stacks = stacks if options.names is None or ours < {*options.names} else []
-    alone = _with_everybody(args, cases, stacks, replace(options, names=("ours",)))
-    return [*(replace(job, whole=False) for job in alone), *jobs]
+    alone = replace(options, names=("ours",))
+    return [*(replace(_job(case, alone), whole=False) for case in (*cases, *stacks)), *jobs]
 
 
-def _with_everybody(
-    args: argparse.Namespace, cases: list[Case], stacks: list[ModelCase], options: Options
-) -> list[_Job]:
-    from attnres_ext.benchmarks import model_runner, runner
+def _job(case: Case | ModelCase, options: Options) -> _Job:
+    from attnres_ext.benchmarks import runner
 
-    def model(case: ModelCase, report: Callable[[str], None]) -> list[ModelResult]:
-        return model_runner.run_case(case, args.device, options.names, report, args.repeats)
-
-    jobs = [
-        _Job(
-            case.name,
-            f"{case.operator} {case.shape} {case.work}",
-            runner.rough_seconds(case, options),
-            partial(runner.run_case, case, options),
-        )
-        for case in cases
-    ]
-    return jobs + [
-        _Job(stack.name, stack.name, model_runner.ROUGH_SECONDS, partial(model, stack))
-        for stack in stacks
-    ]
+    label = f"{case.operator} {case.shape} {case.work}" if hasattr(case, "operator") else case.name
+    run = partial(runner.run_case, case, options)
+    return _Job(case.name, label, runner.rough_seconds(case, options), run)
 
 
 def _run(jobs: list[_Job], now: Session, seconds: float, steps: bool) -> None:

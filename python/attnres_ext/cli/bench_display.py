@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from attnres_ext.benchmarks import contestants, results, wording
+from attnres_ext.benchmarks import baselines, results, wording
 from attnres_ext.benchmarks.results import ModelResult
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ def tables(rows: Sequence[Result | ModelResult]) -> list[Table]:
     """One for the operators, one for whole models; those that have rows."""
     operators = _table(
         "Operators",
-        ("case", "contestant"),
+        ("case", "who"),
         ("time", "spread", "rate", "% of copy", "ours is"),
     )
     models = _table(
@@ -82,7 +82,7 @@ def _add_operator(table: Table, rows: list[Result]) -> None:
 
 
 def _add_model(table: Table, rows: list[ModelResult]) -> None:
-    """Adds a stack: its arms, and what they cost over the standard residual."""
+    """Adds a stack: its variants, and what they cost over the standard residual."""
     work = {
         "train": "training step",
         "prefill": "prefill",
@@ -154,11 +154,11 @@ def print_notes(
     say("copy by buffer size, GB/s: " + ", ".join(f"{n} MiB {rate:.1f}" for n, rate in rates))
     products = run_facts["matrix_tflops"].items()
     say("matrix products, TFLOP/s: " + ", ".join(f"{n} {rate:.2f}" for n, rate in products))
-    _print_contestants(rows, say)
+    _print_baselines(rows, say)
     plain = sum(row.timer == "events" for row in rows if hasattr(row, "operator"))
     if plain:
         say(
-            f"{plain} contestants could not be captured in a CUDA graph; their times hold the "
+            f"{plain} baselines could not be captured in a CUDA graph; their times hold the "
             "host's launches, too",
             style="yellow",
         )
@@ -177,10 +177,10 @@ def _threads(run_facts: dict[str, Any]) -> str:
     return f"{count} thread{'' if count == 1 else 's'}{bound}"
 
 
-def _print_contestants(rows: Sequence[Result | ModelResult], say: Callable[..., None]) -> None:
+def _print_baselines(rows: Sequence[Result | ModelResult], say: Callable[..., None]) -> None:
     operators = [row for row in rows if hasattr(row, "operator")]
     for name in dict.fromkeys(row.contestant for row in operators if row.contestant != "copy"):
-        say(f"{name}: {contestants.get(name).ABOUT}")
+        say(f"{name}: {baselines.get(name).about}")
     if len(operators) < len(rows):
         say(
             "models: layers of the reference Kimi Linear, dense feed-forwards; time over the "

@@ -17,15 +17,14 @@ import torch
 from torch import Tensor
 
 from attnres_ext import reference
-from attnres_ext.benchmarks import contestants
+from attnres_ext.benchmarks import baselines
 from attnres_ext.benchmarks.gate import Gate
 from attnres_ext.benchmarks.inputs import make_inputs, with_weights
-from attnres_ext.benchmarks.model_arms import ARMS
 from attnres_ext.benchmarks.model_gate import ModelGate
 from attnres_ext.benchmarks.model_registry import ModelCase
 from attnres_ext.benchmarks.model_stack import make_stack
+from attnres_ext.benchmarks.model_variants import VARIANTS
 from attnres_ext.benchmarks.registry import CASES, Case
-from attnres_ext.benchmarks.runner import weight_dtype
 
 CALLS: list[dict[str, Any]] = []
 
@@ -143,24 +142,24 @@ DOES = {
 @pytest.mark.parametrize(("name", "work"), [(n, w) for n, works in DOES.items() for w in works])
 def test_passes_the_gate(name: str, work: str, gradients: str) -> None:
     case = replace(WORK[work], gradients=gradients)
-    contestant = contestants.get(name)
-    assert contestant.unavailable("cuda") is None
-    assert contestant.unsupported(case, "cuda") is None
-    inputs = with_weights(make_inputs(case), weight_dtype(contestant))
-    verdict = Gate(case, inputs).check(contestant.prepare(case))
+    baseline = baselines.get(name)
+    assert baseline.unavailable("cuda") is None
+    assert baseline.unsupported(case, "cuda") is None
+    inputs = with_weights(make_inputs(case), baseline.weight_dtype)
+    verdict = Gate(case, inputs).check(baseline.prepare(case))
     assert verdict.passed, verdict.reason
 
 
 @pytest.mark.parametrize("name", DOES)
 def test_leaves_out_the_rest(name: str) -> None:
     for work, case in WORK.items():
-        assert (contestants.get(name).unsupported(case, "cuda") is None) == (work in DOES[name])
+        assert (baselines.get(name).unsupported(case, "cuda") is None) == (work in DOES[name])
 
 
 def test_limits() -> None:
     def reason(name: str, **changes: object) -> str | None:
         case = replace(WORK["depth_attention"], **changes)
-        return contestants.get(name).unsupported(case, "cuda")
+        return baselines.get(name).unsupported(case, "cuda")
 
     assert "at most 32" in reason("liger", sources=33)
     assert "powers of two" in reason("flash-attn-res", hidden=2304)
@@ -182,40 +181,50 @@ def test_fla_runs_at_its_level_and_with_its_backend(
     name: str, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = WORK["depth_attention"]
-    contestants.get(name).prepare(case)(make_inputs(case))
+    baselines.get(name).prepare(case)(make_inputs(case))
     assert [expected] == CALLS
     assert "FLA_ATTNRES_GLUON" not in os.environ
     # What the user has set stays set.
     monkeypatch.setenv("FLA_ATTNRES_GLUON", "7")
-    contestants.get(name).prepare(case)(make_inputs(case))
+    baselines.get(name).prepare(case)(make_inputs(case))
     assert CALLS[-1] == expected
     assert os.environ["FLA_ATTNRES_GLUON"] == "7"
 
 
+@pytest.mark.parametrize("name", DOES)
+def test_without_a_gpu_or_the_package_it_says_so(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "CUDA kernels alone" in baselines.get(name).unavailable("cpu")
+    for module in MODULES:
+        monkeypatch.setitem(sys.modules, module, None)
+    assert "pip install attnres-ext[rivals]" in baselines.get(name).unavailable("cuda")
+
+
 def test_a_triton_without_gluon() -> None:
     del sys.modules["fla.ops.attnres.backends"].AttnResGluonBackend
-    assert "no Gluon" in contestants.get("fla-gluon").unavailable("cuda")
-    assert contestants.get("fla").unavailable("cuda") is None
+    assert "no Gluon" in baselines.get("fla-gluon").unavailable("cuda")
+    assert baselines.get("fla").unavailable("cuda") is None
 
 
 @pytest.mark.parametrize("work", ["train", "decode"])
 @pytest.mark.parametrize("residual", ["block", "full"])
 def test_models_connected_by_fla(work: str, residual: str) -> None:
     case = ModelCase(work, 4, 32, 48, 2, 8, sublayers_per_block=3, tokens=9, context=5)
-    arm = next(a for a in ARMS if (a.residual, a.contestant) == (residual, "fla"))
-    assert arm.unavailable("cuda") is None
-    verdict = ModelGate(make_stack(case, "cpu")).check(arm)
+    variant = next(v for v in VARIANTS if (v.residual, v.baseline) == (residual, "fla"))
+    assert variant.unavailable("cuda") is None
+    verdict = ModelGate(make_stack(case, "cpu")).check(variant)
     assert verdict.passed, verdict.reason
     assert CALLS
 
 
 def test_every_case_for_a_gpu_meets_somebody() -> None:
-    """Each operator but the sum of phase 2 has at least one rival in some case."""
+    """Each operator but the sum of phase 2 has at least one baseline in some case."""
     met = {
         case.operator
         for case in CASES
         if case.cuda
         for name in DOES
-        if contestants.get(name).unsupported(case, "cuda") is None
+        if baselines.get(name).unsupported(case, "cuda") is None
     }
     assert met >= {"depth_attention", "accumulate_depth_attention"}

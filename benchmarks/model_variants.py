@@ -1,19 +1,24 @@
-"""Residuals as a model's author would write them, in the place of ``AttentionResiduals``.
+"""Who connects the layers of a stack: variants of the residual, each by one implementation.
 
-Same parameters, same reads and writes; blocks are lists of tensors and every addition, mix and norm
-is an operator of its own. What mixes is a function, so that anybody's kernel can take its place.
+Beside this library's own are residuals as a model's author would write them, with the same
+parameters, reads and writes: blocks are lists of tensors, and every addition, mix and norm is an
+operator of its own. What mixes is a function, so that anybody's kernel can take its place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attnres_ext.residual import AttentionResiduals
+from attnres_ext import AttentionResiduals, reference
+
+from .baselines import missing_fla
 
 #: ``mix(sources, query, key_weight, eps, norm_weight, norm_eps)``: depth attention, normalised.
 Mix = Callable[[list[Tensor], Tensor, Tensor, float, Tensor, float], Tensor]
@@ -77,3 +82,65 @@ class PlainState:
     def read_output(self, norm_weight: Tensor, norm_eps: float) -> Tensor:
         """The model's output."""
         return self.read(self._residual.num_sublayers, norm_weight, norm_eps)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One residual by one implementation.
+
+    Attributes:
+        residual: "standard", "block" or "full".
+        baseline: whose.
+        make: its module from ``AttentionResiduals``, whose parameters it shares.
+        unavailable: ``unavailable(device)`` says why it cannot run there, or None.
+    """
+
+    residual: str
+    baseline: str
+    make: Callable[[AttentionResiduals], nn.Module]
+    unavailable: Callable[[str], str | None] = lambda device: None
+
+    @property
+    def name(self) -> str:
+        """Unique."""
+        return f"{self.residual}, {self.baseline}"
+
+
+def _eager(
+    sources: list[Tensor], query: Tensor, gain: Tensor, eps: float, weight: Tensor, out_eps: float
+) -> Tensor:
+    return reference.depth_attention(
+        sources, query, gain, out_weight=weight, eps=eps, out_eps=out_eps
+    )
+
+
+def _fla(
+    sources: list[Tensor], query: Tensor, gain: Tensor, eps: float, weight: Tensor, out_eps: float
+) -> Tensor:
+    from fla.ops.attnres import fused_attnres
+
+    # Its norms share one epsilon, and so do Kimi Linear's.
+    return fused_attnres(query, sources, gain, output_rms_weight=weight, rms_eps=out_eps)
+
+
+def _as_it_is(residual: AttentionResiduals) -> nn.Module:
+    return residual
+
+
+#: The yardstick comes first: this library's standard residual, one kernel that adds and normalises
+#: at every site, and so the strictest measure of what attention over depth costs.
+VARIANTS = (
+    Variant("standard", "standard", _as_it_is),
+    Variant("standard", "eager", partial(PlainResidual, mix=_eager)),
+    *(
+        Variant(residual, who, make, unavailable)
+        for residual in ("block", "full")
+        for who, make, unavailable in (
+            ("ours", _as_it_is, lambda device: None),
+            ("eager", partial(PlainResidual, mix=_eager), lambda device: None),
+            ("fla", partial(PlainResidual, mix=_fla), missing_fla),
+        )
+    ),
+)
+#: Whose time the others' is compared with.
+YARDSTICK = VARIANTS[0]
