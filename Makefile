@@ -128,9 +128,30 @@ bench: $(VENV)/run.stamp
 gpu-check:
 	@$(PYTHON) -m tools.gpu_check $(if $(GPU_PYTHON),--python $(GPU_PYTHON)) $(GPU_CHECK_ARGS)
 
-# What the documents show and `attnres bench report` draws, measured again; goes on where it was interrupted.
+# What the documents show and `attnres bench report` draws, measured again. Each part leaves a stamp for this commit,
+# so that the next call goes on where one was interrupted; the benchmark goes on within its part.
+MEASURED = build/results-$(shell git rev-parse --short HEAD 2>/dev/null)
+# All cores, whatever the shell says.
+ALL_CORES = env -u OMP_NUM_THREADS -u MKL_NUM_THREADS
 results: build/test.stamp
-	@python tools/measure.py
+	@$(MAKE) --no-print-directory $(foreach part,build bench plain training,$(MEASURED)/$(part))
+	python tools/figures.py --add-training runs/demo
+	attnres bench report benchmarks/results
+	@rm -r $(MEASURED)
+
+$(MEASURED)/%:
+	@mkdir -p $(@D) && echo "results: $*, about $(MINUTES_$*) min; load average $$(cut -d' ' -f1 /proc/loadavg)"
+	$(ALL_CORES) $(MEASURE_$*)
+	@touch $@
+
+MINUTES_build = 8
+MEASURE_build = python tools/time_build.py
+MINUTES_bench = 25
+MEASURE_bench = attnres bench --device cpu --suite all --out benchmarks/results --resume
+MINUTES_plain = 1
+MEASURE_plain = attnres bench --device cpu --allocator system --out benchmarks/results --resume
+MINUTES_training = 5
+MEASURE_training = attnres train --preset demo --residual standard,block --steps 160 --out runs/demo --overwrite
 
 clean:
 	rm -rf build dist python/attnres_ext/_ops.so python/attnres_ext/_C*.so python/*.egg-info

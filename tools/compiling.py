@@ -9,24 +9,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from datetime import date
-from pathlib import Path
 
+import marked
 import torch
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from attnres_ext.integrations.transformers import attach
-from attnres_ext.training.files import write_text
-
-DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "training-memory.md"
-TABLE = re.compile(r"(<!-- compiling -->\n).*?(<!-- /compiling -->)", re.DOTALL)
 
 LAYERS, HIDDEN, TOKENS, STEPS = 24, 256, 256, 9
 RESIDUALS = {"standard residual": None, "block, 4 layers each": 8}
@@ -97,9 +92,7 @@ def main() -> None:
     if row:
         print(json.dumps(measure(*row)))
         return
-    text = table()
-    document = DOCUMENT.read_text(encoding="utf-8")
-    write_text(DOCUMENT, TABLE.sub(lambda match: match[1] + text + match[2], document))
+    marked.write(marked.DOCS / "training-memory.md", "compiling", table())
 
 
 if __name__ == "__main__":

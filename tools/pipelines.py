@@ -6,15 +6,14 @@ for the network, and writes the table in docs/parallel.md.
 
 from __future__ import annotations
 
-import re
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from datetime import date
-from pathlib import Path
 from typing import Any
 
+import marked
 import torch
 from torch import nn
 
@@ -27,10 +26,6 @@ from attnres_ext.parallel import (
     place_stages,
     plan_pipeline,
 )
-from attnres_ext.training.files import write_text
-
-DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "parallel.md"
-TABLE = re.compile(r"(<!-- bookkeeping -->\n).*?(<!-- /bookkeeping -->)", re.DOTALL)
 
 SUBLAYERS, BLOCK, RANKS, VIRTUAL = 186, 24, 4, 2
 HIDDEN, TOKENS, ROUNDS = 256, 512, 9
@@ -118,8 +113,7 @@ def main() -> None:
         f"{torch.get_num_threads()} threads of a CPU (medians of {ROUNDS}; torch "
         f"{torch.__version__}, {date.today()}, `python tools/pipelines.py`).\n"
     )
-    document = DOCUMENT.read_text(encoding="utf-8")
-    write_text(DOCUMENT, TABLE.sub(lambda match: match[1] + text + match[2], document))
+    marked.write(marked.DOCS / "parallel.md", "bookkeeping", text)
     print(text, end="")
 
 

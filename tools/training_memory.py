@@ -8,12 +8,9 @@ machine.
 from __future__ import annotations
 
 import argparse
-import os
-import re
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from attnres_ext import AttentionResiduals
-
-ROOT = Path(__file__).resolve().parents[1]
-DOCUMENT = ROOT / "docs" / "training-memory.md"
-TABLE = re.compile(r"(<!-- training memory -->\n).*?(<!-- /training memory -->)", re.DOTALL)
 
 #: Kimi Linear 48B: 27 layers of two sublayers, blocks of three layers.
 HIDDEN, SUBLAYERS, BLOCK = 2304, 54, 6
@@ -180,26 +173,15 @@ def rows() -> list[str]:
     return lines
 
 
-def render(text: str) -> str:
-    """``text`` with its table written anew."""
-    return TABLE.sub(lambda match: "\n".join([match[1], *rows(), "", match[2]]), text)
-
-
 def main() -> int:
     """Writes the table, or checks it."""
+    import marked
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="fail if the table is out of date")
-    arguments = parser.parse_args()
-    text = DOCUMENT.read_text()
-    new = render(text)
-    if new == text:
-        return 0
-    print(f"{DOCUMENT.relative_to(ROOT)}: {'out of date' if arguments.check else 'written'}")
-    if not arguments.check:
-        temporary = DOCUMENT.with_name(f".{DOCUMENT.name}.new")
-        temporary.write_text(new)
-        os.replace(temporary, DOCUMENT)
-    return 1 if arguments.check else 0
+    check = parser.parse_args().check
+    text = "\n".join(["", *rows(), "", ""])
+    return marked.write(marked.DOCS / "training-memory.md", "training memory", text, check)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 
 from attnres_ext._native import LIBRARY
-from attnres_ext.benchmarks import builds
 from tests.tool import load_tool
 
-ROOT = Path(__file__).resolve().parents[2]
+tool = load_tool("time_build")
 OBJECT = "CMakeFiles/attnres_ops_cpu_avx2.dir/csrc/cpu/kernels.cpp.o"
 LOG = f"""# ninja log v7
 1	8	179	/somewhere/CMakeFiles/cmake.verify_globs	cf17
@@ -28,8 +27,8 @@ LOG = f"""# ninja log v7
 def test_the_last_line_of_each_output_counts(tmp_path: Path) -> None:
     path = tmp_path / ".ninja_log"
     path.write_text(LOG)
-    steps = builds.read_ninja_log(path)
-    assert [(step.target, step.seconds) for step in steps] == [
+    steps = tool.read_ninja_log(path)
+    assert [(step["target"], step["end"] - step["begin"]) for step in steps] == [
         ("cpu/kernels.cpp (avx2)", pytest.approx(1.5)),
         ("ops/checks.cpp", pytest.approx(0.5)),
         ("_ops.so", pytest.approx(0.1)),
@@ -48,7 +47,7 @@ def test_other_files_are_refused(tmp_path: Path, text: str, sentence: str) -> No
     path = tmp_path / ".ninja_log"
     path.write_text(text)
     with pytest.raises(ValueError, match=re.escape(str(path)) + ".*" + sentence):
-        builds.read_ninja_log(path)
+        tool.read_ninja_log(path)
 
 
 def container(*entries: tuple[int, int, int]) -> bytes:
@@ -65,12 +64,12 @@ def test_device_code_is_summed_by_architecture(tmp_path: Path) -> None:
     path = tmp_path / "library.so"
     one, other = container((2, 80, 100), (1, 90, 40)), container((2, 80, 8))
     path.write_bytes(b"host code" + one + b"more" + other + b"end")
-    assert builds.device_code(path) == [
-        builds.DeviceCode("sm_80", "machine code", 100 + 8 + 2 * 64),
-        builds.DeviceCode("compute_90", "PTX", 40 + 64),
+    assert tool.device_code(path) == [
+        {"arch": "sm_80", "kind": "machine code", "bytes": 100 + 8 + 2 * 64},
+        {"arch": "compute_90", "kind": "PTX", "bytes": 40 + 64},
     ]
     path.write_bytes(b"host code only")
-    assert builds.device_code(path) == []
+    assert tool.device_code(path) == []
 
 
 @pytest.mark.parametrize("broken", [container((7, 80, 8)), container((2, 80, 8))[:40]])
@@ -78,7 +77,7 @@ def test_unknown_device_code_is_an_error(tmp_path: Path, broken: bytes) -> None:
     path = tmp_path / "library.so"
     path.write_bytes(broken)
     with pytest.raises(ValueError, match=r"library\.so: device code that cannot be read"):
-        builds.device_code(path)
+        tool.device_code(path)
 
 
 @pytest.mark.skipif(shutil.which("readelf") is None, reason="binutils are missing")
@@ -86,7 +85,7 @@ def test_the_built_library_is_accounted_for_to_the_byte() -> None:
     command = ["readelf", "-S", "-W", str(LIBRARY)]
     sections = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     found = re.search(r"\.nv_fatbin\s+PROGBITS\s+\w+ \w+ (\w+)", sections)
-    total = sum(code.bytes for code in builds.device_code(LIBRARY))
+    total = sum(code["bytes"] for code in tool.device_code(LIBRARY))
     if found is None:
         assert total == 0
         return
@@ -96,7 +95,6 @@ def test_the_built_library_is_accounted_for_to_the_byte() -> None:
 
 
 def test_a_build_tree_becomes_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tool = load_tool("time_build")
     (tmp_path / ".ninja_log").write_text(LOG)
     for line in LOG.splitlines()[2:]:
         output = tmp_path / line.split("\t")[3]
