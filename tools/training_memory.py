@@ -11,6 +11,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from attnres_ext import AttentionResiduals
+
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "training-memory.md"
 
 #: Kimi Linear 48B: 27 layers of two sublayers, blocks of three layers.
 HIDDEN, SUBLAYERS, BLOCK = 2304, 54, 6
@@ -181,7 +184,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="fail if the table is out of date")
     check = parser.parse_args().check
     text = "\n".join(["", *rows(), "", ""])
-    return marked.write(marked.DOCS / "training-memory.md", "training memory", text, check)
+    return marked.write(DOCUMENT, "training memory", text, check)
 
 
 if __name__ == "__main__":
