@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from tools.gpu_check.outcomes import LOST, MOST_TEXT, append, read_lines
+from tools.gpu_check.testing import LOST, MOST_TEXT, append, read_lines
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -19,7 +19,6 @@ from attnres_ext.benchmarks import model_registry
 from tools.gpu_check import (
     build,
     command,
-    outcomes,
     parts,
     process,
     python,
@@ -27,8 +26,7 @@ from tools.gpu_check import (
     sanitizer,
     testing,
 )  # fmt: skip
-from tools.gpu_check.process import ROOT, Finished
-from tools.gpu_check.setting import Setting
+from tools.gpu_check.process import ROOT, Finished, Setting
 
 H100 = {"name": "NVIDIA H100 80GB HBM3", "capability": 90}
 FOUND = {
@@ -508,9 +506,9 @@ def test_outcomes_survive_a_run_that_is_killed(tmp_path: Path) -> None:
     path = tmp_path / "outcomes"
     line = {"test": "a", "outcome": "passed", "seconds": 1.0, "reason": ""}
     path.write_text(json.dumps(line) + '\n{"test": "b", "outc')
-    assert outcomes.summary([path])["tests"] == {"a": "passed"}
-    outcomes.append(path, {**line, "test": "c", "outcome": "begun"})
-    assert outcomes.summary([path])["tests"] == {"a": "passed", "c": "unfinished"}
+    assert testing.summary([path])["tests"] == {"a": "passed"}
+    testing.append(path, {**line, "test": "c", "outcome": "begun"})
+    assert testing.summary([path])["tests"] == {"a": "passed", "c": "unfinished"}
 
 
 def test_a_program_that_prints_nothing_is_stuck(tmp_path: Path) -> None:
@@ -605,7 +603,7 @@ def test_processes_share_the_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert entry["collected"] == 7
     assert len(ended) == 3
     mine, others = (
-        {line["test"] for line in outcomes.read_lines(path) if "test" in line}
+        {line["test"] for line in testing.read_lines(path) if "test" in line}
         for path in sorted(tmp_path.glob("*.jsonl"))
     )
     assert (len(mine), len(others), mine & others) == (4, 3, set())
@@ -615,7 +613,7 @@ def test_tests_that_were_not_reached_are_counted(tmp_path: Path) -> None:
     def run(arguments: Sequence[str], *_: Any) -> Finished:
         path = Path(arguments[arguments.index("--outcomes") + 1])
         for line in ({"collected": 12}, {"test": "a", "outcome": "begun"}):
-            outcomes.append(path, line)
+            testing.append(path, line)
         return Finished(-15, "", 4.0, timed_out=True)
 
     setting = replace(setting_in(tmp_path), run=run)

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tools.gpu_check.process import Finished
-from tools.gpu_check.setting import Setting
+from tools.gpu_check.process import Finished, Setting
 
 OURS = "ours"
 #: What ``attnres bench --steps`` says: a case begins, a step of it begins, a case is over.

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from tools.gpu_check import build, parts, process, python, record
-from tools.gpu_check.process import ROOT, Run
+from tools.gpu_check.process import ROOT, Run, Setting
 from tools.gpu_check.python import CannotCheckError
-from tools.gpu_check.setting import Setting
 
 RESULTS = ROOT / "benchmarks" / "results"
 _LOGS = ROOT / "build" / "gpu-check"
@@ -43,39 +42,25 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "archive of logs beside it. Exit code: 0 if everything passed, 1 if something did not, 2 "
         "if it cannot be run here.",
     )
-    parser.add_argument(
-        "--python", metavar="PROGRAM", help="with torch and pytest (default: the first that has)"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--python", metavar="PROGRAM", help="with torch and pytest (default: the first that has)")
+    add(
         "--parts",
         default=",".join(by_name),
         metavar="NAMES",
         help=f"of {', '.join(by_name)}, separated by commas; 'first' stands for "
         f"{' and '.join(parts.FIRST)}",
     )
-    parser.add_argument(
-        "--seconds",
-        type=float,
-        help="for all parts together (default: their own times, 510 for all of them)",
-    )
-    parser.add_argument(
+    add("--seconds", type=float, help="for all parts (default: their own times, 510 for all)")
+    add(
         "--build",
         choices=["auto", "never"],
         default="auto",
         help="auto builds _ops.so where it is missing or does not fit",
     )
-    parser.add_argument(
-        "--device",
-        choices=["cuda", "cpu"],
-        default="cuda",
-        help="cpu rehearses the same without a GPU",
-    )
-    parser.add_argument(
-        "--commit", metavar="HASH", help="what these files are, on a machine without their git"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=RESULTS, metavar="DIR", help="folder for the record"
-    )
+    add("--device", choices=["cuda", "cpu"], default="cuda", help="cpu rehearses without a GPU")
+    add("--commit", metavar="HASH", help="what these files are, on a machine without their git")
+    add("--out", type=Path, default=RESULTS, metavar="DIR", help="folder for the record")
     chosen = parser.parse_args(arguments)
     if chosen.commit is not None and not re.fullmatch(r"[0-9a-f]{40}", chosen.commit):
         parser.error(f"--commit is '{chosen.commit}', expected 40 hexadecimal digits")

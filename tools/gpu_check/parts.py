@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from tools.gpu_check import benching, sanitizer, testing
-from tools.gpu_check.setting import Setting
+from tools.gpu_check.process import Setting
 
 #: Every kernel once, on few tokens.
 _KERNELS = "tests/ops/test_every_kernel.py"

@@ -1,4 +1,4 @@
-"""Programs under a time limit, their output kept in a log."""
+"""Programs under a time limit, their output kept in a log, and what they share."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tools.gpu_check.python import Python
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -124,3 +128,42 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_GRACE)
             return
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Who checks what, and where its output goes.
+
+    Attributes:
+        python: who runs the tests and the benchmark.
+        device: "cuda", or "cpu" for a rehearsal.
+        package: folder with the package, for PYTHONPATH.
+        logs: folder for outputs.
+        run: starts programs.
+    """
+
+    python: Python
+    device: str
+    package: Path
+    logs: Path
+    run: Run
+
+    def start(
+        self,
+        part: str,
+        arguments: list[str],
+        seconds: float,
+        patience: float = math.inf,
+        **environment: str,
+    ) -> Finished:
+        """Runs a program with the package in reach; ``patience`` as for :func:`process.run`."""
+        # The package first, then wherever the user has put what the Python lacks.
+        path = [str(self.package.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        variables = {
+            "PYTHONPATH": os.pathsep.join(path),
+            "PYTHONUNBUFFERED": "1",
+            "COLUMNS": "120",
+            **environment,
+        }
+        log = self.logs / f"{part}.log"
+        return self.run([*arguments], seconds, log, variables, patience)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.gpu_check import testing
-from tools.gpu_check.setting import Setting
+from tools.gpu_check.process import Setting
 
 #: Exit code by which compute-sanitizer tells what it found from a program that failed.
 _FOUND = 77
