@@ -51,6 +51,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DATTNRES_CUDA={os.environ.get('ATTNRES_CUDA', 'AUTO')}",
+            f"-DATTNRES_CPU_SETS={os.environ.get('ATTNRES_CPU_SETS', 'all')}",
         ]  # fmt: skip
         configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
         if archs := os.environ.get("ATTNRES_CUDA_ARCHS"):
