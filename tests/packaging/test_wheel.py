@@ -63,6 +63,7 @@ def build(folder: Path) -> None:
         PATH=tools + os.pathsep + os.environ["PATH"],
         ATTNRES_CUDA=cached("ATTNRES_CUDA"),
         ATTNRES_CUDA_ARCHS=cached("ATTNRES_CUDA_ARCHS"),
+        ATTNRES_CPU_SETS=cached("ATTNRES_CPU_SETS"),
     )  # fmt: skip
 
 
