@@ -1,17 +1,11 @@
-// The CPU backend: picks the instruction set, prepares what all tokens share, and splits the tokens
-// over torch's threads.
-#if defined(ATTNRES_X86_KERNELS)
-#include <cpuid.h>
-#endif
+// The CPU backend: prepares what all tokens share, and splits the tokens over torch's threads.
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <cstdlib>
-#include <cstring>
 #include <memory>
-#include <string>
 #include <vector>
 
 #include "attnres/backend.hpp"
@@ -23,47 +17,6 @@
 namespace attnres {
 namespace cpu {
 namespace {
-
-#if defined(ATTNRES_X86_KERNELS)
-// __builtin_cpu_supports knows the name in GCC, but not in every Clang.
-bool has_f16c() {
-  unsigned eax, ebx, ecx, edx;
-  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
-}
-#endif
-
-const Kernels* widest_supported() {
-#if defined(ATTNRES_X86_KERNELS)
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
-                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bf16");
-  if (avx512) return &kAvx512Kernels;
-  if (avx2) return &kAvx2Kernels;
-#endif
-  return &kBaselineKernels;
-}
-
-// The one run-time switch: ATTNRES_CPU=baseline|avx2|avx512 asks for narrower kernels than the
-// machine could run.
-const Kernels* choose_kernels() {
-  const Kernels* widest = widest_supported();
-  const char* asked = std::getenv("ATTNRES_CPU");
-  if (asked == nullptr || *asked == '\0' || std::strcmp(asked, widest->name) == 0) return widest;
-  if (std::strcmp(asked, kBaselineKernels.name) == 0) return &kBaselineKernels;
-#if defined(ATTNRES_X86_KERNELS)
-  if (widest == &kAvx512Kernels && std::strcmp(asked, kAvx2Kernels.name) == 0) return &kAvx2Kernels;
-#endif
-  ATTNRES_CHECK(false, "attnres: the environment variable ATTNRES_CPU is '", asked,
-                "', expected an instruction set that this machine and this build have, at most '",
-                widest->name, "'");
-}
-
-const Kernels& kernels() {
-  static const Kernels* chosen = choose_kernels();
-  return *chosen;
-}
 
 // Memory for vectors and scratch, aligned to a cache line.
 class Buffer {

@@ -96,6 +96,7 @@ void join_all_columns(float* values, int64_t rows, int64_t hidden) {
 
 }  // namespace
 
+extern const Kernels ATTNRES_KERNELS;
 const Kernels ATTNRES_KERNELS = {
     ATTNRES_KERNELS_NAME,
     split_all_columns,

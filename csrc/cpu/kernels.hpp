@@ -72,11 +72,7 @@ struct Kernels {
   void (*block_cache_write)(const BlockCacheWrite&, int64_t begin, int64_t end);
 };
 
-// One per instruction set that the compiler can target; null functions are never called.
-extern const Kernels kBaselineKernels;
-#if defined(ATTNRES_X86_KERNELS)
-extern const Kernels kAvx2Kernels;
-extern const Kernels kAvx512Kernels;
-#endif
+// The widest of this library that this processor has, or what ATTNRES_CPU asks for.
+const Kernels& kernels();
 
 }  // namespace attnres::cpu

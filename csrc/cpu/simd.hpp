@@ -10,6 +10,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "attnres/params.hpp"
@@ -128,6 +130,8 @@ struct Convert<float, BFloat16> {
   ATTNRES_INLINE Half narrow(Vec<float> v) {
 #if defined(__AVX512BF16__)
     return reinterpret_cast<Half>(_mm512_cvtneps_pbh(v));
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+    return reinterpret_cast<Half>(vcvt_bf16_f32(reinterpret_cast<float32x4_t>(v)));
 #else
     // What is only loaded, and not computed, may be a NaN that is one in its lower half alone.
     const Bits quiet = bits_of(v) | (bits_of(v != v) & 0x400000);
@@ -158,6 +162,18 @@ struct Convert<float, Float16> {
     return reinterpret_cast<Half>(_mm256_cvtps_ph(v, kRounding));
   }
 #endif
+};
+#elif defined(__aarch64__)
+template <>
+struct Convert<float, Float16> {
+  using Half = Packed<float, Float16>;
+
+  ATTNRES_INLINE Vec<float> widen(Half packed) {
+    return reinterpret_cast<Vec<float>>(vcvt_f32_f16(reinterpret_cast<float16x4_t>(packed)));
+  }
+  ATTNRES_INLINE Half narrow(Vec<float> v) {
+    return reinterpret_cast<Half>(vcvt_f16_f32(reinterpret_cast<float32x4_t>(v)));
+  }
 };
 #else
 template <>
@@ -314,6 +330,8 @@ template <typename V>
 ATTNRES_INLINE V in_register(V v) {
 #if defined(__x86_64__)
   asm("" : "+v"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
 #endif
   return v;
 }
@@ -358,6 +376,18 @@ ATTNRES_INLINE void stream_bits(void* p, Bits bits) {
 }
 // After streaming, before other threads are told that results are there.
 ATTNRES_INLINE void finish_streaming() { _mm_sfence(); }
+#elif defined(__aarch64__)
+// A hint there, in two halves: the instruction stores pairs. It is ordered as any store is.
+constexpr bool kCanStream = true;
+ATTNRES_INLINE void stream_bits(void* p, Bits bits) {
+  const uint64x2_t both = reinterpret_cast<uint64x2_t>(bits);
+  const uint64x1_t lower = vget_low_u64(both), upper = vget_high_u64(both);
+  asm volatile("stnp %d[lower], %d[upper], [%[p]]"
+               :
+               : [lower] "w"(lower), [upper] "w"(upper), [p] "r"(p)
+               : "memory");
+}
+ATTNRES_INLINE void finish_streaming() {}
 #else
 constexpr bool kCanStream = false;
 ATTNRES_INLINE void stream_bits(void*, Bits) {}
@@ -397,6 +427,11 @@ ATTNRES_INLINE void store_pair(T* p, Vec<A> v, Vec<A> w) {
       return reinterpret_cast<Bits>(_mm512_cvtepu16_epi32(half));
     };
     store_bits<kStreamed>(p, round(v) | round(w) << 16);
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+    const auto round = [](Vec<float> x) __attribute__((always_inline)) {
+      return reinterpret_cast<uint16x8_t>(vcvtq_low_bf16_f32(reinterpret_cast<float32x4_t>(x)));
+    };
+    store_bits<kStreamed>(p, reinterpret_cast<Bits>(vzip1q_u16(round(v), round(w))));
 #else
     const Bits upper = round_to_bfloat16(w) & 0xffff0000;
     store_bits<kStreamed>(p, round_to_bfloat16(v) >> 16 | upper);

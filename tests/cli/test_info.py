@@ -18,7 +18,7 @@ def test_json_has_versions_binaries_and_devices(capsys):
     assert facts["binaries"]["operators"].endswith("_ops.so")
     assert facts["binaries"]["operators bytes"] > 0
     assert facts["cpu"]["cores"] >= 1
-    assert facts["cpu"]["instruction set"] in ("baseline", "avx2", "avx512")
+    assert facts["cpu"]["instruction set"] in ("baseline", "avx2", "avx512", "armv86")
     assert isinstance(facts["cuda"]["architectures"], list)
     assert "plan" not in facts
 
