@@ -2,9 +2,10 @@
 
     python tools/aarch64.py --work DIR [--cpu max] [PYTEST_ARGUMENTS]
 
-Needs Debian 12's packages g++-aarch64-linux-gnu, qemu-user and rsync, `dpkg --add-architecture arm64`
-with `apt-get update`, and the CMake of requirements/run.txt. Python is unpacked from arm64 packages,
-torch and what tests need from wheels; nothing is installed. Some 20 minutes for tests/ops.
+Needs Debian 12's packages g++-aarch64-linux-gnu, qemu-user and rsync, `apt-get update` after
+`dpkg --add-architecture arm64`, and the CMake of requirements/run.txt. Python is unpacked from
+arm64 packages, torch and what tests need from wheels; nothing is installed. Some 20 minutes for
+tests/ops.
 """
 
 from __future__ import annotations
@@ -133,6 +134,7 @@ def build_wheel(work: Path) -> Path:
     done = run_python(
         work, ["setup.py", "-q", "bdist_wheel", "--dist-dir", str(dist)], folder=tree,
         ATTNRES_CUDA="OFF", CMAKE_ARGS=" ".join(cross),
+        CPLUS_INCLUDE_PATH=str(work / "root/usr/include"),
     )  # fmt: skip
     if done.returncode != 0:
         sys.exit("the wheel could not be built")
