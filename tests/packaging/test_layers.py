@@ -30,6 +30,8 @@ STANDARD = re.compile(r"<[a-z0-9_]+>")
 TORCH_STABLE = re.compile(r"<torch/(csrc/stable|headeronly)/[\w/]+\.h>")
 CUDA = re.compile(r"<(cuda\w*\.h|cub/.+|cute/.+|cutlass/.+|cooperative_groups.*)>")
 INTRINSICS = re.compile(r"<(immintrin|arm_neon|stdint|stddef)\.h>")
+#: They ask the processor what it has.
+PROCESSOR = re.compile(r"<(cpuid|sys/auxv)\.h>")
 PYBIND = re.compile(r"<pybind11/\w+\.h>")
 VOCABULARY = re.compile(r'"attnres/\w+\.hpp"')
 #: What kernels are launched with: pure functions, which include no CUDA either.
@@ -53,7 +55,8 @@ def kind_of(path: Path) -> str:
     if relative == "cuda/ops_cuda.cpp":
         return "cuda operators"
     if relative.startswith("cpu/"):
-        return "cpu backend" if relative == "cpu/cpu_backend.cpp" else "cpu kernels"
+        once = ("cpu/cpu_backend.cpp", "cpu/instruction_sets.cpp")
+        return "cpu backend" if relative in once else "cpu kernels"
     return relative.split("/")[0]
 
 
@@ -62,8 +65,7 @@ ALLOWED = {
     "cuda": [STANDARD, VOCABULARY, CUDA, own("cuda")],
     "cuda operators": [STANDARD, VOCABULARY, CUDA, TORCH_STABLE, own("cuda")],
     "ops": [STANDARD, VOCABULARY, TORCH_STABLE, GENERATED, own("ops")],
-    # It asks the processor what it has.
-    "cpu backend": [STANDARD, VOCABULARY, TORCH_STABLE, re.compile(r"<cpuid\.h>"), own("cpu")],
+    "cpu backend": [STANDARD, VOCABULARY, TORCH_STABLE, PROCESSOR, own("cpu")],
     # Compiled once per instruction set: an inline function of the C++ library would be merged
     # across them.
     "cpu kernels": [re.compile(r'"attnres/params\.hpp"'), INTRINSICS, own("cpu")],
