@@ -18,15 +18,10 @@ from attnres_ext.recording import Record
 from attnres_ext.residual_cached import CachedState
 from attnres_ext.residual_state import ResidualState
 from attnres_ext.residual_training import TrainingState
+from attnres_ext.residual_variants import MODES, VARIANTS
 from attnres_ext.suspended import SuspendedPass, check_resumable, describe_sites
 
 __all__ = ["AttentionResiduals"]
-
-
-MODES = ("standard", "block", "full")
-# About eight blocks recover most of what full depth attention gives (paper, section 3.2 and Fig.
-# 6).
-DEFAULT_NUM_BLOCKS = 8
 
 
 @torch.compiler.assume_constant_result
@@ -98,6 +93,7 @@ class AttentionResiduals(nn.Module):
         queries: ``num_sites`` parameters ``[D]``, float32, initially 0; the last is the output
             site's.
         key_weights: ``num_sites`` parameters ``[D]``, float32, initially 1.
+        variant: What sets the mode apart from others (:mod:`attnres_ext.residual_variants`).
         sites: The sites whose parameters the module keeps: all, or after :meth:`keep_sites` those
             of a piece; the lists have None for the others.
     """
@@ -149,26 +145,19 @@ class AttentionResiduals(nn.Module):
         self.eps = eps
         self.two_phase = two_phase
         self.save = save
-        if mode == "standard":
-            # The sum is never closed: one source, whose weight is 1 whatever the query.
-            self.sublayers_per_block = num_sublayers
-        elif mode == "full":
-            self.sublayers_per_block = 1
-        else:
-            self.sublayers_per_block = sublayers_per_block or -(
-                -num_sublayers // DEFAULT_NUM_BLOCKS
-            )
+        self.variant = VARIANTS[mode].of(num_sublayers, sublayers_per_block)
+        self.sublayers_per_block = self.variant.sublayers_per_block
 
         def vector() -> Tensor:
             return torch.empty(hidden_size, device=device, dtype=torch.float32)
 
         self.sites = range(self.num_sites)
-        count = 0 if mode == "standard" else self.num_sites
+        count = self.num_sites if self.variant.attends else 0
         # Made in inference mode, they could not be trained outside of it.
         with torch.inference_mode(False):
             self.queries = nn.ParameterList(nn.Parameter(vector()) for _ in range(count))
             self.key_weights = nn.ParameterList(nn.Parameter(vector()) for _ in range(count))
-            if mode == "standard":
+            if not self.variant.attends:
                 self.register_buffer("zero_query", vector(), persistent=False)
             self.reset_parameters()
         if self.num_blocks + 1 > _C.max_sources:
@@ -181,7 +170,7 @@ class AttentionResiduals(nn.Module):
 
     def reset_parameters(self) -> None:
         """Zero queries and unit gains: every site reads the plain average of its sources."""
-        if self.mode == "standard":
+        if not self.variant.attends:
             nn.init.zeros_(self.zero_query)
             return
         for site in self.sites:
@@ -211,10 +200,8 @@ class AttentionResiduals(nn.Module):
                 f"{describe_sites(own)}"
             )
         self.sites = sites
-        if self.mode == "standard":
-            return
         for site in own:
-            if site not in sites:
+            if site not in sites and self.variant.attends:
                 # A list has an entry for every site: what is None has no name among parameters.
                 for vectors in (self.queries, self.key_weights):
                     delattr(vectors, str(site))
@@ -225,22 +212,26 @@ class AttentionResiduals(nn.Module):
         """How many reads a forward makes: one per sublayer and the output's."""
         return self.num_sublayers + 1
 
+    def vectors_at(self, site: int) -> tuple[Tensor, Tensor | None]:
+        """The pseudo-query ``[D]`` that ``site`` reads with, and its keys' gain ``[D]``, if any."""
+        if not self.variant.attends:
+            return self.zero_query, None
+        return self.queries[site], self.key_weights[site]
+
     @property
     def num_blocks(self) -> int:
         """How many blocks the sublayers form, without the embedding; 0 in standard mode."""
-        if self.mode == "standard":
-            return 0
-        return -(-self.num_sublayers // self.sublayers_per_block)
+        return self.variant.num_blocks
 
     def closes_block(self, site: int) -> bool:
         """Whether the sum that ``site`` reads last is a finished block (the embedding, at site
         0)."""
-        return self.mode != "standard" and site % self.sublayers_per_block == 0
+        return self.variant.closes_block(site)
 
     def num_blocks_before(self, site: int) -> int:
         """How many blocks, the embedding among them, are finished before ``site`` adds what was
         written."""
-        return 0 if self.mode == "standard" else -(-site // self.sublayers_per_block)
+        return self.variant.num_blocks_before(site)
 
     def has_partial_before(self, site: int) -> bool:
         """Whether a sum is open before ``site`` adds what was written."""
@@ -266,23 +257,11 @@ class AttentionResiduals(nn.Module):
         """
         if not 0 <= site < self.num_sites:
             raise IndexError(f"sources_at: site is {site}, expected 0 to {self.num_sites - 1}")
-        if self.mode == "standard":
-            return ["sum"]
-        if site == 0:
-            return ["embedding"]
-        last = -(-site // self.sublayers_per_block)
-        finished = self.closes_block(site) or site == self.num_sublayers
-        return [
-            "embedding",
-            *(f"block {block}" for block in range(1, last)),
-            f"block {last}" if finished else "partial",
-        ]
+        return self.variant.sources_at(site)
 
     def num_sources_at(self, site: int) -> int:
         """``len(sources_at(site))``."""
-        if self.mode == "standard":
-            return 1
-        return 1 + -(-site // self.sublayers_per_block)
+        return self.variant.num_sources_at(site)
 
     def start(self, embedding: Tensor | None, cache: BlockCache | None = None) -> ResidualState:
         """Begins a forward pass.
@@ -382,7 +361,7 @@ class AttentionResiduals(nn.Module):
     def reads_in_two_phases(self, block: int, state_like: Tensor, training: bool) -> bool:
         """Whether the sites of ``block`` read in two phases, for tensors like ``state_like``
         ``[..., D]``."""
-        if self.mode == "standard":
+        if not self.variant.attends:
             return False
         if self.two_phase != "auto":
             return self.two_phase
@@ -399,7 +378,7 @@ class AttentionResiduals(nn.Module):
     def extra_repr(self) -> str:
         """Sizes and mode, for ``print(module)``."""
         text = f"{self.hidden_size}, num_sublayers={self.num_sublayers}, mode={self.mode!r}"
-        if self.mode == "block":
+        if self.variant.sized:
             text += (
                 f", sublayers_per_block={self.sublayers_per_block}, num_blocks={self.num_blocks}"
             )

@@ -256,11 +256,7 @@ class ResidualState(ABC):
         delta, self._pending = self._pending, None
         self._widen(delta)
         self._site += 1
-        residual = self._residual
-        if residual.mode == "standard":
-            query, key_weight = residual.zero_query, None
-        else:
-            query, key_weight = residual.queries[site], residual.key_weights[site]
+        query, key_weight = self._residual.vectors_at(site)
         reading = Reading(
             query=query, key_weight=key_weight, out_weight=norm_weight, out_eps=norm_eps
         )

@@ -268,7 +268,7 @@ class TrainingState(_BlockState):
             return super()._read_in_graph(norm_weight, norm_eps, scale)
         self._check_norm(norm_weight)
         residual = self._residual
-        if self._ticket is None and residual.mode != "standard":
+        if self._ticket is None and residual.variant.attends:
             sites = residual.sites
             parameters = (
                 [vectors[site] for site in sites]
@@ -309,14 +309,14 @@ class TrainingState(_BlockState):
                 "model there, or the sublayers alone"
             )
         self._site += 1
-        standard = residual.mode == "standard"
+        query, key_weight = residual.vectors_at(site)
         return ReadInGraph(
             site=site,
             blocks=[block.detach() for block in self._blocks],
             needs=needs,
             buffers=tuple(self._buffers),
-            query=(residual.zero_query if standard else residual.queries[site]).detach(),
-            key_weight=None if standard else residual.key_weights[site].detach(),
+            query=query.detach(),
+            key_weight=None if key_weight is None else key_weight.detach(),
             begins=begins,
             phase=None if phase is None else phase.results,
             index=index,

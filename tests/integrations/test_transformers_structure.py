@@ -68,7 +68,7 @@ def test_a_stream_in_another_dtype_is_refused():
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"mode": "standard"}, "mode is 'standard', expected 'block' or 'full'"),
+        ({"mode": "standard"}, "mode is 'standard', expected one of block, full"),
         ({"sublayers_per_block": 0}, "sublayers_per_block is 0, expected at least 1"),
         ({"eps": -1.0}, "eps is -1.0"),
         ({"save": "all"}, "save is 'all', expected one of"),

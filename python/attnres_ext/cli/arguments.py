@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from attnres_ext.fields import Wanted, plain, wanted_by
-from attnres_ext.residual import MODES
+from attnres_ext.residual_variants import MODES
 from attnres_ext.training.files import shown
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from attnres_ext.models.kimi_linear import KimiLinearConfig, preset_names, presets
+from attnres_ext.residual_variants import VARIANTS
 from attnres_ext.training.errors import UserError
 
 
@@ -22,8 +23,8 @@ def read_config(model: str, residual: str | None) -> KimiLinearConfig:
     try:
         known = model in preset_names() and not path.is_file()
         config = presets(model) if known else KimiLinearConfig.from_json(path)
-        if residual == "block" and config.sublayers_per_block is None:
-            raise ValueError("it has no sublayers_per_block, which --residual block needs")
+        if residual and VARIANTS[residual].sized and config.sublayers_per_block is None:
+            raise ValueError(f"it has no sublayers_per_block, which --residual {residual} needs")
         return config.replace(residual=residual or config.residual)
     except OSError as error:
         raise UserError(

@@ -170,6 +170,7 @@ def _check_out(out: Path | None) -> None:
 def _model(args: argparse.Namespace) -> tuple[int, int | None, int]:
     """Sublayers, sublayers of a block (None for the standard residual), hidden size."""
     from attnres_ext.cli.model_option import read_config
+    from attnres_ext.residual_variants import VARIANTS
     from attnres_ext.training.errors import UserError
 
     if (args.model is None) == (args.layers is None):
@@ -184,10 +185,11 @@ def _model(args: argparse.Namespace) -> tuple[int, int | None, int]:
         residual, block = args.residual or "block", args.sublayers_per_block
         if args.hidden_size is None:
             raise UserError("--layers needs --hidden-size")
-        if residual == "block" and block is None:
+        if VARIANTS[residual].sized and block is None:
             raise UserError("--layers needs --sublayers-per-block, or another --residual")
         num_sublayers, hidden = 2 * args.layers, args.hidden_size
-    return num_sublayers, {"standard": None, "full": 1}.get(residual, block), hidden
+    variant = VARIANTS[residual].of(num_sublayers, block)
+    return num_sublayers, variant.sublayers_per_block if variant.num_blocks else None, hidden
 
 
 def _plan(args: argparse.Namespace, num_sublayers: int, block: int | None) -> PipelinePlan:

@@ -213,7 +213,7 @@ def _depth(
             "weights": depth_weights(arm, corpus, settings, world),
         }
         for arm in arms
-        if arm.residual != "standard"
+        if arm.model.residual.variant.attends
     }
 
 

@@ -43,6 +43,7 @@ from attnres_ext.models.kimi_linear.weights import (
     load_weights,
     save_weights,
 )
+from attnres_ext.residual_variants import VARIANTS
 from attnres_ext.training.errors import UserError
 from attnres_ext.training.files import sync_directory, write_json
 from attnres_ext.training.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
@@ -295,7 +296,7 @@ def find_arms(path: Path) -> list[Path]:
         if not found:
             raise UserError(f"{path} holds no checkpoint: no folder step-N is in it")
         path = found[-1][1]
-    order = ["block", "full", "standard"]
+    order = sorted(VARIANTS, key=lambda mode: not VARIANTS[mode].attends)
     names = sorted(verify(path)["arms"], key=lambda name: order.index(name.split("-")[0]))
     return [path / name for name in names]
 

@@ -112,7 +112,7 @@ def inspect_model(
             meter.add(outputs, gradients, residual.closes_block)
             loss, tokens = loss + value.item(), tokens + targets.numel()
     sites = []
-    if residual.mode != "standard":
+    if residual.variant.attends:
         sites = [
             Site(*named, weights.tolist(), tops.tolist(), entropy)
             for named, weights, tops, entropy in zip(
@@ -124,7 +124,7 @@ def inspect_model(
             )
         ]
     depths = [
-        Depth(name, None if residual.mode == "standard" else block, *magnitudes)
+        Depth(name, block if residual.num_blocks else None, *magnitudes)
         for name, block, magnitudes in zip(names, _blocks(residual), meter.means(), strict=True)
     ]
     return Inspection(arm, loss / tokens, tokens, sites, depths)

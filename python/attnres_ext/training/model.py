@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 from attnres_ext.models.kimi_linear.configuration import KimiLinearConfig, presets
 from attnres_ext.residual import AttentionResiduals
+from attnres_ext.residual_variants import Block
 from attnres_ext.training.errors import UserError
 from attnres_ext.training.settings import Settings
-
-# About eight blocks recover most of what full depth attention gives (paper, Fig. 6).
-_BLOCKS = 8
 
 
 def make_config(settings: Settings, vocab_size: int) -> KimiLinearConfig:
@@ -27,11 +23,11 @@ def make_config(settings: Settings, vocab_size: int) -> KimiLinearConfig:
     path = settings.config
     try:
         model = KimiLinearConfig.from_json(path) if path else presets(settings.preset)
-        per_block = settings.sublayers_per_block or model.sublayers_per_block
+        about = max(2, Block.of(model.num_sublayers, None).sublayers_per_block)
         model = model.replace(
             vocab_size=vocab_size,
             residual="block",
-            sublayers_per_block=per_block or max(2, math.ceil(model.num_sublayers / _BLOCKS)),
+            sublayers_per_block=settings.sublayers_per_block or model.sublayers_per_block or about,
         )
     except OSError as error:
         raise UserError(f"--config {path} cannot be read: {error.strerror}") from error
@@ -58,11 +54,11 @@ def site_names(config: KimiLinearConfig) -> list[str]:
 def source_names(config: KimiLinearConfig, residual: AttentionResiduals) -> list[list[str]]:
     """Names of what each site attends over.
 
-    In full mode a block is one sublayer and goes by that sublayer's name; in block mode the names
-    are those of :meth:`AttentionResiduals.sources_at`.
+    These are those of :meth:`AttentionResiduals.sources_at`; a block of one sublayer goes by that
+    sublayer's name.
     """
     names = [residual.sources_at(site) for site in range(residual.num_sites)]
-    if residual.mode != "full":
+    if residual.sublayers_per_block > 1:
         return names
     sublayers = {f"block {i + 1}": name for i, name in enumerate(site_names(config))}
     return [[sublayers.get(source, source) for source in sources] for sources in names]

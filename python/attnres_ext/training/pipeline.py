@@ -165,7 +165,7 @@ def _plan(model: KimiLinearForCausalLM, split: Split, num_microbatches: int) -> 
     config, residual = model.config, model.residual
     return plan_pipeline(
         config.num_sublayers,
-        None if residual.mode == "standard" else residual.sublayers_per_block,
+        residual.sublayers_per_block if residual.num_blocks else None,
         first_sites_of([2 * layers for layers in split.layers(config)]),
         split.ranks,
         num_microbatches=num_microbatches,

@@ -8,10 +8,12 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from attnres_ext.residual_variants import VARIANTS
 from attnres_ext.training.files import write_bytes
 
-# Okabe and Ito's colours: told apart by colour-blind readers and in grey print.
-COLOURS = {"standard": "#555555", "block": "#0072B2", "full": "#D55E00"}
+# By residual mode. Okabe and Ito's: told apart by colour-blind readers and in grey print.
+_COLOURS = ("#555555", "#0072B2", "#D55E00", "#009E73", "#CC79A7")
+COLOURS = dict(zip(VARIANTS, _COLOURS, strict=False))
 GRID = {"color": "#DDDDDD", "linewidth": 0.7}
 STYLE = {
     "font.size": 10,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from attnres_ext.fields import field, plain, problems
-from attnres_ext.residual import MODES
+from attnres_ext.residual_variants import MODES
 
 _run = partial(field, group="run")
 _text = partial(field, group="text")

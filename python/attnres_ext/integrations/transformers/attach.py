@@ -19,6 +19,7 @@ from attnres_ext.integrations.transformers.weights import (
     without_report,
 )
 from attnres_ext.residual import AttentionResiduals
+from attnres_ext.residual_variants import VARIANTS
 
 __all__ = ["attach", "attention_residuals", "detach", "from_pretrained"]
 
@@ -81,8 +82,9 @@ def attach(
         raise ValueError(
             f"attach: this {type(model).__name__} already has Attention Residuals; detach first"
         )
-    if mode not in (None, "block", "full"):
-        raise ValueError(f"attach: mode is {mode!r}, expected 'block' or 'full'")
+    modes = [name for name, variant in VARIANTS.items() if variant.attends]
+    if mode is not None and mode not in modes:
+        raise ValueError(f"attach: mode is {mode!r}, expected one of {', '.join(modes)}")
     if unknown := hub.keys() - set(HUB_ARGUMENTS):
         raise TypeError(f"attach: unexpected argument {', '.join(sorted(unknown))}")
     if reason := _lost_by_adapters(model):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from attnres_ext.fields import Wanted, build, field, problems
-from attnres_ext.residual import MODES
+from attnres_ext.residual_variants import MODES, VARIANTS
 
 __all__ = ["KimiLinearConfig", "LinearAttentionConfig", "preset_names", "presets"]
 
@@ -160,7 +160,7 @@ class KimiLinearConfig:
         return [f"{problem}, as num_experts is {self.num_experts}" for problem in found if problem]
 
     def _residual_problems(self) -> list[str]:
-        if self.residual != "block":
+        if not VARIANTS[self.residual].sized:
             return []
         wanted = Wanted(int, least=1, most=self.num_sublayers)
         problem = wanted.problem("sublayers_per_block", self.sublayers_per_block)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from attnres_ext.models.kimi_linear.configuration import KimiLinearConfig
+from attnres_ext.residual_variants import VARIANTS
 
 __all__ = ["RESIDUAL_SPELLINGS", "checkpoint_names", "spelling_of", "stored_names"]
 
@@ -100,7 +101,7 @@ def checkpoint_names(config: KimiLinearConfig, spelling: str = "k3") -> dict[str
     sites = RESIDUAL_SPELLINGS[spelling](config.num_hidden_layers)
     names = {}
     for number, (norm, site) in enumerate(zip(norms, sites, strict=True)):
-        if config.residual != "standard":
+        if VARIANTS[config.residual].attends:
             names[f"model.residual.queries.{number}"] = site.query
             names[f"model.residual.key_weights.{number}"] = site.gain
         if site.norm is not None:
