@@ -18,7 +18,7 @@ from .model_stack import action, make_stack
 from .model_variants import VARIANTS, YARDSTICK
 from .results import ModelResult
 from .runner import Options, Refuse, Report
-from .timing import HostTimer, Timer, Timing, measure_in_step
+from .timing import HostTimer, InStep, Timer, Timing, measure
 
 #: Seconds for the turns of a case, all variants together.
 _SECONDS = 20.0
@@ -69,7 +69,7 @@ class ModelWork:
             optimizer = torch.optim.AdamW(self._stack.parameters(), lr=1e-6, fused=True)
         actions = {name: action(self._stack, self._variants[name], optimizer) for name in names}
         report("timing")
-        timings = measure_in_step(actions, _SECONDS, self._timer(), refuse, self._turns)
+        timings = measure(actions, InStep(_SECONDS, self._turns), self._timer(), refuse)
         self._yardstick = timings.get(YARDSTICK.name)
         for name in timings:
             report(f"memory of {name}")

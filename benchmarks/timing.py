@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 try:
     import resource
@@ -107,17 +107,40 @@ class Effort:
     """How long to measure.
 
     Attributes:
-        rounds: turns that every baseline gets.
+        rounds: turns that everybody gets.
         turn: samples in a turn, after one call that is not timed: it brings back to the caches what
-            the previous baseline threw out. Calls longer than `_SLOW` come without it.
+            the one before threw out. Calls longer than `_SLOW` come without it.
         shortest: seconds that a sample lasts at least.
-        budget: seconds after which a slow baseline gets fewer turns, and one sample a turn.
+        budget: seconds after which a slow one gets fewer turns, and one sample a turn.
     """
 
     rounds: int = 7
     turn: int = 3
     shortest: float = 2e-4
     budget: float = 6.0
+
+
+@dataclass(frozen=True)
+class InStep:
+    """Of long actions, whose n-th samples must be of the same turn, so that they can be divided.
+
+    Attributes:
+        budget: seconds for everybody together; it decides on the number of turns, from 5 to 25.
+        turns: how many, if not as many as there is time for.
+    """
+
+    budget: float
+    turns: int | None = None
+
+
+class Turns(NamedTuple):
+    """What somebody gets: in how many rounds, samples in each, calls a sample, and whether a call
+    comes before them."""
+
+    rounds: int
+    samples: int
+    repeats: int
+    warm: bool
 
 
 class HostTimer:
@@ -172,7 +195,7 @@ class _HostSampler:
 
 def measure(
     actions: Mapping[str, Action],
-    effort: Effort,
+    effort: Effort | InStep,
     timer: Timer | None = None,
     refuse: Callable[[str, Exception], None] | None = None,
 ) -> dict[str, Timing]:
@@ -182,88 +205,58 @@ def measure(
         actions: what to time, by name.
         effort: how long.
         timer: how to take a sample; the host's clock by default.
-        refuse: told of an action that cannot be loaded (its memory may not suffice for one more
-            baseline), which is then left out; without it such an error is raised.
+        refuse: told of an action that cannot be loaded (its memory may not suffice for one more),
+            which is then left out; without it such an error is raised.
     """
     timer = timer or HostTimer()
+    shortest = effort.shortest if isinstance(effort, Effort) else 0.0
     samplers: dict[str, Sampler] = {}
-    estimates: dict[str, float] = {}
+    once: dict[str, float] = {}
     for name, action in actions.items():
         try:
-            sampler = timer.load(action, effort.shortest)
+            sampler = timer.load(action, shortest)
             # The gate has run everything once, so this call is a fair estimate.
-            once = sampler.sample(1)
-            if once < effort.shortest:
-                once = sampler.sample(10)
-            samplers[name], estimates[name] = sampler, once
-        except Exception as error:  # whatever a baseline throws, the others go on
+            took = sampler.sample(1)
+            if isinstance(effort, InStep):
+                took = sampler.sample(1)  # whatever is done once is done
+            elif took < shortest:
+                took = sampler.sample(10)
+            samplers[name], once[name] = sampler, took
+        except Exception as error:  # whatever somebody throws, the others go on
             if refuse is None:
                 raise
             refuse(name, error)
+    if isinstance(effort, InStep):
+        rounds = effort.turns or max(5, min(25, int(effort.budget / max(sum(once.values()), 1e-9))))
+        plans = {name: Turns(rounds, 1, 1, False) for name in samplers}
+    else:
+        rounds = effort.rounds
+        plans = {name: _turns(effort, took) for name, took in once.items()}
     timings = {name: Timing(timer=sampler.timer) for name, sampler in samplers.items()}
-    turns: dict[str, tuple[int, int, int, bool]] = {}
-    for name, once in estimates.items():
-        repeats = max(1, math.ceil(effort.shortest / max(once, 1e-9)))
-        turn, warm = effort.turn, once < _SLOW
-        if effort.rounds * (turn + warm) * repeats * once > effort.budget:
-            turn = 1
-        affordable = int(effort.budget / ((turn + warm) * repeats * once))
-        turns[name] = (max(2, min(effort.rounds, affordable)), turn, repeats, warm)
-
     names = list(samplers)
-    for round_ in range(effort.rounds):
+    for round_ in range(rounds if names else 0):
         # Nobody always runs after the same predecessor.
         for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
-            rounds, turn, repeats, warm = turns[name]
-            # Slow ones sit out, evenly: they run in `rounds` of all rounds.
-            if (round_ + 1) * rounds // effort.rounds == round_ * rounds // effort.rounds:
+            plan, sampler, timing = plans[name], samplers[name], timings[name]
+            # Slow ones sit out, evenly: they run in `plan.rounds` of all rounds.
+            if (round_ + 1) * plan.rounds // rounds == round_ * plan.rounds // rounds:
                 continue
-            sampler = samplers[name]
-            if warm:
+            if plan.warm:
                 sampler.sample(1)
             before = _preemptions()
-            timings[name].samples += [sampler.sample(repeats) for _ in range(turn)]
-            timings[name].preemptions += _preemptions() - before
+            timing.samples += [sampler.sample(plan.repeats) for _ in range(plan.samples)]
+            timing.preemptions += _preemptions() - before
     return timings
 
 
-def measure_in_step(
-    actions: Mapping[str, Action],
-    seconds: float,
-    timer: Timer,
-    refuse: Callable[[str, Exception], None],
-    turns: int | None = None,
-) -> dict[str, Timing]:
-    """Times long actions so that their n-th samples are of the same turn and can be divided.
-
-    Args:
-        actions: what to time, by name.
-        seconds: how long; it decides on the number of turns, from 5 to 25.
-        timer: how to take a sample.
-        refuse: told of an action that raises an error, which is then left out.
-        turns: how many, if not as many as there is time for.
-    """
-    samplers: dict[str, Sampler] = {}
-    once = 0.0
-    for name, action in actions.items():
-        try:
-            sampler = timer.load(action, 0.0)
-            sampler.sample(1)  # whatever is done once is done
-            once += sampler.sample(1)
-            samplers[name] = sampler
-        except Exception as error:  # whatever a baseline throws, the others go on
-            refuse(name, error)
-    timings = {name: Timing(timer=sampler.timer) for name, sampler in samplers.items()}
-    names = list(samplers)
-    if turns is None:
-        turns = max(5, min(25, int(seconds / max(once, 1e-9))))
-    for turn in range(turns if names else 0):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            before = _preemptions()
-            timings[name].samples.append(samplers[name].sample(1))
-            timings[name].preemptions += _preemptions() - before
-    return timings
+def _turns(effort: Effort, once: float) -> Turns:
+    """What somebody gets whose call takes ``once`` seconds."""
+    repeats = max(1, math.ceil(effort.shortest / max(once, 1e-9)))
+    samples, warm = effort.turn, once < _SLOW
+    if effort.rounds * (samples + warm) * repeats * once > effort.budget:
+        samples = 1
+    affordable = int(effort.budget / ((samples + warm) * repeats * once))
+    return Turns(max(2, min(effort.rounds, affordable)), samples, repeats, warm)
 
 
 def _preemptions() -> int:

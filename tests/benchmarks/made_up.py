@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -181,58 +181,6 @@ def build(date: str, seconds: float, size: int = 6_000_000) -> dict[str, Any]:
     }
 
 
-def training(date: str) -> dict[str, Any]:
-    """A training run of two arms."""
-    over = {"percent": 3.25, "low": 2.0, "high": 4.5}
-    return {
-        "command": "attnres train --preset demo",
-        **facts(date),
-        "text": "some text",
-        "steps": 160,
-        "tokens_per_step": 1024,
-        "arms": [
-            {
-                "arm": arm,
-                "parameters": 1_234_567,
-                "val_loss": loss,
-                "bits_per_byte": loss / 0.693,
-                "ms_per_step": 800.0,
-                "overhead": overhead,
-            }
-            for arm, loss, overhead in (("standard", 1.75, None), ("block", 1.5, over))
-        ],
-    }
-
-
-def gpu_check(date: str) -> dict[str, Any]:
-    """A check in which a race was found, with one figure."""
-    row = asdict(timed(MIX, "ours", 3e-4))
-    return {
-        "kind": "gpu-check",
-        "command": "python -m tools.gpu_check",
-        **facts(date, device="cuda", csrc=OLD),
-        "passed": False,
-        "parts": {
-            "tests": {
-                "status": "passed",
-                "reason": "",
-                "seconds": 61.0,
-                "counts": {"passed": 400, "skipped": 3},
-            },
-            "racecheck": {"status": "failed", "reason": "a race & more", "seconds": 9.0},
-            "bench": {
-                "status": "passed",
-                "reason": "",
-                "seconds": 30.0,
-                "figures": {
-                    "run": {"kind": "run", "format": 1, **facts(date, device="cuda", csrc=OLD)},
-                    "results": [{"kind": "result", **row}],
-                },
-            },
-        },
-    }
-
-
 def folder(at: Path) -> Path:
     """Everything: three runs on a CPU, the last one slower, one on a GPU of older code."""
     keep(at, facts("2026-01-01"), operators())
@@ -242,8 +190,6 @@ def folder(at: Path) -> Path:
     keep(at, facts("2026-01-15", device="cuda", csrc=OLD), [timed(MIX, "ours", 4e-4)])
     for date, seconds in (("2026-01-02", 300.0), ("2026-03-02", 200.0)):
         (at / f"build-{date}.json").write_text(json.dumps(build(date, seconds)))
-    (at / "training-2026-01-03.json").write_text(json.dumps(training("2026-01-03")))
-    (at / "gpu-check-a-gpu.json").write_text(json.dumps(gpu_check("2026-01-16")))
     return at
 
 

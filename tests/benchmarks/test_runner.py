@@ -21,7 +21,7 @@ EFFORT = Effort(rounds=2, turn=1, shortest=1e-5, budget=0.1)
 CASE = Case("depth_attention", sources=3, tokens=200, hidden=32, dtype="float32")
 EAGER = BASELINES["eager"]
 STACK = ModelCase(
-    "train", 4, 32, 48, heads=2, head_dim=8, sublayers_per_block=3, tokens=70, batch=2
+    "train", 4, 32, 48, heads=2, head_dim=8, sublayers_per_block=3, tokens=20, batch=2
 )
 DECODE = replace(STACK, work="decode", tokens=1, context=20)
 

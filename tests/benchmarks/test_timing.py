@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 
 from attnres_ext.benchmarks import timing
-from attnres_ext.benchmarks.timing import Action, Effort, Timing, measure
+from attnres_ext.benchmarks.timing import Action, Effort, InStep, Timing, measure
 
 
 class Clock:
@@ -43,7 +43,7 @@ def test_reports_the_time_of_one_call(clock: Clock) -> None:
     assert clock.log.count("short") > 100
 
 
-def test_contestants_take_turns(clock: Clock) -> None:
+def test_everybody_takes_turns(clock: Clock) -> None:
     actions = {n: Action(lambda _, n=n: clock.work(n, 1e-2)) for n in "abc"}
     measure(actions, Effort(rounds=4, turn=1))
     # One call each to learn how long it takes; then a warm and a timed call in every turn.
@@ -59,7 +59,7 @@ def test_drift_hits_all_alike(clock: Clock) -> None:
     assert timings["one"].median == pytest.approx(timings["other"].median, rel=0.1)
 
 
-def test_slow_contestants_get_fewer_turns_but_at_least_two(clock: Clock) -> None:
+def test_slow_ones_get_fewer_turns_but_at_least_two(clock: Clock) -> None:
     actions = {
         "slow": Action(lambda _: clock.work("slow", 5.0)),
         "fast": Action(lambda _: clock.work("fast", 1e-3)),
@@ -112,3 +112,25 @@ def test_statistics() -> None:
     assert measured.best == 1.0
     assert measured.spread == pytest.approx(2 / 3)
     assert Timing([1.0]).spread == 0.0
+
+
+def test_long_actions_are_timed_in_step_and_who_raises_is_left_out() -> None:
+    order: list[str] = []
+
+    def explode(_: int) -> None:
+        raise MemoryError("too large")
+
+    refused: dict[str, str] = {}
+    actions = {name: Action(lambda _, name=name: order.append(name)) for name in "abc"}
+    timings = measure(
+        {"large": Action(explode), **actions},
+        InStep(1.0, turns=3),
+        refuse=lambda name, error: refused.update({name: str(error)}),
+    )
+    assert refused == {"large": "too large"}
+    assert "".join(order) == "aabbcc" + "abc" + "bca" + "cab"
+    assert {name: len(timing.samples) for name, timing in timings.items()} == dict.fromkeys(
+        "abc", 3
+    )
+    with pytest.raises(MemoryError):
+        measure({"large": Action(explode)}, InStep(1.0))

@@ -6,7 +6,6 @@ import argparse
 import math
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from attnres_ext.cli import bench_report
 from attnres_ext.cli.arguments import HelpFormatter, list_of, number
 from attnres_ext.training.errors import UserError
-from attnres_ext.training.files import shown, writing
+from attnres_ext.training.files import check_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -185,22 +184,13 @@ def run(args: argparse.Namespace) -> int:
     if args.resume and args.out is None:
         raise UserError("--resume needs the folder of the run to go on with: --out DIR")
     if args.out is not None:
-        _make_folder(args.out)
+        check_folder("--out", args.out)
     console = Console()
     if not console.is_terminal:
         # A pipe or a file has no width; rich would fold the tables into 80 columns.
         console = Console(width=160)
     _bench(args, cases, stacks, console)
     return 0
-
-
-def _make_folder(path: Path) -> None:
-    """Finds out now, not after minutes of measuring, that nothing can be written there."""
-    name = f"--out {shown(path)}"
-    with writing(name, "cannot be made"):
-        path.mkdir(parents=True, exist_ok=True)
-    with writing(name, "cannot be written to"), tempfile.TemporaryFile(dir=path):
-        pass
 
 
 @dataclass(frozen=True)
