@@ -68,4 +68,6 @@ def in_every_mode(rank, world, store):
 
 def test_two_processes(tmp_path):
     """Each has other microbatches; the last one's backward adds up over both."""
-    multiprocessing.spawn(in_every_mode, (2, str(tmp_path / "store")), nprocs=2)
+    # Forked: importing torch takes longer than all that they compute.
+    store = str(tmp_path / "store")
+    multiprocessing.start_processes(in_every_mode, (2, store), nprocs=2, start_method="fork")
