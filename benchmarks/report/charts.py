@@ -234,7 +234,7 @@ def _slope(
     )  # fmt: skip
 
 
-def _figure(title: str, height: float = 3.4, left: float = 0.85, below: float = 0.6) -> _Both:
+def _figure(title: str, height: float = 3.4, left: float = 0.95, below: float = 0.6) -> _Both:
     """As wide as a phone: on wider pages several stand side by side, so that text stays readable.
 
     Args:
