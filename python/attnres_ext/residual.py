@@ -18,7 +18,7 @@ from attnres_ext.recording import Record
 from attnres_ext.residual_cached import CachedState
 from attnres_ext.residual_state import ResidualState
 from attnres_ext.residual_training import TrainingState
-from attnres_ext.residual_variants import MODES, VARIANTS
+from attnres_ext.residual_variants import VARIANTS
 from attnres_ext.suspended import SuspendedPass, check_resumable, describe_sites
 
 __all__ = ["AttentionResiduals"]
@@ -119,9 +119,9 @@ class AttentionResiduals(nn.Module):
             raise ValueError(
                 f"AttentionResiduals: num_sublayers is {num_sublayers}, expected at least 1"
             )
-        if mode not in MODES:
+        if mode not in VARIANTS:
             raise ValueError(
-                f"AttentionResiduals: mode is {mode!r}, expected one of {', '.join(MODES)}"
+                f"AttentionResiduals: mode is {mode!r}, expected one of {', '.join(VARIANTS)}"
             )
         if sublayers_per_block is not None and sublayers_per_block < 1:
             raise ValueError(
@@ -243,8 +243,7 @@ class AttentionResiduals(nn.Module):
         They share their other sources, the embedding and the blocks before: phase 1 reads these
         once for all of them.
         """
-        first = (block - 1) * self.sublayers_per_block + 1
-        return range(first, min(first + self.sublayers_per_block, self.num_sites))
+        return self.variant.sites_of_block(block)
 
     def sources_at(self, site: int) -> list[str]:
         """Names of what ``site`` attends over, in order.

@@ -43,7 +43,7 @@ class Block:
     @property
     def num_blocks(self) -> int:
         """How many blocks the sublayers form."""
-        return -(-self.num_sublayers // self.sublayers_per_block)
+        return self.num_blocks_before(self.num_sublayers)
 
     def closes_block(self, site: int) -> bool:
         """Whether the sum that ``site`` reads last is finished."""
@@ -52,6 +52,11 @@ class Block:
     def num_blocks_before(self, site: int) -> int:
         """How many blocks are finished before ``site``, with the embedding."""
         return -(-site // self.sublayers_per_block)
+
+    def sites_of_block(self, block: int) -> range:
+        """The sites that read ``block`` while it is open or just finished."""
+        first = (block - 1) * self.sublayers_per_block + 1
+        return range(first, min(first + self.sublayers_per_block, self.num_sublayers + 1))
 
     def sources_at(self, site: int) -> list[str]:
         """Names of what ``site`` attends over."""
@@ -85,7 +90,6 @@ class Standard(Block):
     """The usual sum, never closed: one source, whose weight is 1 whatever the query."""
 
     attends = sized = False
-    num_blocks = 0
 
     @classmethod
     def of(cls, num_sublayers: int, sublayers_per_block: int | None) -> Standard:

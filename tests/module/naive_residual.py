@@ -20,9 +20,9 @@ def mix(sources, query, gain, eps):
     return torch.einsum("n..., n...d -> ...d", weights, values)
 
 
-def forward(embedding, sublayers, norms, queries, gains, sublayers_per_block, eps, norm_eps):
+def forward(embedding, sublayers, norms, queries, gains, closing, eps, norm_eps):
     """Fig. 2 a sublayer at a time (Eq. 5 and 6); ``norms`` and the other lists have one entry per
-    site."""
+    site. A block is finished at each site in ``closing``."""
 
     def read(site, sources):
         mixed = mix(sources, queries[site], gains[site], eps)
@@ -30,7 +30,7 @@ def forward(embedding, sublayers, norms, queries, gains, sublayers_per_block, ep
 
     blocks, partial = [embedding], None
     for site, sublayer in enumerate(sublayers):
-        if partial is not None and site % sublayers_per_block == 0:
+        if partial is not None and site in closing:
             blocks, partial = [*blocks, partial], None
         written = sublayer(read(site, blocks if partial is None else [*blocks, partial]))
         partial = written if partial is None else partial + written
@@ -88,8 +88,9 @@ class Toy(nn.Module):
             state.write(run(partial(self.sublayer, site), hidden))
         return state.read_output(self.norms[-1], self.norm_eps)
 
-    def naive(self, embedding):
+    def naive(self, embedding, closing=None):
         residual = self.residual
+        closing = closing or range(0, residual.num_sites, residual.sublayers_per_block)
         sublayers = [
             lambda x, site=site: self.sublayer(site, x) for site in range(residual.num_sublayers)
         ]
@@ -101,7 +102,7 @@ class Toy(nn.Module):
             self.norms,
             residual.queries,
             residual.key_weights,
-            residual.sublayers_per_block,
+            closing,
             residual.eps,
             self.norm_eps,
         )
