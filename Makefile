@@ -7,6 +7,8 @@ VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 TAG = $(shell $(BIN)/python -c "import sys; print(f'cp{sys.version_info.major}{sys.version_info.minor}')")
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# Byte code is made of what is imported, when it is: of all of torch it takes longer than installing it.
+PIP_INSTALL := $(PIP) install --no-compile
 CPP_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh')
 # What the shared libraries are made of.
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml \
@@ -16,7 +18,7 @@ SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.to
 export OMP_WAIT_POLICY ?= passive
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help demo test test-processors test-oldest wheel lint format kernels bench results gpu-check clean
+.PHONY: help demo demo-ready test test-ready test-processors test-oldest wheel lint format kernels bench results gpu-check clean
 .DELETE_ON_ERROR:
 
 help:
@@ -33,45 +35,66 @@ help:
 	@echo "make format   ruff and clang-format, in place"
 	@echo "make clean    remove the build, keeping the environment"
 	@echo "Knobs: PYTHON (default python3), GPU_PYTHON (with a CUDA torch, for gpu-check), GPU_CHECK_ARGS,"
-	@echo "       ATTNRES_CUDA=ON|OFF|AUTO, ATTNRES_CUDA_ARCHS, MAX_JOBS"
+	@echo "       ATTNRES_CUDA=ON|OFF|AUTO, ATTNRES_CUDA_ARCHS, ATTNRES_CPU_SETS=all|native, MAX_JOBS"
 
-$(VENV)/run.stamp: requirements/run.txt
-	@echo "Creating $(VENV) and installing what running needs"
+$(VENV)/build.stamp: requirements/build.txt
+	@echo "Creating $(VENV) and installing what compiling needs: PyTorch and CMake (half a minute, and their download)"
 	@$(PYTHON) -c 'import sys; sys.exit("attnres-ext needs Python 3.10 or later, this is " + sys.version.split()[0] + "; set PYTHON" if sys.version_info < (3, 10) else 0)'
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) install -r requirements/run.txt
+	@$(PIP_INSTALL) -r requirements/build.txt
 	@touch $@
 
-$(VENV)/test.stamp: $(VENV)/run.stamp requirements/test.txt requirements/cuda.txt
-	@echo "Installing what testing needs"
-	@$(PIP) install -r requirements/test.txt
-	@$(PIP) install --no-deps -r requirements/cuda.txt
+$(VENV)/run.stamp: $(VENV)/build.stamp requirements/run.txt
+	@echo "Installing what running needs (seconds)"
+	@$(PIP_INSTALL) -r requirements/run.txt
+	@touch $@
+
+$(VENV)/test.stamp: $(VENV)/run.stamp requirements/test.txt
+	@echo "Installing what testing needs (half a minute)"
+	@$(PIP_INSTALL) -r requirements/test.txt
+	@touch $@
+
+$(VENV)/cuda.stamp: $(VENV)/build.stamp requirements/cuda.txt
+	@$(PIP_INSTALL) --no-deps -r requirements/cuda.txt
 	@touch $@
 
 # Editable, so that Python sources need no build. `--no-build-isolation`: against the torch that will run it.
-INSTALL = $(PIP) install --no-build-isolation --no-deps --editable .
+INSTALL = $(PIP_INSTALL) --no-build-isolation --no-deps --editable .
 
-# Kernels that no device here can run are left out, unless a full build has been made already.
-build/demo.stamp: $(VENV)/run.stamp $(SOURCES)
-	@echo "Building the operators (a minute or two)"
-	@ATTNRES_CUDA=$${ATTNRES_CUDA:-$(if $(shell command -v nvidia-smi),AUTO,OFF)} $(INSTALL)
+# What no device here can run is left out, unless a full build has been made already: CUDA kernels without a GPU, and CPU kernels
+# for other processors than this one.
+build/demo.stamp: $(VENV)/build.stamp $(SOURCES)
+	@echo "Compiling the operators for this machine alone (a minute; make test and make wheel compile them for every one)"
+	@ATTNRES_CPU_SETS=$${ATTNRES_CPU_SETS:-native} ATTNRES_CUDA=$${ATTNRES_CUDA:-$(if $(shell command -v nvidia-smi),AUTO,OFF)} $(INSTALL)
 	@mkdir -p build && touch $@
 
-build/test.stamp: $(VENV)/test.stamp $(SOURCES)
-	@echo "Building the operators for every device that the compilers here know (some minutes)"
+build/test.stamp: $(VENV)/build.stamp $(VENV)/cuda.stamp $(SOURCES)
+	@echo "Compiling the operators for every processor and device that the compilers here know (some minutes)"
 	@$(INSTALL)
 	@mkdir -p build && touch $@ build/demo.stamp
 
-demo: $(VENV)/run.stamp
-	@$(MAKE) --no-print-directory --question build/test.stamp 2>/dev/null \
-	  || $(MAKE) --no-print-directory build/demo.stamp
-	attnres train --preset demo --residual standard,block --steps 160 --out runs/demo --overwrite
+# What compiling does not need is installed meanwhile.
+SUBMAKE = $(MAKE) --no-print-directory --silent
+demo-ready: $(VENV)/build.stamp
+	@built=build/demo.stamp; $(SUBMAKE) --question build/test.stamp 2>/dev/null && built=; \
+	  $(SUBMAKE) --jobs 2 $$built $(VENV)/run.stamp
+test-ready: $(VENV)/build.stamp
+	@$(SUBMAKE) --jobs 2 build/test.stamp $(VENV)/test.stamp
+
+# 80 steps show what more of them do: how the losses of the two residuals part, and where each site reads.
+demo: demo-ready
+	@echo "Training two small models side by side, with and without Attention Residuals (two minutes)"
+	attnres train --preset demo --residual standard,block --steps 80 --validate-every 20 --validation-batches 4 \
+	  --out runs/demo --overwrite
+	@echo "The first pictures are there: runs/demo/loss.png, runs/demo/depth_attention.png"
+	@echo "Writing Python with the model (seconds)"
 	attnres generate --checkpoint runs/demo --prompt "def " --max-new-tokens 200 --temperature 0.6
-	attnres bench --device cpu --suite quick --out runs/demo/bench
+	@echo "Timing the operators against plain PyTorch and torch.compile (a minute at most)"
+	attnres bench --device cpu --suite quick --seconds 40 --out runs/demo/bench
 	attnres bench report runs/demo/bench
 	@echo "Everything is in runs/demo: loss.png, depth_attention.png, metrics.jsonl, bench/report.html"
 
-test: build/test.stamp lint
+test: test-ready lint
 	@cmake -S . -B build/$(TAG) -DATTNRES_TESTS=ON > build/ctest.log && cmake --build build/$(TAG) >> build/ctest.log
 	ctest --test-dir build/$(TAG) --output-on-failure
 	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
@@ -81,7 +104,7 @@ test: build/test.stamp lint
 COMPUTING = tests/ops tests/module tests/models tests/integrations
 SSE = ATTNRES_CPU=baseline ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE
 AVX2 = ATTNRES_CPU=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2
-test-processors: build/test.stamp
+test-processors: test-ready
 	OMP_NUM_THREADS=1 $(SSE) python -m pytest -n 2 --dist worksteal $(COMPUTING) $(PYTEST_ARGS)
 	@if ! grep -qs avx512f /proc/cpuinfo; then exit; fi; set -x; \
 	  OMP_NUM_THREADS=1 $(AVX2) python -m pytest -n 2 --dist worksteal $(COMPUTING) $(PYTEST_ARGS)
@@ -102,7 +125,7 @@ test-oldest: $(OLDEST)/test.stamp
 	PATH=$(CURDIR)/$(OLDEST)/bin:$$PATH OMP_NUM_THREADS=1 python -m pytest -n 2 --dist worksteal $(COMPUTING) tests/compat \
 	  tests/packaging/test_torch_names.py $(PYTEST_ARGS)
 
-wheel: $(VENV)/run.stamp
+wheel: $(VENV)/build.stamp
 	$(BIN)/python -m pip --disable-pip-version-check wheel --no-build-isolation --no-deps --wheel-dir dist .
 
 lint: $(VENV)/test.stamp
@@ -115,12 +138,10 @@ format: $(VENV)/test.stamp
 	ruff format .
 	clang-format -i $(CPP_FILES)
 
-kernels: build/test.stamp
+kernels: test-ready
 	python tools/kernels.py
 
-bench: $(VENV)/run.stamp
-	@$(MAKE) --no-print-directory --question build/test.stamp 2>/dev/null \
-	  || $(MAKE) --no-print-directory build/demo.stamp
+bench: demo-ready
 	attnres bench --device cpu --suite ops --out runs/bench
 	attnres bench report runs/bench
 
@@ -133,7 +154,7 @@ gpu-check:
 MEASURED = build/results-$(shell git rev-parse --short HEAD 2>/dev/null)
 # All cores, whatever the shell says.
 ALL_CORES = env -u OMP_NUM_THREADS -u MKL_NUM_THREADS
-results: build/test.stamp
+results: test-ready
 	@$(MAKE) --no-print-directory $(foreach part,build bench plain training,$(MEASURED)/$(part))
 	python tools/figures.py --add-training runs/demo
 	attnres bench report benchmarks/results
