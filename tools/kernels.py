@@ -78,6 +78,8 @@ class Loop:
 
 #: What a warp that computes does with every row of a tile: score it, mix it, write the mix.
 TILE_PASS = ("HMMA.1688.", "HMMA.16816.", "STG.")
+#: The same of phase 1's tile: products with queries, squares, results, put into shared memory.
+PHASE_ONE_PASS = ("HMMA.16816.", "HMMA.1688.", "STSM.")
 #: What a warp that merges does with every row: load it, find the logit, write what it makes of it.
 MERGE_PASS = ("LDG.E.NA.128", "MUFU.RSQ", "STG.E.128")
 
@@ -96,8 +98,8 @@ class Kernel:
     constant: int = 0
     opcodes: Counter[str] = field(default_factory=Counter)
     loops: list[Loop] = field(default_factory=list)
-    #: Instructions of the shortest way round a loop that does all of ``TILE_PASS``, or of
-    #: ``MERGE_PASS``, or None.
+    #: Instructions of the shortest way round a loop that does all of ``TILE_PASS``, of
+    #: ``PHASE_ONE_PASS`` or of ``MERGE_PASS``, or None.
     row_instructions: int | None = None
     #: The fewest loads of matrices under way when the first product behind them starts.
     matrix_loads_ahead: int | None = None
@@ -333,7 +335,8 @@ def read_kernels(library: Path) -> list[Kernel]:
         kernel.loops = find_loops(code[key])
         if count(kernel.opcodes, "LDSM"):
             blocks, followers = find_blocks(code[key])
-            kernel.row_instructions = shortest_pass(blocks, followers, TILE_PASS)
+            wanted = PHASE_ONE_PASS if "inter_block" in kernel.name else TILE_PASS
+            kernel.row_instructions = shortest_pass(blocks, followers, wanted)
             kernel.matrix_loads_ahead = fewest_loads_ahead(blocks)
         elif kernel.row_loads:
             kernel.row_instructions = shortest_pass(*find_blocks(code[key]), MERGE_PASS)

@@ -55,6 +55,17 @@ TILE_REGISTERS = 96
 TILE_ROW_INSTRUCTIONS = {columns: 125 + 40 * columns // 64 for columns in (64, 128, 192, 256)}
 #: Storage, and whether there is an output norm.
 BACKWARD_TILE = re.compile(r"depth_attention_tile_bwd_kernel<(?P<storage>\w+), (?P<norm>\w+)>")
+#: Storage, columns of a warp, and tokens of a stage.
+PHASE_ONE_TILE = re.compile(
+    r"inter_block_attention_tile_fwd_kernel<(?P<storage>\w+), (?P<columns>\d+), (?P<tokens>\d)>"
+)
+#: Instructions that a computing warp may spend on a stage: for each slice of 16 columns up to three
+#: products with queries, two or four with weights, two loads and what writes results, which float16
+#: scales; and whatever its columns. The loop over squares takes 32 columns at a time: eight
+#: products, two loads.
+PHASE_ONE_SLICE_INSTRUCTIONS = {"__nv_bfloat16": 9, "__half": 11}
+PHASE_ONE_STAGE_INSTRUCTIONS = 140
+PHASE_ONE_SQUARES_INSTRUCTIONS = 16
 #: Storage, and chunks of a lane.
 MERGE = re.compile(r"merge_partial_(?P<way>fwd|bwd)_kernel<(?P<storage>\w+), (?P<chunks>\d)>")
 #: kMergeChoices and kMergeBackwardChoices in csrc/cuda/merge_partial/config.hpp: threads of a CTA,
@@ -159,7 +170,7 @@ def with_policies(kernels: list) -> list[tuple]:
     """The kernels that take rows, each with the parts of its name."""
     found = []
     for kernel in kernels:
-        others = (WEIGHT_GRADIENT, INTER_BLOCK, TILE, BACKWARD_TILE, MERGE)
+        others = (WEIGHT_GRADIENT, INTER_BLOCK, TILE, BACKWARD_TILE, PHASE_ONE_TILE, MERGE)
         if any(other.fullmatch(kernel.name) for other in others):
             continue
         parts = DEPTH_ATTENTION.fullmatch(kernel.name)
@@ -199,7 +210,8 @@ def test_every_architecture_has_every_kernel(kernels) -> None:
     for kernel in kernels:
         # Phase 1 has one kernel for a cluster and a CTA alone, as it has one loader.
         name = re.sub("BulkTiles, CtaCluster", "BulkTiles, OneCta", kernel.name)
-        if "CtaCluster" in name or TILE.fullmatch(name) or BACKWARD_TILE.fullmatch(name):
+        of_tile = any(one.fullmatch(name) for one in (TILE, BACKWARD_TILE, PHASE_ONE_TILE))
+        if "CtaCluster" in name or of_tile:
             clusters.setdefault(kernel.arch, set()).add(kernel.name)
         else:
             name = re.sub("(CpAsync|Bulk)(Ring|Tiles)", r"\2", name)
@@ -223,7 +235,11 @@ def test_every_architecture_has_every_kernel(kernels) -> None:
     }.items():
         assert sum(f"{stem}_kernel" in name for name in names[0]) <= most
     shared_kernels = {"depth_attention_fwd": 7, "depth_attention_bwd": 1}
-    tile_kernels = {"depth_attention_tile_fwd": 8, "depth_attention_tile_bwd": 3}
+    tile_kernels = {
+        "depth_attention_tile_fwd": 8,
+        "depth_attention_tile_bwd": 3,
+        "inter_block_attention_tile_fwd": 12,
+    }
     for stem, most in {**shared_kernels, **tile_kernels}.items():
         assert sum(f"{stem}_kernel" in name for name in shared) <= most
 
@@ -421,3 +437,27 @@ def test_merging_keeps_a_row_in_registers(kernels) -> None:
         of_chunk, of_row = MERGE_ROW_INSTRUCTIONS[way]
         assert kernel.row_instructions is not None, name
         assert kernel.row_instructions <= of_row + of_chunk * chunks, name
+
+
+def test_phase_1_s_tile_keeps_its_budget(kernels) -> None:
+    found = [(kernel, PHASE_ONE_TILE.fullmatch(kernel.name)) for kernel in kernels]
+    for kernel, parts in found:
+        if parts is None:
+            continue
+        name = f"{kernel.arch} {kernel.name}"
+        # kMostInterBlockTileThreads in csrc/cuda/inter_block_attention/config.hpp
+        assert kernel.registers * 512 <= 65536, name
+        assert kernel.constant <= 4096, name
+        slices = int(parts["columns"]) // 16
+        # Rows are loaded once for products, once for squares and once for results.
+        loads, stores = (tool.count(kernel.opcodes, stem) for stem in ("LDSM", "STSM"))
+        of_squares = [loop for loop in kernel.loops if loop.tensor_products]
+        assert [(one.matrix_loads, one.tensor_products) for one in of_squares] == [(2, 8)], name
+        assert of_squares[0].instructions <= PHASE_ONE_SQUARES_INSTRUCTIONS, name
+        assert loads == 2 * slices + 2, name
+        assert stores == int(parts["tokens"]) * slices // 2, name
+        # The shortest way round has one time round the loop over squares.
+        of_slice = PHASE_ONE_SLICE_INSTRUCTIONS[parts["storage"]]
+        most = PHASE_ONE_STAGE_INSTRUCTIONS + of_slice * slices
+        assert kernel.row_instructions is not None, name
+        assert kernel.row_instructions <= most, f"{name}: {kernel.row_instructions}"

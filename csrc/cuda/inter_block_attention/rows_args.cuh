@@ -6,6 +6,7 @@
 #include "common/rows.cuh"
 #include "common/teams.cuh"
 #include "inter_block_attention/rows_tile.hpp"
+#include "inter_block_attention/score_vector.cuh"
 
 namespace attnres::cuda::inline ATTNRES_CUDA_SET {
 
@@ -212,22 +213,6 @@ __device__ __forceinline__ void add_up_dots(const Args& args, int num_tokens,
                 return scratch.dot(args, row / args.num_sources,
                                    row % args.num_sources)[i % args.num_queries];
               });
-}
-
-// scale * query * key_weight of 8 or 1 columns.
-template <int kWidth, typename Compute, typename Args>
-__device__ __forceinline__ void load_score_vector(const Args& args, int query, int chunk,
-                                                  Compute (&u)[kWidth]) {
-  using Gains = Mixed<Compute, kWidth>;
-  Gains::load(GlobalView{row_at(args.queries, query)}, args.queries.dtype, chunk, u);
-  if (args.key_weights.data != nullptr) {
-    Compute gain[kWidth];
-    Gains::load(GlobalView{row_at(args.key_weights, query)}, args.key_weights.dtype, chunk, gain);
-#pragma unroll
-    for (int j = 0; j < kWidth; ++j) u[j] *= gain[j];
-  }
-#pragma unroll
-  for (int j = 0; j < kWidth; ++j) u[j] *= args.scale;
 }
 
 }  // namespace attnres::cuda::inline ATTNRES_CUDA_SET

@@ -1,7 +1,7 @@
 // The tile of phase 1, forward: 16-bit rows, all arithmetic over columns on tensor cores. With u_s
 // = query_s * key_weight_s and r_i = 1 / rms(v_i):
 //
-//   l_si = scale r_i <u_s, v_i>,  lse_s = log sum_i exp(l_si),  out_s = sum_i exp(l_si - lse_s) v_i
+//   l_si = r_i <u_s, v_i>,  lse_s = log sum_i exp(l_si),  out_s = sum_i exp(l_si - lse_s) v_i
 //
 // A stage holds the rows of one token's sources, up to 16, or of two tokens' with up to 8 each: a
 // tile of 16 rows. Queries come in groups of eight, and stay in registers from the first row to the
@@ -31,6 +31,7 @@
 #include "common/ring.cuh"
 #include "common/rows.cuh"
 #include "inter_block_attention/config.hpp"
+#include "inter_block_attention/score_vector.cuh"
 
 namespace attnres::cuda::inline ATTNRES_CUDA_SET {
 
@@ -44,11 +45,12 @@ struct InterBlockTileArgs {
   float inverse_hidden;
   float eps;
   float scale;
-  ConstByteRows factors[2];  // of score vectors [S, D]: queries; key_weights, or absent
-  const float* known_rstd;   // [N, M], or null
-  ByteRows out;              // [S * M, D]
-  float* lse;                // [S, M]
-  float* stats;              // [N + S * N, M], or null
+  ConstByteRows queries;      // [S, D]
+  ConstByteRows key_weights;  // [S, D], or absent
+  const float* known_rstd;    // [N, M], or null
+  ByteRows out;               // [S * M, D]
+  float* lse;                 // [S, M]
+  float* stats;               // [N + S * N, M], or null
   ConstByteRows rows[kInterBlockTileRows];
 };
 
@@ -389,7 +391,7 @@ class InterBlockTileForward {
     float weights[4], my_largest = 0, my_sum = 1;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const float logit = args_.scale * rstd * dots.x[j];
+      const float logit = rstd * dots.x[j];
       const int query = first_query + j;
       if (args_.stats != nullptr && writes && lane.is_source && query < args_.num_queries) {
         const int64_t row = args_.num_sources + int64_t{query} * args_.num_sources + lane.source;
@@ -482,85 +484,80 @@ class InterBlockTileForward {
     return lane;
   }
 
-  // The parts of query g of the group, at this warp's columns.
-  __device__ __forceinline__ void split_query(int group, int first_column, Query& parts,
-                                              float (&units)[2]) const {
-    const int g = lane_ / 4, t = lane_ % 4, query = group * kGroupQueries + g;
-    float x[kSlices][2][2];
-#pragma unroll
-    for (int k = 0; k < kSlices; ++k) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const bool is_there =
-            query < args_.num_queries && column_of(first_column, k, h) < num_columns_;
-        x[k][h][0] = x[k][h][1] = is_there ? 1 : 0;
-      }
-    }
-    // Two factors, one after the other.
+  // Score vectors [groups][8] of this CTA's columns, as float32, where results will be.
+  __device__ __forceinline__ void stage_vectors() const {
+    constexpr int kChunk = 8;
+    const int chunks = args_.config.warps * kColumns / kChunk;
+    const int num_rows = layout_.num_groups * kGroupQueries;
 #pragma unroll 1
-    for (int which = 0; which < 2; ++which) {
-      const ConstByteRows rows = args_.factors[which];
-      if (rows.data == nullptr || query >= args_.num_queries) continue;
-      const std::byte* const row = row_at(rows, query);
-      with_storage(rows.dtype, [&](auto type) {
-        using Storage = decltype(type);
-        const Storage* const values = reinterpret_cast<const Storage*>(row) + first_column_;
-#pragma unroll
-        for (int k = 0; k < kSlices; ++k) {
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            const int column = column_of(first_column, k, h);
-            if (column >= num_columns_) continue;
-            x[k][h][0] *= widen<float>(load_global<Storage>(values + column));
-            x[k][h][1] *= widen<float>(load_global<Storage>(values + column + 1));
-          }
-        }
-      });
+    for (int i = thread_rank(); i < num_rows * chunks; i += kWarpSize * num_computing()) {
+      const int query = i / chunks, chunk = i % chunks;
+      float u[kChunk] = {};
+      if (query < args_.num_queries && chunk * kChunk < num_columns_) {
+        load_score_vector(args_, query, first_column_ / kChunk + chunk, u);
+      }
+      auto* const to = shared<uint4>(layout_.results + 2 * query * layout_.pitch) + 2 * chunk;
+      to[0] = pack(float{}, u);
+      to[1] = pack(float{}, u + kChunk / 2);
     }
-    sync_warp();
+    sync_first_threads(kWarpSize * num_computing());
+  }
+  // Of this lane, query g of the group: two neighbours of a half of a slice.
+  __device__ __forceinline__ Pair<float> staged(int group, int column, int slice, int half) const {
+    const int g = lane_ / 4, t = lane_ % 4;
+    const int from = layout_.results + 2 * (group * kGroupQueries + g) * layout_.pitch +
+                     4 * (column + slice * kSliceColumns + half * 8 + 2 * t);
+    return *shared<const Pair<float>>(from);
+  }
+  // Their parts, at this warp's columns.
+  __device__ __forceinline__ void split_vectors(int group, int column, Query& parts,
+                                                float (&units)[2]) const {
     float factor = 1;
     units[0] = units[1] = 1;
     if constexpr (kScalesParts<T>) {
       float largest = 0;
-#pragma unroll
-      for (int k = 0; k < kSlices; ++k) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const float size = fabsf(x[k][j / 2][j % 2]);
-          largest = size > largest ? size : largest;
-        }
+#pragma unroll 1
+      for (int half = 0; half < 2 * kSlices; ++half) {
+        const Pair<float> pair = staged(group, column, half / 2, half % 2);
+        largest = larger(largest, larger(fabsf(pair.first), fabsf(pair.second)));
       }
 #pragma unroll
       for (int mask = 1; mask < 4; mask *= 2) {
-        const float other = shuffle_xor(largest, mask);
-        largest = other > largest ? other : largest;
+        largest = larger(largest, shuffle_xor(largest, mask));
       }
       factor = scale_of(largest);
       const float unit = inverse_of_scale(factor);
-      units[0] = shuffle_from(unit, 4 * (2 * t));
-      units[1] = shuffle_from(unit, 4 * (2 * t + 1));
+      units[0] = shuffle_from(unit, 4 * (2 * (lane_ % 4)));
+      units[1] = shuffle_from(unit, 4 * (2 * (lane_ % 4) + 1));
     }
 #pragma unroll
-    for (int k = 0; k < kSlices; ++k) {
+    for (int slice = 0; slice < kSlices; ++slice) {
+      // One after the other: all at once would take more registers than the parts do.
+      sync_warp();
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        Pair<float> rest = {x[k][h][0] * factor, x[k][h][1] * factor};
+      for (int half = 0; half < 2; ++half) {
+        Pair<float> rest = staged(group, column, slice, half);
+        rest = {rest.first * factor, rest.second * factor};
 #pragma unroll
-        for (int part = 0; part < kQueryParts; ++part) parts[k][part][h] = split_off(T{}, rest);
+        for (int part = 0; part < kQueryParts; ++part) {
+          parts[slice][part][half] = keep_in_register(split_off(T{}, rest));
+        }
       }
     }
+    // Results take their place.
+    sync_first_threads(kWarpSize * num_computing());
   }
-  // Of this CTA, the first of two that a lane has of a slice's half.
-  __device__ __forceinline__ int column_of(int first_column, int slice, int half) const {
-    return first_column + slice * kSliceColumns + half * 8 + 2 * (lane_ % 4);
-  }
+  __device__ __forceinline__ static float larger(float a, float b) { return b > a ? b : a; }
 
   __device__ __forceinline__ void compute() const {
     const int group = warp_ / args_.config.warps;
     const int column = warp_ % args_.config.warps * kColumns;
-    Lane lane = make_lane(group, column);
+    stage_vectors();
     Query query;
-    split_query(group, column, query, lane.units);
+    float units[2];
+    split_vectors(group, column, query, units);
+    Lane lane = make_lane(group, column);
+    lane.units[0] = units[0], lane.units[1] = units[1];
     const int first = size_ > 1 ? cluster_rank() : cta_rank();
     const int count = size_ > 1 ? num_clusters() : num_ctas();
     const int all = (args_.num_tokens + kTokens - 1) / kTokens;
@@ -581,8 +578,8 @@ class InterBlockTileForward {
     wait(stage_barrier(lane, false, at.slot), at.parity);
     const SharedAddress from = lane.from + at.slot * layout_.stage;
     const SharedAddress to = lane.sums + i % 2 * num_computing() * Layout::kSumBytes;
-    multiply_by_queries(lane, query, from, to);
     add_squares(lane, from, to + Layout::kSquares);
+    multiply_by_queries(lane, query, from, to);
     sync_warp();
     if (lane_made_anew() == 0) arrive(row_barrier(lane, kSummed, i));
   }
@@ -591,23 +588,21 @@ class InterBlockTileForward {
                                                       SharedAddress from, SharedAddress to) const {
     // A tensor core's sums are cut off, so they are short: see docs/numerics.md.
     float dots[2][4] = {};
-    uint32_t x[2][2][4];
-    load_matrices(x[0][0], from);
-    load_matrices(x[0][1], from + 2 * kSliceColumns);
+    // As many loads under way as there are registers for, beside the queries' parts.
+    constexpr int kAhead = 2 * kSlices * kQueryParts > 72 ? 3 : 4;
+    uint32_t x[kAhead][4];
+    const auto load = [&](int slice) {
+      if (slice < kSlices) load_matrices(x[slice % kAhead], from + 2 * kSliceColumns * slice);
+    };
 #pragma unroll
-    for (int pair = 0; pair < kPairs; ++pair) {
-      if (pair + 1 < kPairs) {
-        const SharedAddress ahead = from + kPairBytes * (pair + 1);
-        load_matrices(x[(pair + 1) % 2][0], ahead);
-        load_matrices(x[(pair + 1) % 2][1], ahead + 2 * kSliceColumns);
-      }
+    for (int slice = 0; slice < kAhead; ++slice) load(slice);
+#pragma unroll
+    for (int slice = 0; slice < kSlices; ++slice) {
 #pragma unroll
       for (int part = 0; part < kQueryParts; ++part) {
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          multiply_add_16x8x16(T{}, dots[j], x[pair % 2][j], query[2 * pair + j][part]);
-        }
+        multiply_add_16x8x16(T{}, dots[slice % 2], x[slice % kAhead], query[slice][part]);
       }
+      load(slice + kAhead);
     }
     const int number = lane_made_anew(), g = number / 4, t = number % 4;
     to += 4 * (g * kGroupQueries + 2 * t);
@@ -640,15 +635,14 @@ class InterBlockTileForward {
     const int number = lane_made_anew(), g = number / 4, t = number % 4;
     if (t != g / 2) return;
     const bool is_odd = g % 2 != 0;
-    to += 4 * g;
-    store_shared(to, is_odd ? early[1] : early[0]);
-    store_shared(to + 4 * 8, is_odd ? late[3] : late[2]);
+    const float first = is_odd ? early[1] : early[0], second = is_odd ? late[3] : late[2];
+    store_shared(to + 4 * g, first);
+    store_shared(to + 4 * (g + 8), second);
   }
 
   __device__ __forceinline__ void make_results(const Lane& lane, int i, int slot) const {
     wait(row_barrier(lane, kReady, i), parity(i));
-    const auto weights =
-        load_shared<uint4>(lane.weights + i % 2 * layout_.num_groups * Layout::kWeightBytes);
+    const SharedAddress weights = lane.weights + i % 2 * layout_.num_groups * Layout::kWeightBytes;
     const SharedAddress from = turned(lane) + slot * layout_.stage;
 #pragma unroll
     for (int token = 0; token < kTokens; ++token) {
@@ -656,12 +650,15 @@ class InterBlockTileForward {
       // Results of two tokens before are stored by now.
       wait(row_barrier(lane, kStored, n), parity(n) ^ 1);
       const SharedAddress to = keep_in_register(lane.results) + n % 2 * layout_.result_bytes;
-      if constexpr (kTokens == 1) {
-        mix({weights.x, weights.y}, {weights.z, weights.w}, from, to);
-      } else {
-        mix({token == 0 ? weights.x : weights.y}, {token == 0 ? weights.z : weights.w},
-            from + token * kSources * layout_.pitch, to);
+      Weights parts[2];
+#pragma unroll
+      for (int part = 0; part < 2; ++part) {
+#pragma unroll
+        for (int j = 0; j < kLoadsOfPair; ++j) {
+          parts[part][j] = load_shared<uint32_t>(weights + 8 * part + 4 * (token + j));
+        }
       }
+      mix(parts[0], parts[1], from + token * kSources * layout_.pitch, to);
       show_to_copy_engine();
       sync_warp();
       if (lane_made_anew() == 0) arrive(row_barrier(lane, kDone, n));

@@ -17,8 +17,7 @@ inline InterBlockRead tile_read(const InterBlockForward& p) {
   return {.hidden = p.hidden, .num_sources = p.num_sources, .num_queries = p.num_queries};
 }
 
-// 16-bit rows that bulk copies can reach. Queries and gains may lie where they like: each is read
-// once.
+// 16-bit rows that bulk copies can reach.
 inline bool tile_serves(const InterBlockForward& p) {
   const DType dtype = p.out.dtype;
   const auto is_same = [&](const auto& rows) {
@@ -26,7 +25,8 @@ inline bool tile_serves(const InterBlockForward& p) {
   };
   bool serves = (dtype == DType::kBFloat16 || dtype == DType::kFloat16) &&
                 p.compute == DType::kFloat32 && p.num_tokens <= kMostInterBlockTileTokens &&
-                p.hidden % 8 == 0 && is_same(p.out);
+                p.hidden % 8 == 0 && is_same(p.out) && is_aligned(p.queries, 16) &&
+                is_aligned(p.key_weights, 16);
   for (int i = 0; serves && i < p.num_sources; ++i) serves = is_same(p.sources[i]);
   return serves;
 }
@@ -43,8 +43,8 @@ inline InterBlockTileArgs make_tile_args(const InterBlockForward& p,
   args.inverse_hidden = static_cast<float>(1.0 / static_cast<double>(p.hidden));
   args.eps = static_cast<float>(p.eps);
   args.scale = static_cast<float>(p.scale);
-  args.factors[0] = byte_rows<const std::byte>(p.queries, p.num_queries);
-  args.factors[1] = byte_rows<const std::byte>(p.key_weights, p.num_queries);
+  args.queries = byte_rows<const std::byte>(p.queries, p.num_queries);
+  args.key_weights = byte_rows<const std::byte>(p.key_weights, p.num_queries);
   args.known_rstd = static_cast<const float*>(p.known_rstd);
   args.out = byte_rows<std::byte>(p.out, p.num_queries * p.num_tokens);
   args.lse = static_cast<float*>(p.lse);
