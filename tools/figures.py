@@ -222,24 +222,23 @@ def training(folder: Path) -> list[str]:
 
 def evidence(name: str, folder: Path) -> list[str]:
     """Residual modes at each one's own best learning rate, over paired seeds."""
-    path = folder / f"evidence-{name}.json"
+    path, spread = folder / f"evidence-{name}.json", evidence_summary.spread
     record = json.loads(path.read_text()) if path.is_file() else None
-    arms = evidence_summary.summarize(record) if record else []
-    if record is None or not arms:
+    variants = evidence_summary.summarize(record) if record else []
+    if not variants:
         return ["Nothing is kept yet; the command above measures it."]
-    design = record["design"]
-    rates = sorted(design["learning_rates"])
-    header = ["residual", "best rate", "validation loss", f"minus {arms[0].residual}"]
+    design, rates = record["design"], list(variants[0].by_rate)
+    header = ["residual", "best rate", "validation loss", f"minus {variants[0].residual}"]
     header += [f"at {rate:g}" for rate in rates]
     rows = [
         [
-            arm.residual,
-            f"{arm.best:g}{'*' if arm.at_edge else ''}",
-            str(arm.by_rate[arm.best]),
-            str(arm.difference or "–"),
-            *(str(arm.by_rate[rate]) for rate in rates),
+            one.residual,
+            f"{one.best:g}{'*' if one.at_edge else ''}",
+            spread(one.by_rate[one.best]),
+            spread(one.differences) if one.differences else "–",
+            *map(spread, one.by_rate.values()),
         ]
-        for arm in arms
+        for one in variants
     ]
     seeds = evidence_summary.complete_seeds(record)
     tokens = design["batch_size"] * design["sequence_length"]
@@ -250,7 +249,7 @@ def evidence(name: str, folder: Path) -> list[str]:
         f"{record['text']}, {design['steps']} steps of {tokens:,} tokens, {len(seeds)} seeds; "
         "mean ± standard deviation over seeds, nats per token.",
     ]
-    if any(arm.at_edge for arm in arms):
+    if any(one.at_edge for one in variants):
         lines[-1] += " *: at the edge of the sweep, a better rate may lie beyond."
     image = f"images/evidence-{name}.png"
     if (ROOT / "docs" / image).is_file():

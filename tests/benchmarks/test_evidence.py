@@ -120,18 +120,17 @@ def test_modes_are_compared_at_their_own_best_rates_within_seeds() -> None:
     standard, block, full = evidence_summary.summarize(MADE_UP)
     assert (standard.best, block.best, full.best) == (5e-3, 2e-3, 5e-3)
     assert (standard.at_edge, block.at_edge, full.at_edge) == (False, True, False)
-    assert standard.difference is None
-    assert block.difference.mean == pytest.approx(-0.2)
+    assert standard.differences == []
     # Of -0.1, -0.2, -0.3, where the losses themselves spread by 0.2.
-    assert block.difference.deviation == pytest.approx(0.1)
-    assert str(full.difference) == "0.000 ± 0.100"
+    assert evidence_summary.spread(block.differences) == "-0.200 ± 0.100"
+    assert evidence_summary.spread(full.differences) == "0.000 ± 0.100"
 
 
 def test_only_seeds_with_the_whole_grid_count() -> None:
     losses = [one for one in MADE_UP["losses"] if (one["residual"], one["seed"]) != ("full", 1)]
     partial = MADE_UP | {"losses": losses}
     assert evidence_summary.complete_seeds(partial) == [0, 2]
-    assert evidence_summary.summarize(partial)[1].difference.mean == pytest.approx(-0.2)
+    assert evidence_summary.summarize(partial)[1].differences == pytest.approx([-0.1, -0.3])
     assert evidence_summary.summarize(MADE_UP | {"losses": losses[:5]}) == []
 
 
