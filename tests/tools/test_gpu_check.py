@@ -494,14 +494,6 @@ def test_programs_get_their_environment_and_keep_their_output(tmp_path: Path) ->
     assert (tmp_path / "a" / "log").read_text() == "x\n"
 
 
-def test_this_machines_python_is_understood(tmp_path: Path) -> None:
-    """The probe itself, on a machine without a GPU."""
-    found = python.find([sys.executable], "cpu", process.run, tmp_path)
-    assert found.facts["missing"] == []
-    with pytest.raises(python.CannotCheckError, match="nowhere/python cannot be asked"):
-        python.find(["/nowhere/python"], "cpu", lambda *_: Finished(127, "", 0.0), tmp_path)
-
-
 def test_outcomes_survive_a_run_that_is_killed(tmp_path: Path) -> None:
     path = tmp_path / "outcomes"
     line = {"test": "a", "outcome": "passed", "seconds": 1.0, "reason": ""}
@@ -561,10 +553,14 @@ def setting_in(tmp_path: Path) -> Setting:
     return Setting(this, "cpu", ROOT / "python" / "attnres_ext", tmp_path, process.run)
 
 
-def test_what_a_test_takes_along_is_its_own_process(tmp_path: Path) -> None:
-    """Real processes: every test has its turn, and the record says which hung."""
+def test_what_a_test_takes_along_is_its_own_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real processes that share the tests: each has its turn, and the record says which hung."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
     (tmp_path / "test_hostile.py").write_text(HOSTILE)
-    suite = testing.Suite("hostile", [str(tmp_path / "test_hostile.py")], patience=1.5)
+    paths = [str(tmp_path / "test_hostile.py")]
+    suite = testing.Suite("hostile", paths, patience=1.5, processes=2)
     entry, ended = testing.run(setting_in(tmp_path), suite, 100)
     names = {name.split("::")[-1]: outcome for name, outcome in entry["tests"].items()}
     failing = {"test_hangs[0]", "test_hangs[2]", "test_crashes[1]", "test_fails"}
@@ -583,30 +579,16 @@ def test_what_a_test_takes_along_is_its_own_process(tmp_path: Path) -> None:
         "(no call after it: CUDA error: an illegal memory access was encountered)"
     )
     assert "assert 1 + 1 == 3" in "\n".join(entry["texts"].values())
-    # A process for each test that took one along, and one for the rest.
-    assert len(ended) == 5
-    # What has lost a process comes last.
-    order = [name.split("::")[-1] for name in entry["tests"]]
-    assert order.index("test_hangs[1]") > order.index("test_passes[2]")
-
-
-def test_processes_share_the_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 16)
-    (tmp_path / "test_some.py").write_text(
-        "import os, pytest\n"
-        "@pytest.mark.parametrize('size', range(7))\n"
-        "def test_one(size):\n    size == 2 and os.abort()\n"
-    )
-    suite = testing.Suite("some", [str(tmp_path / "test_some.py")], processes=2)
-    entry, ended = testing.run(setting_in(tmp_path), suite, 100)
-    assert entry["counts"] == {"passed": 6, "failed": 1}
-    assert entry["collected"] == 7
-    assert len(ended) == 3
+    # A process for each test that took one along, and two for the rest.
+    assert len(ended) == 6
     mine, others = (
-        {line["test"] for line in testing.read_lines(path) if "test" in line}
+        [line["test"] for line in testing.read_lines(path) if "test" in line]
         for path in sorted(tmp_path.glob("*.jsonl"))
     )
-    assert (len(mine), len(others), mine & others) == (4, 3, set())
+    assert not {*mine} & {*others}
+    assert {*mine} | {*others} == {*entry["tests"]}
+    # What has lost a process comes last.
+    assert "test_hangs[2]" in mine[-1]
 
 
 def test_tests_that_were_not_reached_are_counted(tmp_path: Path) -> None:
