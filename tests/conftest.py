@@ -88,12 +88,15 @@ def _is_about(item: pytest.Item, chosen: str | None) -> bool:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what ``--device`` does not ask for; skips, visibly, what needs a GPU."""
+    """Leaves out what ``--device`` does not ask for; skips, visibly, what needs a GPU; puts what
+    takes long first."""
     chosen = config.getoption("--device")
     others = [item for item in items if not _is_about(item, chosen)]
     if others:
         config.hook.pytest_deselected(items=others)
-        items[:] = [item for item in items if item not in set(others)]
+        left_out = set(others)
+        items[:] = [item for item in items if item not in left_out]
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("cuda"):
