@@ -132,8 +132,7 @@ def inspect_model(
 
 def _blocks(residual: nn.Module) -> list[int]:
     """The block that the embedding and each sublayer write to."""
-    written = (1 + site // residual.sublayers_per_block for site in range(residual.num_sublayers))
-    return [0, *written]
+    return [0, *map(residual.num_blocks_before, range(1, residual.num_sites))]
 
 
 class _Meter:
