@@ -1,17 +1,19 @@
 """Builds the wheel for 64-bit Arm on this machine and tests it there by emulation.
 
-    python tools/aarch64.py --work DIR [--cpu max] [PYTEST_ARGUMENTS]
+    python tools/aarch64.py --work DIR [--cpu max] [--cuda] [PYTEST_ARGUMENTS]
 
 Needs Debian 12's packages g++-aarch64-linux-gnu, qemu-user and rsync, `apt-get update` after
 `dpkg --add-architecture arm64`, and the CMake of requirements/run.txt. Python is unpacked from
 arm64 packages, torch and what tests need from wheels; nothing is installed. Some 20 minutes for
-tests/ops.
+tests/ops. With --cuda also the CUDA kernels, with the nvcc that is here, for the servers that
+NVIDIA calls sbsa: as long again as their build here.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -44,6 +46,7 @@ def main() -> int:
     )
     parser.add_argument("--work", type=Path, required=True, help="folder for all of it, some 2 GB")
     parser.add_argument("--cpu", default="max", help="processor: max has bfloat16, neoverse-n1 not")
+    parser.add_argument("--cuda", action="store_true", help="with the CUDA kernels")
     options, pytest_arguments = parser.parse_known_args()
     missing = [p for p in (COMPILER, "qemu-aarch64", "dpkg", "rsync") if shutil.which(p) is None]
     if missing:
@@ -51,7 +54,7 @@ def main() -> int:
     work = options.work.resolve()
     unpack_packages(work)
     install_wheels(work)
-    wheel = build_wheel(work)
+    wheel = build_wheel(work, options.cuda)
     print(f"built {wheel}", flush=True)
     package = work / "package"
     shutil.rmtree(package, ignore_errors=True)
@@ -116,7 +119,39 @@ def run_python(
     )
 
 
-def build_wheel(work: Path) -> Path:
+def cuda_toolkit(work: Path) -> Path:
+    """The toolkit that is here, with the other processor's libraries in the place of its own."""
+    toolkit = work / "toolkit"
+    told = subprocess.run(
+        ["nvcc", "-c", "-x", "cu", "/dev/null", "--dryrun"], capture_output=True, text=True
+    ).stderr
+    here = Path(re.search(r"TOP=(\S+)", told)[1]).resolve()
+    version = re.search(r"release ([\d.]+)", subprocess.run(
+        ["nvcc", "--version"], check=True, capture_output=True, text=True
+    ).stdout)[1]  # fmt: skip
+    if not toolkit.exists():
+        unfinished = work / "toolkit.part"
+        # A copy: nvcc looks for everything else beside itself.
+        shutil.copytree(here / "bin", unfinished / "bin")
+        (unfinished / "nvvm").symlink_to(here / "nvvm")
+        subprocess.run(
+            [sys.executable, "-m", "pip", "install", "--quiet", "--target", unfinished / "wheel",
+             "--no-deps", "--only-binary=:all:", "--platform=manylinux2014_aarch64",
+             f"nvidia-cuda-runtime=={version}.*"],
+            check=True,
+        )  # fmt: skip
+        target = unfinished / "targets" / "sbsa-linux"
+        target.mkdir(parents=True)
+        (target / "include").symlink_to(here / "include")
+        (libraries,) = unfinished.glob("wheel/nvidia/*/lib")
+        shutil.copytree(libraries, target / "lib")
+        # nvcc's other name for it.
+        (target.parent / "aarch64-linux").symlink_to("sbsa-linux")
+        unfinished.rename(toolkit)
+    return toolkit
+
+
+def build_wheel(work: Path, cuda: bool) -> Path:
     """Compiled here, for there: CMake asks the emulated Python where torch and its headers are."""
     tree, dist = work / "tree", work / "dist"
     shutil.rmtree(dist, ignore_errors=True)
@@ -131,9 +166,15 @@ def build_wheel(work: Path) -> Path:
         f"-DCMAKE_CXX_COMPILER={COMPILER}", f"-DPython_EXECUTABLE={work / 'python-max'}",
         f"-DPython_INCLUDE_DIR={work / 'root/usr/include/python3.11'}",
     ]  # fmt: skip
+    if cuda:
+        toolkit = cuda_toolkit(work)
+        cross += [
+            f"-DCMAKE_CUDA_COMPILER={toolkit / 'bin/nvcc'}", f"-DCUDAToolkit_ROOT={toolkit}",
+            f"-DCMAKE_CUDA_HOST_COMPILER={COMPILER}",
+        ]  # fmt: skip
     done = run_python(
         work, ["setup.py", "-q", "bdist_wheel", "--dist-dir", str(dist)], folder=tree,
-        ATTNRES_CUDA="OFF", CMAKE_ARGS=" ".join(cross),
+        ATTNRES_CUDA="ON" if cuda else "OFF", CMAKE_ARGS=" ".join(cross),
         CPLUS_INCLUDE_PATH=str(work / "root/usr/include"),
     )  # fmt: skip
     if done.returncode != 0:
