@@ -125,6 +125,25 @@ def test_kernel_bodies_know_no_architecture() -> None:
             assert wrapper or found is None, f"{path.relative_to(ROOT)} names {found[0]}"
 
 
+#: Merging fills in depth attention's parameters, and depth attention's launchers ask whether it
+#: serves them.
+RELATED = ({"depth_attention", "merge_partial"},)
+
+
+def test_kernels_of_an_operator_include_no_other_s() -> None:
+    """And what is common to all includes no operator's."""
+    operators = {path.name for path in (CSRC / "cuda").iterdir() if path.name in OPERATORS}
+    for path in (CSRC / "cuda").rglob("*"):
+        folder = path.parent.name
+        if not path.is_file() or folder not in operators | {"common"}:
+            continue
+        for include in INCLUDE.findall(path.read_text()):
+            other = include.strip('"').split("/")[0]
+            assert other not in operators - {folder} or {folder, other} in RELATED, (
+                f"{path.relative_to(ROOT)} includes {include}"
+            )
+
+
 def test_device_code_lives_in_the_namespace_of_its_set() -> None:
     for path in sorted((CSRC / "cuda").rglob("*.cuh")):
         opened = re.findall(r"^namespace ([^{]+) \{", code_of(path), re.MULTILINE)
