@@ -21,6 +21,7 @@ from .kept import Kept, Place, Run
 YARDSTICKS = ("ours", "copy", "standard", "standard-fused")
 #: Who is drawn, the last ones on top.
 _DRAWN = ("eager", "compile", "fla", "ours")
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _WORKS = {
     "train": "Training step",
     "prefill": "Prefill",
@@ -130,11 +131,27 @@ def operators(kept: Kept, place: Place) -> Iterator[Card]:
     others = [name for name in _timed(cases) if name not in ("ours", "copy")]
     table, failed = tables.operators(cases, others)
     yield Card(
-        place.label, "", table, _shares(cases), [*failed, *_excuses(cases)],
+        place.label, "", table, _shares(cases), [*failed, *_lower_roofs(shown), *_excuses(cases)],
         _records(run for run, _ in shown), _legend(_timed(cases)),
     )  # fmt: skip
     yield from _rooflines(place, shown)
     yield from _ladder(kept, place)
+
+
+def _lower_roofs(shown: Iterable[tuple[Run, Rows]]) -> Iterator[str]:
+    """Where matrix products alone take longer than the copy, at the rate that was reached here."""
+    for run, rows in shown:
+        ours, copy = rows["ours"], tables.seconds_of(rows, "copy")
+        rates = run.facts.get("matrix_tflops") or {}
+        # A CPU multiplies in float32 whatever the elements are.
+        rate = rates.get(_DTYPES.get(ours.shape.split()[-1], ""), rates.get("float32"))
+        if ours.operations and rate and copy and ours.operations / (1e12 * rate) > copy:
+            products = ours.operations / (1e12 * rate)
+            yield (
+                f"`{ours.operator}` {ours.shape} {ours.work}: its matrix products alone take "
+                f"{wording.seconds(products)}, more than the copy, so {_share(copy / products)} of "
+                "copy is its limit."
+            )
 
 
 def _timed(cases: Iterable[Rows]) -> list[str]:

@@ -174,6 +174,19 @@ def test_dots_lie_under_their_roofs() -> None:
         assert name in card.pictures[0]
 
 
+def test_matrix_products_can_be_the_lower_roof() -> None:
+    def notes(operations: int, rates: dict[str, float]) -> str:
+        copy, ours = (made_up.timed(made_up.MIX, name, 4e-3) for name in ("copy", "ours"))
+        run = a_run(copy, replace(ours, operations=operations), matrix_tflops=rates)
+        return "\n".join(next(operators(kept.Kept(Path(), (run,)), run.place)).notes)
+
+    # 8 ms at 1 TFLOP/s in the operator's own dtype, or in float32 where that was not measured.
+    limit = "alone take 8.00 ms, more than the copy, so 50 % of copy is its limit"
+    assert limit in notes(8 * 10**9, {"float32": 1.0})
+    assert limit in notes(8 * 10**9, {"float32": 9.0, "bfloat16": 1.0})
+    assert notes(3 * 10**9, {"float32": 1.0}) == notes(8 * 10**9, {}) == ""
+
+
 def test_every_figure_names_its_command(source: str) -> None:
     for drawn in re.findall(r"<figure>(?:(?!</figure>).)*<h3>.*?</figure>", source, re.DOTALL):
         assert re.search(r'<code class="command">(attnres|python) ', drawn)
