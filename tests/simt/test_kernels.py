@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import subprocess
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -29,9 +31,9 @@ DEPTH = [
     *itertools.product((3,), (67,), ([BF16], [FP64])),
     # So narrow, and so wide, that a warp of a tile has few columns or many.
     *itertools.product((3,), (72, 7168), ([BF16], [FP16])),
-    # Wider than the eight CTAs of a cluster have room for.
-    *itertools.product((2, 17), (65544,), ([BF16], [FP16])),
 ]
+#: Wider than the eight CTAs of a cluster have room for.
+WIDE = [*itertools.product((2, 17), (65544,), ([BF16], [FP16]))]
 #: N, S, D and dtypes.
 PHASE_ONE = [
     *itertools.product((3, 20), (3,), (264,), ([BF16], [FP16], [FP32], [BF16, FP32])),
@@ -42,17 +44,19 @@ PHASE_ONE = [
 #: D and dtypes: as many values of a row a thread as merging has kernels for.
 MERGING = [*itertools.product((72, 2048, 2304), ([BF16], [FP16]))]
 
-#: Of what runs with tensor cores, and the same without.
-CONFIGS = ("", "depth_attention=rows,backward_depth_attention=rows,inter_block_attention=rows")
+#: Without tensor cores, where they are used.
+ROWS = "depth_attention=rows,backward_depth_attention=rows,inter_block_attention=rows"
 
 
-def launched_on(device: Device, simulator: Simulator) -> set[str]:
+def launched_on(
+    device: Device, simulator: Simulator, calls: Sequence[Any], merging: Sequence[Any] = ()
+) -> set[str]:
     """Kernels of all those calls, forward and backward."""
     # More tokens than multiprocessors are not few.
     tokens = 2 if device.multiprocessors == 1 else 1
     found = set()
     with simulator.using(device, order="forward"):
-        for count, *queries, hidden, dtypes in DEPTH + PHASE_ONE:
+        for count, *queries, hidden, dtypes in calls:
             sources = make_sources(count, (tokens, hidden), dtype=dtypes)
             leaves = [source.requires_grad_() for source in sources]
             query = (0.01 * torch.randn(*queries, hidden)).requires_grad_()
@@ -66,7 +70,7 @@ def launched_on(device: Device, simulator: Simulator) -> set[str]:
                 out = depth_attention(leaves, query)
             torch.autograd.grad(out.sum(), [*leaves, query])
             found |= {launched.kernel for launched in simulator.launches()}
-        for hidden, dtypes in MERGING:
+        for hidden, dtypes in merging:
             tensors = [t.requires_grad_() for t in make_sources(3, (tokens, hidden), dtype=dtypes)]
             query, lse = torch.zeros(hidden, requires_grad=True), torch.zeros(tokens)
             out, _ = merge_partial(tensors[0], lse, *tensors[1:], query)
@@ -91,9 +95,11 @@ def test_every_kernel_is_launched(
 ) -> None:
     simulator.launches()
     launched = set()
-    for config in CONFIGS:
-        monkeypatch.setenv("ATTNRES_CUDA_CONFIG", config)
-        launched |= set().union(*(launched_on(device, simulator) for device in SETS[name]))
+    for device in SETS[name]:
+        monkeypatch.delenv("ATTNRES_CUDA_CONFIG", raising=False)
+        launched |= launched_on(device, simulator, DEPTH + WIDE + PHASE_ONE, MERGING)
+        monkeypatch.setenv("ATTNRES_CUDA_CONFIG", ROWS)
+        launched |= launched_on(device, simulator, DEPTH + PHASE_ONE)
     kernels = kernels_in(simulator, name)
     assert kernels
     assert sorted(kernels - launched) == []
