@@ -239,12 +239,13 @@ inline InterBlockConfig choose_inter_block_config(const InterBlockRead& read,
       config.ctas = std::max(1, wish.ctas);
       config.stages =
           std::min(inter_block_stages_that_fit(config, read, limits), tuning.most_stages);
-      // Two CTAs where they have as many stages: one computes while the other waits.
-      if (wish.ctas == 0 && size == 1) {
+      // As many CTAs as have stages enough: some compute while others wait.
+      while (wish.ctas == 0 && size == 1) {
         InterBlockConfig more = config;
-        more.ctas = 2;
+        ++more.ctas;
         more.stages = std::min(inter_block_stages_that_fit(more, read, limits), tuning.most_stages);
-        if (more.stages >= tuning.wanted_stages) config = more;
+        if (more.stages < tuning.wanted_stages) break;
+        config = more;
       }
       if (wish.stages > 0) {
         if (wish.stages > inter_block_stages_that_fit(config, read, limits)) continue;
@@ -257,7 +258,9 @@ inline InterBlockConfig choose_inter_block_config(const InterBlockRead& read,
       if (best.stages >= tuning.wanted_stages) return best;
     }
   }
-  ATTNRES_CHECK(!wishes.any() || best.warps > 0, "ATTNRES_CUDA_CONFIG asks for \"", wish.text(),
+  const bool as_wished =
+      !wishes.any() || (best.warps > 0 && (wish.warps == 0 || wish.warps == best.warps));
+  ATTNRES_CHECK(as_wished, "ATTNRES_CUDA_CONFIG asks for \"", wish.text(),
                 "\" (0: as ever), which ", read.num_sources, " sources of ", read.hidden,
                 " values and ", read.num_queries, " queries do not fit");
   return best;
