@@ -72,8 +72,8 @@ def test_depth_attention(device: str, way: Way, backward: bool) -> None:
 @directions
 @ways
 def test_depth_attention_with_summation(device: str, way: Way, backward: bool) -> None:
-    """Partial sum and delta, then the sources as blocks; the sum is one of 256 sources at most."""
-    blocks = rows_of(way, device, extra=2)[: 2 + min(way.sources, 254)]
+    """Partial sum and delta, then the sources as blocks."""
+    blocks = rows_of(way, device, extra=2)
     arguments = {"sources": blocks, **make_weights(way.hidden, device=device)}
     arguments["scale"] = min(1.0, 8 / way.hidden**0.5)
     check(accumulate, arguments, frozen=frozen(arguments, backward))

@@ -81,7 +81,7 @@ DEPTH = [
     Way("cluster, few tokens, many sources", 20, 4096, (BF16,), tokens=2, cluster=8),
     Way("cluster, large rows", 54, 7168, (BF16,), tokens=40, cluster=8, cluster_backward=8),
     Way(
-        "cluster, rows read twice", 256, 7168, (BF16,), tokens=2, cluster=8, cluster_backward=8,
+        "cluster, rows read twice", 130, 7168, (BF16,), tokens=2, cluster=8, cluster_backward=8,
         resident=False,
     ),
     Way("tile, bfloat16", 4, 256, (BF16,), tokens=300, tile=(2, 128)),
