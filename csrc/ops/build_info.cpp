@@ -19,7 +19,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(attnres, m) {
   m.def("cpu_instruction_set() -> str");
   // Architectures with kernels inside, such as "80,90"; empty in a build without CUDA.
   m.def("cuda_architectures() -> str");
-  // SHA-256 of the sources that the library was compiled from (benchmarks/sources.py).
+  // SHA-256 of the sources that the library was compiled from (attnres_ext/sources.py).
   m.def("source_hash() -> str");
 }
 
