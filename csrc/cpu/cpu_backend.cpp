@@ -153,7 +153,6 @@ void depth_attention_forward(const DepthAttentionForward& p, int) {
       shared.out_weight = score + p.hidden;
     }
   });
-  if (splits_columns(p)) k.split_columns(vectors.as<float>(), shared.out_weight ? 2 : 1, p.hidden);
   const int64_t scratch_size = k.depth_attention_forward_scratch(p);
   torch::stable::parallel_for(0, p.num_tokens, grain(p.num_sources, p.hidden),
                               [&](int64_t begin, int64_t end) {
@@ -191,7 +190,6 @@ void depth_attention_backward(const DepthAttentionBackward& p, int) {
   const Kernels& k = kernels();
   const int64_t hidden = p.hidden;
   const Buffer vectors(4 * hidden * size_of(p.compute));
-  const bool split = splits_columns(p);
   const int64_t scratch_size = k.depth_attention_backward_scratch(p);
   with_compute(p.compute, [&](auto zero) {
     using A = decltype(zero);
@@ -205,7 +203,6 @@ void depth_attention_backward(const DepthAttentionBackward& p, int) {
       read_row(as_rows(p.out_weight), 0, hidden, out_weight);
       shared.out_weight = out_weight;
     }
-    if (split) k.split_columns(vectors.as<float>(), shared.out_weight ? 2 : 1, hidden);
     if (p.num_parts == 0) {
       torch::stable::parallel_for(
           0, p.num_tokens, grain(2 * p.num_sources, hidden), [&](int64_t begin, int64_t end) {
@@ -219,7 +216,6 @@ void depth_attention_backward(const DepthAttentionBackward& p, int) {
                  const Buffer scratch(scratch_size);
                  k.depth_attention_backward(p, shared, {begin, end, scratch.data()}, part);
                });
-    if (split) k.join_columns(vectors.as<float>() + 2 * hidden, 2, hidden);
     finish_score_gradient(sums, as_rows(p.query), as_rows(p.key_weight), as_rows(p.grad_query),
                           as_rows(p.grad_key_weight), 1, hidden, p.scale);
     if (p.grad_out_weight.data != nullptr) {
@@ -235,7 +231,7 @@ void inter_block_forward(const InterBlockForward& p, int) {
     make_score_vectors(p.queries, p.key_weights, p.num_queries, p.hidden, p.scale,
                        vectors.as<decltype(zero)>());
   });
-  const SharedVectors shared{.in_order = vectors.data()};
+  const SharedVectors shared{.score = vectors.data()};
   const int64_t scratch_size = k.inter_block_forward_scratch(p);
   const int64_t rows = p.num_sources * p.num_queries;
   torch::stable::parallel_for(0, p.num_tokens, grain(rows, p.hidden),
@@ -248,18 +244,14 @@ void inter_block_forward(const InterBlockForward& p, int) {
 void inter_block_backward(const InterBlockBackward& p, int) {
   const Kernels& k = kernels();
   const int64_t values = p.num_queries * p.hidden;
-  const Buffer vectors(3 * values * size_of(p.compute));
-  const bool split = splits_columns(p);
+  const Buffer vectors(2 * values * size_of(p.compute));
   const int64_t scratch_size = k.inter_block_backward_scratch(p);
   with_compute(p.compute, [&](auto zero) {
     using A = decltype(zero);
     A* score = vectors.as<A>();
     A* sums = score + values;
-    A* in_order = sums + values;
     make_score_vectors(p.queries, p.key_weights, p.num_queries, p.hidden, p.scale, score);
-    std::copy_n(score, values, in_order);
-    if (split) k.split_columns(vectors.as<float>(), p.num_queries, p.hidden);
-    const SharedVectors shared{.score = score, .in_order = in_order};
+    const SharedVectors shared{.score = score};
     if (p.num_parts == 0) {
       const int64_t rows = p.num_sources * p.num_queries;
       torch::stable::parallel_for(
@@ -274,15 +266,17 @@ void inter_block_backward(const InterBlockBackward& p, int) {
                  const Buffer scratch(scratch_size);
                  k.inter_block_backward(p, shared, {begin, end, scratch.data()}, part);
                });
-    if (split) k.join_columns(vectors.as<float>() + values, p.num_queries, p.hidden);
     finish_score_gradient(sums, p.queries, p.key_weights, p.grad_queries, p.grad_key_weights,
                           p.num_queries, p.hidden, p.scale);
   });
 }
 
 void block_cache_write(const BlockCacheWrite& p, int) {
+  const Kernels& k = kernels();
+  const int64_t scratch_size = k.block_cache_write_scratch(p);
   torch::stable::parallel_for(0, p.num_tokens, grain(2, p.hidden), [&](int64_t begin, int64_t end) {
-    kernels().block_cache_write(p, begin, end);
+    const Buffer scratch(scratch_size);
+    k.block_cache_write(p, {begin, end, scratch.data()});
   });
 }
 

@@ -7,13 +7,10 @@
 
 namespace attnres::cpu {
 
-// Vectors that every token shares, converted once per call to the compute type. Where
-// `splits_columns` their columns are in the order in which the kernels load rows, and so are the
-// kernels' `part`s.
+// Vectors that every token shares, converted once per call to the compute type.
 struct SharedVectors {
   const void* score = nullptr;       // [D] or [S, D]: scale * key_weight * query
   const void* out_weight = nullptr;  // [D] or absent
-  const void* in_order = nullptr;    // [S, D], phase 1: `score` with its columns in their own order
 };
 
 struct TokenRange {
@@ -46,17 +43,15 @@ ATTNRES_ALWAYS_INLINE DType shared_dtype(const Backward& p) {
   types.add(p.grad_base, p.num_sources);
   return types.get();
 }
-// Whether the kernels load rows as even and odd columns (see simd.hpp).
-template <typename Params>
-ATTNRES_ALWAYS_INLINE bool splits_columns(const Params& p) {
-  return shared_dtype(p) == DType::kBFloat16 && !is_double(p.compute);
+ATTNRES_ALWAYS_INLINE DType shared_dtype(const BlockCacheWrite& p) {
+  SharedDType types;
+  types.add(p.slot);
+  types.add(p.delta);
+  return types.get();
 }
 
 struct Kernels {
   const char* name;
-  // From columns in their own order to the kernels', and back, in each of `rows` rows.
-  void (*split_columns)(float* values, int64_t rows, int64_t hidden);
-  void (*join_columns)(float* values, int64_t rows, int64_t hidden);
   int64_t (*depth_attention_forward_scratch)(const DepthAttentionForward&);
   void (*depth_attention_forward)(const DepthAttentionForward&, const SharedVectors&, TokenRange);
   int64_t (*depth_attention_backward_scratch)(const DepthAttentionBackward&);
@@ -69,7 +64,8 @@ struct Kernels {
   // Adds to part [S, D]: the gradients of the score vectors.
   void (*inter_block_backward)(const InterBlockBackward&, const SharedVectors&, TokenRange,
                                void* part);
-  void (*block_cache_write)(const BlockCacheWrite&, int64_t begin, int64_t end);
+  int64_t (*block_cache_write_scratch)(const BlockCacheWrite&);
+  void (*block_cache_write)(const BlockCacheWrite&, TokenRange);
 };
 
 // The widest of this library that this processor has, or what ATTNRES_CPU asks for.

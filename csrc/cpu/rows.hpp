@@ -7,25 +7,32 @@
 namespace attnres::cpu {
 namespace {
 
-// A row of a tensor as the inner loops see it.
-struct Row {
-  const void* data = nullptr;
-  DType dtype = DType::kNone;
-};
-struct MutableRow {
-  void* data = nullptr;
-  DType dtype = DType::kNone;
-  bool streamed = false;  // written past the caches, see `streams`
+// How a kernel computes, and what rows hold that it reads and writes. Rows are whole pairs of
+// vectors (see staging.hpp); the columns of vectors of the compute type that meet them, the score
+// vector or sums over tokens, are in the order in which pairs are loaded.
+template <typename Compute, typename Storage>
+struct Uniform {
+  using A = Compute;
+  using T = Storage;
+  static constexpr bool kSplits = kSplitsColumns<A, T>;
 };
 
-ATTNRES_INLINE const void* row_at(const void* data, DType dtype, int64_t offset) {
-  return static_cast<const char*>(data) + offset * size_of(dtype);
+// Where a row of results is written.
+template <typename T>
+struct MutableRow {
+  T* data = nullptr;
+  bool streamed = false;  // past the caches, see `streams`
+};
+
+ATTNRES_INLINE const void* row_at(const ConstRows& rows, int64_t m) {
+  return static_cast<const char*>(rows.data) + rows.offset(m) * size_of(rows.dtype);
 }
-ATTNRES_INLINE Row row(const ConstRows& rows, int64_t m) {
-  return {row_at(rows.data, rows.dtype, rows.offset(m)), rows.dtype};
+ATTNRES_INLINE void* row_at(const Rows& rows, int64_t m) {
+  return static_cast<char*>(rows.data) + rows.offset(m) * size_of(rows.dtype);
 }
-ATTNRES_INLINE MutableRow row(const Rows& rows, int64_t m) {
-  return {const_cast<void*>(row_at(rows.data, rows.dtype, rows.offset(m))), rows.dtype};
+
+ATTNRES_INLINE ConstRows as_const(const Rows& rows) {
+  return {rows.data, rows.inner, rows.outer_stride, rows.inner_stride, rows.dtype};
 }
 
 // Results of so many bytes are gone from a core's caches before anybody reads them.
@@ -40,236 +47,123 @@ ATTNRES_INLINE bool streams(const Rows& rows, int64_t result_bytes) {
          at_line(rows.outer_stride * item);
 }
 
-// How a kernel reads and writes rows. `Uniform`: every row has storage type T, known when compiled.
-// `Mixed`: each row's own dtype is looked at once per vector, a branch that goes the same way for
-// every token.
-template <typename Compute, typename T>
-struct Uniform {
-  using A = Compute;
-  static constexpr bool kSplits = kSplitsColumns<A, T>;
-  static constexpr int kMostVectors = 8;  // of a tile
-  ATTNRES_INLINE int64_t size(Row) { return sizeof(T); }
-  ATTNRES_INLINE Vec<A> load(Row row, int64_t c) {
-    return cpu::load<A>(static_cast<const T*>(row.data) + c);
-  }
-  ATTNRES_INLINE Vec<A> load_of_pair(Row row, int64_t c, int which) {
-    return cpu::load_of_pair<A>(static_cast<const T*>(row.data) + c, which);
-  }
-  ATTNRES_INLINE Vec<A> load_tail(Row row, int64_t c, int64_t count) {
-    return cpu::load_tail<A>(static_cast<const T*>(row.data) + c, count);
-  }
-  ATTNRES_INLINE void store(MutableRow row, int64_t c, Vec<A> v) {
-    cpu::store<A>(static_cast<T*>(row.data) + c, v);
-  }
-  ATTNRES_INLINE void store_tail(MutableRow row, int64_t c, Vec<A> v, int64_t count) {
-    cpu::store_tail<A>(static_cast<T*>(row.data) + c, v, count);
-  }
-  template <bool kStreamed>
-  ATTNRES_INLINE void store_pair(MutableRow row, int64_t c, Vec<A> v, Vec<A> w) {
-    cpu::store_pair<kStreamed, A>(static_cast<T*>(row.data) + c, v, w);
-  }
-};
-
 constexpr int64_t kCacheLine = 64;
 
-template <typename A, typename F>
-ATTNRES_INLINE auto with_storage(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::kFloat64:
-      // Only float64 computations meet float64 rows; this branch keeps the float instantiation
-      // compilable.
-      return f(static_cast<A*>(nullptr));
-    case DType::kBFloat16:
-      return f(static_cast<BFloat16*>(nullptr));
-    case DType::kFloat16:
-      return f(static_cast<Float16*>(nullptr));
-    case DType::kFloat32:
-      return f(static_cast<float*>(nullptr));
-    case DType::kNone:
-      break;
-  }
-  no_such_dtype();
+// Asks for bytes [first, last) of a row.
+template <typename T>
+ATTNRES_INLINE void prefetch_bytes(const T* row, int64_t first, int64_t last) {
+  const auto* bytes = reinterpret_cast<const char*>(row);
+  for (; first < last; first += kCacheLine) __builtin_prefetch(bytes + first, 0, 2);
 }
 
-template <typename Compute>
-struct Mixed {
-  using A = Compute;
-  static constexpr bool kSplits = false;
-  static constexpr int kMostVectors = 2;
-  ATTNRES_INLINE int64_t size(Row row) { return size_of(row.dtype); }
-  ATTNRES_INLINE Vec<A> load(Row row, int64_t c) {
-    return with_storage<A>(row.dtype, [&]<typename T>(T*) __attribute__((always_inline)) {
-      return Uniform<A, T>::load(row, c);
-    });
-  }
-  ATTNRES_INLINE Vec<A> load_of_pair(Row row, int64_t c, int which) {
-    return load(row, c + which * kLanes<A>);
-  }
-  static __attribute__((noinline)) Vec<A> load_tail(Row row, int64_t c, int64_t count) {
-    return with_storage<A>(row.dtype, [&]<typename T>(T*) __attribute__((always_inline)) {
-      return Uniform<A, T>::load_tail(row, c, count);
-    });
-  }
-  ATTNRES_INLINE void store(MutableRow row, int64_t c, Vec<A> v) {
-    with_storage<A>(row.dtype, [&]<typename T>(T*) __attribute__((always_inline)) {
-      Uniform<A, T>::store(row, c, v);
-    });
-  }
-  static __attribute__((noinline)) void store_tail(MutableRow row, int64_t c, Vec<A> v,
-                                                   int64_t count) {
-    with_storage<A>(row.dtype, [&]<typename T>(T*) __attribute__((always_inline)) {
-      Uniform<A, T>::store_tail(row, c, v, count);
-    });
-  }
-  template <bool>
-  ATTNRES_INLINE void store_pair(MutableRow row, int64_t c, Vec<A> v, Vec<A> w) {
-    store(row, c, v);
-    store(row, c + kLanes<A>, w);
-  }
-};
-
-// Whether every row that an Access reads holds values of the compute type.
-template <typename Access>
-constexpr bool kIsCompute = false;
-template <typename A>
-constexpr bool kIsCompute<Uniform<A, A>> = true;
-
-// Vectors of a whole tile, at least.
-constexpr int kUnroll = 4;
-
-// `kVectors` whole vectors from column c on, or the partial vector at the end of a row. Loops over
-// a row are written once, as a function of a tile. The columns of a tile of several vectors are in
-// the order in which Access loads pairs, in rows as in vectors of the compute type.
+// `kVectors` vectors from column c on, whole pairs. Loops over a row are written once, as a
+// function of a tile.
 template <typename Access, int kVectors>
-struct WholeTile {
+struct Tile {
   using A = typename Access::A;
+  using T = typename Access::T;
+  static_assert(kVectors % 2 == 0);
   static constexpr int kCount = kVectors;
   int64_t c;
 
   ATTNRES_INLINE int64_t step(int k) { return k * kLanes<A>; }
-  Vec<A> load(Row row, int k) const {
-    if constexpr (kVectors == 1) return Access::load(row, c);
-    return Access::load_of_pair(row, c + step(k & ~1), k & 1);
+  // Of a row, or of a vector of the compute type.
+  template <typename S>
+  Vec<A> load(const S* row, int k) const {
+    if constexpr (kSame<S, A>) return cpu::load<A>(row + c + step(k));
+    return load_of_pair<A>(row + c + step(k & ~1), k & 1);
   }
+  void store(A* p, int k, Vec<A> v) const { cpu::store<A>(p + c + step(k), v); }
   // All of the tile's vectors. Inlined always: else they would have to lie in memory.
-  __attribute__((always_inline)) void store_all(MutableRow row, const Vec<A>* v) const {
-    if constexpr (kVectors == 1) return Access::store(row, c, v[0]);
-    if (row.streamed) return store_pairs<true>(row, v);
-    store_pairs<false>(row, v);
-  }
   template <bool kStreamed>
-  __attribute__((always_inline)) void store_pairs(MutableRow row, const Vec<A>* v) const {
+  __attribute__((always_inline)) void store_pairs(T* row, const Vec<A>* v) const {
 #pragma GCC unroll 8
-    for (int k = 0; k + 1 < kVectors; k += 2) {
-      Access::template store_pair<kStreamed>(row, c + step(k), v[k], v[k + 1]);
+    for (int k = 0; k < kVectors; k += 2) {
+      store_pair<kStreamed, A>(row + c + step(k), v[k], v[k + 1]);
     }
   }
-  // Asks for what of half of a row, `which` is 0 or 1, is to the half as the tile is to a row.
-  __attribute__((always_inline)) void prefetch_half(Row row, int which, int64_t hidden) const {
-    const int64_t bytes = step(kVectors) * Access::size(row) / 2;
-    const char* first =
-        static_cast<const char*>(row.data) + (c + which * hidden) * Access::size(row) / 2;
+  __attribute__((always_inline)) void store_all(MutableRow<T> row, const Vec<A>* v) const {
+    if (row.streamed) return store_pairs<true>(row.data, v);
+    store_pairs<false>(row.data, v);
+  }
+  // Asks for what of half of a row, `which` is 0 or 1, is to the half as the tile is to the row.
+  __attribute__((always_inline)) void prefetch_half(const T* row, int which,
+                                                    int64_t columns) const {
+    constexpr int64_t kBytes = kVectors * kLanes<A> * sizeof(T) / 2;
+    const auto* first = reinterpret_cast<const char*>(row) + (c + which * columns) * sizeof(T) / 2;
 #pragma GCC unroll 4
-    for (int64_t byte = 0; byte < bytes; byte += kCacheLine) {
+    for (int64_t byte = 0; byte < kBytes; byte += kCacheLine) {
       __builtin_prefetch(first + byte, 0, 2);
     }
   }
-  Vec<A> load(const A* p, int k) const { return cpu::load<A>(p + c + step(k)); }
-  void store(A* p, int k, Vec<A> v) const { cpu::store<A>(p + c + step(k), v); }
 };
 
-template <typename Access>
-struct TailTile {
-  using A = typename Access::A;
-  static constexpr int kCount = 1;
-  int64_t c;
-  int64_t count;
+// Vectors of a tile in most loops.
+constexpr int kUnroll = 4;
 
-  Vec<A> load(Row row, int) const { return Access::load_tail(row, c, count); }
-  void store_all(MutableRow row, const Vec<A>* v) const { Access::store_tail(row, c, v[0], count); }
-  void prefetch_half(Row, int, int64_t) const {}
-  Vec<A> load(const A* p, int) const { return cpu::load_tail<A>(p + c, count); }
-  void store(A* p, int, Vec<A> v) const { cpu::store_tail<A>(p + c, v, count); }
-};
-
-// f(tile) for whole tiles of at most kVectors vectors, as long as there are any of kUnroll; returns
-// the column behind them.
+// f(tile) over columns [begin, end), in tiles of kVectors vectors as long as there are so many, and
+// then of two.
 template <typename Access, int kVectors, typename F>
-ATTNRES_INLINE int64_t for_whole_tiles(int64_t begin, int64_t end, F&& f) {
+ATTNRES_INLINE void for_columns(int64_t begin, int64_t end, F&& f) {
   constexpr int64_t kTile = kVectors * kLanes<typename Access::A>;
   int64_t c = begin;
-  for (; c + kTile <= end; c += kTile) f(WholeTile<Access, kVectors>{c});
-  if constexpr (kVectors > kUnroll) return for_whole_tiles<Access, kUnroll>(c, end, f);
-  return c;
-}
-// f(tile) for what is left of a row.
-template <typename Access, typename F>
-ATTNRES_INLINE void for_rest(int64_t begin, int64_t hidden, F&& f) {
-  constexpr int64_t kTile = kLanes<typename Access::A>;
-  int64_t c = begin;
-  for (; c + kTile <= hidden; c += kTile) f(WholeTile<Access, 1>{c});
-  if (c < hidden) f(TailTile<Access>{c, hidden - c});
-}
-
-// Columns of a row that are in whole tiles.
-template <typename A>
-ATTNRES_INLINE int64_t whole_columns(int64_t hidden) {
-  return hidden / (kUnroll * kLanes<A>)*(kUnroll * kLanes<A>);
-}
-
-// f(tile) over columns [begin, end) of a row of `hidden` values; begin, and end if it is not the
-// row's, are where tiles of kUnroll vectors begin.
-template <typename Access, int kVectors, typename F>
-ATTNRES_INLINE void for_columns(int64_t begin, int64_t end, int64_t hidden, F&& f) {
-  static_assert(kVectors % 2 == 0);
-  const int64_t whole = whole_columns<typename Access::A>(hidden);
-  for_whole_tiles<Access, kVectors>(begin, end < whole ? end : whole, f);
-  if (end == hidden) for_rest<Access>(whole, hidden, f);
+  for (; c + kTile <= end; c += kTile) f(Tile<Access, kVectors>{c});
+  if constexpr (kVectors > 2) for_columns<Access, 2>(c, end, f);
 }
 // The same over all of a row.
 template <typename Access, int kVectors, typename F>
-ATTNRES_INLINE void for_tiles(int64_t hidden, F&& f) {
-  for_columns<Access, kVectors>(0, hidden, hidden, f);
+ATTNRES_INLINE void for_tiles(int64_t columns, F&& f) {
+  for_columns<Access, kVectors>(0, columns, f);
 }
 
 // Columns that are visited in one row before they are in the next. Rows are written past the caches
 // in such pieces: line by line over many rows in turn, memory takes four times as long.
 constexpr int64_t kRun = 256;
 // f(begin, end) for the runs of a row.
-template <typename F>
-ATTNRES_INLINE void for_runs(int64_t hidden, F&& f) {
-  for (int64_t begin = 0; begin < hidden; begin += kRun) {
-    f(begin, begin + kRun < hidden ? begin + kRun : hidden);
+template <int64_t kColumns = kRun, typename F>
+ATTNRES_INLINE void for_runs(int64_t columns, F&& f) {
+  for (int64_t begin = 0; begin < columns; begin += kColumns) {
+    f(begin, begin + kColumns < columns ? begin + kColumns : columns);
   }
 }
 
 // Between columns as they lie in a row and the order in which Access loads them.
-template <typename A>
-void split_columns(A* row, int64_t hidden) {
-  constexpr int kPair = 2 * kLanes<A>;
-  for (A* end = row + whole_columns<A>(hidden); row < end; row += kPair) {
-    A pair[kPair];
-    __builtin_memcpy(pair, row, sizeof(pair));
-    for (int c = 0; c < kPair; ++c) row[c % 2 * kLanes<A> + c / 2] = pair[c];
+template <typename Access, typename A = typename Access::A>
+ATTNRES_INLINE void split_columns(A* row, int64_t columns) {
+  if constexpr (Access::kSplits) {
+    for_tiles<Uniform<A, A>, 2>(columns, [&](auto tile) __attribute__((always_inline)) {
+      Vec<A> v = tile.load(row, 0), w = tile.load(row, 1);
+      deinterleave(v, w);
+      tile.store(row, 0, v);
+      tile.store(row, 1, w);
+    });
   }
 }
-template <typename A>
-void join_columns(A* row, int64_t hidden) {
-  constexpr int kPair = 2 * kLanes<A>;
-  for (A* end = row + whole_columns<A>(hidden); row < end; row += kPair) {
-    A pair[kPair];
-    __builtin_memcpy(pair, row, sizeof(pair));
-    for (int c = 0; c < kPair; ++c) row[c] = pair[c % 2 * kLanes<A> + c / 2];
+template <typename Access, typename A = typename Access::A>
+ATTNRES_INLINE void join_columns(A* row, int64_t columns) {
+  if constexpr (Access::kSplits) {
+    for_tiles<Uniform<A, A>, 2>(columns, [&](auto tile) __attribute__((always_inline)) {
+      Vec<A> v = tile.load(row, 0), w = tile.load(row, 1);
+      interleave(v, w);
+      tile.store(row, 0, v);
+      tile.store(row, 1, w);
+    });
   }
 }
 
 // A running sum with several independent lanes, so that additions do not wait for one another.
 template <typename A, int kVectors>
 struct Sum {
-  Vec<A> parts[kVectors] = {};
-  Vec<A> carried[kVectors] = {};
+  Vec<A> parts[kVectors];
+  Vec<A> carried[kVectors];
 
-  void carry() {
+  // One by one: an array that is cleared as a whole lies in memory.
+  __attribute__((always_inline)) Sum() {
+#pragma GCC unroll 4
+    for (int k = 0; k < kVectors; ++k) parts[k] = carried[k] = Vec<A>{};
+  }
+  __attribute__((always_inline)) void carry() {
+#pragma GCC unroll 4
     for (int k = 0; k < kVectors; ++k) {
       carried[k] += parts[k];
       parts[k] = Vec<A>{};
@@ -297,18 +191,14 @@ constexpr int64_t kLongestRun = kVectorBytes == 64 ? 64 : 16;
 
 // f(tile) over all of a row, as for_tiles, adding to `sums`.
 template <typename Access, int kVectors, typename F, typename... Sums>
-ATTNRES_INLINE void sum_over_tiles(int64_t hidden, F&& f, Sums&... sums) {
-  using A = typename Access::A;
-  constexpr int64_t kColumns = kLongestRun * kVectors * kLanes<A>;
-  const int64_t whole = whole_columns<A>(hidden);
-  int64_t c = 0;
-  for (; c + kColumns <= whole; c += kColumns) {
-    for_whole_tiles<Access, kVectors>(c, c + kColumns, f);
-    (sums.carry(), ...);
+ATTNRES_INLINE void sum_over_tiles(int64_t columns, F&& f, Sums&... sums) {
+  constexpr int64_t kColumns = kLongestRun * kVectors * kLanes<typename Access::A>;
+  for (int64_t begin = 0; begin < columns; begin += kColumns) {
+    const bool is_full = begin + kColumns <= columns;
+    for_columns<Access, kVectors>(begin, is_full ? begin + kColumns : columns, f);
+    if (is_full) (sums.carry(), ...);
   }
-  for_whole_tiles<Access, kVectors>(c, whole, f);
-  (sums.template restore_order<Access>(c > 0), ...);
-  for_rest<Access>(whole, hidden, f);
+  (sums.template restore_order<Access>(columns >= kColumns), ...);
 }
 
 // Scores are exponentiated once per row and source, so the C library's exp is fast enough and exact

@@ -37,24 +37,27 @@ struct Float16 {
   uint16_t bits;
 };
 
-template <DType kDType>
-struct StorageOf;
-template <>
-struct StorageOf<DType::kFloat32> {
-  using type = float;
-};
-template <>
-struct StorageOf<DType::kFloat64> {
-  using type = double;
-};
-template <>
-struct StorageOf<DType::kBFloat16> {
-  using type = BFloat16;
-};
-template <>
-struct StorageOf<DType::kFloat16> {
-  using type = Float16;
-};
+template <typename, typename>
+constexpr bool kSame = false;
+template <typename T>
+constexpr bool kSame<T, T> = true;
+// Whether values of type T are of a dtype.
+template <typename T>
+ATTNRES_INLINE constexpr bool holds(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return kSame<T, float>;
+    case DType::kFloat64:
+      return kSame<T, double>;
+    case DType::kBFloat16:
+      return kSame<T, BFloat16>;
+    case DType::kFloat16:
+      return kSame<T, Float16>;
+    case DType::kNone:
+      break;
+  }
+  return false;
+}
 
 // A is the compute type, float or double.
 template <typename A>
@@ -315,16 +318,6 @@ ATTNRES_INLINE void store_bytes(void* p, V v, int64_t bytes) {
   copy_bytes<sizeof(V) / 2>(static_cast<char*>(p), whole, bytes);
 }
 
-// The first `count` < kLanes values of a vector.
-template <typename A, typename T>
-ATTNRES_INLINE Vec<A> load_tail(const T* p, int64_t count) {
-  return Convert<A, T>::widen(load_bytes<Packed<A, T>>(p, count * sizeof(T)));
-}
-template <typename A, typename T>
-ATTNRES_INLINE void store_tail(T* p, Vec<A> v, int64_t count) {
-  store_bytes(p, Convert<A, T>::narrow(v), count * sizeof(T));
-}
-
 // For a vector that several products share: GCC would load it anew for each.
 template <typename V>
 ATTNRES_INLINE V in_register(V v) {
@@ -336,14 +329,28 @@ ATTNRES_INLINE V in_register(V v) {
   return v;
 }
 
+// For memory that is to be loaded again: GCC would keep what it has loaded, and then sums in
+// memory.
+template <typename T>
+ATTNRES_INLINE void load_anew([[maybe_unused]] const T* p) {
+#if defined(__x86_64__)
+  struct Vectors {
+    char bytes[kVectorBytes];
+  };
+  asm("" : "+m"(*reinterpret_cast<Vectors*>(const_cast<T*>(p))));
+#endif
+}
+
 // Two vectors side by side. Of bfloat16 the first holds the even columns and the second the odd
 // ones: a value is the upper half of a float, so that one load of both takes a shift and a mask to
 // take apart and no shuffle. Vectors of the compute type that meet such rows are kept in this order
-// (`split_columns`).
+// (`split_columns`). Widths are whole pairs.
 template <typename A, typename T>
 constexpr bool kSplitsColumns = false;
 template <>
 constexpr bool kSplitsColumns<float, BFloat16> = true;
+template <typename A>
+constexpr int kPair = 2 * kLanes<A>;
 
 ATTNRES_INLINE Bits load_bits(const void* p) {
   Bits bits;
@@ -461,6 +468,24 @@ ATTNRES_INLINE void interleave(V& even, V& odd) {
   } else {
     even = __builtin_shufflevector(e, o, 0, 4, 1, 5);
     odd = __builtin_shufflevector(e, o, 2, 6, 3, 7);
+  }
+}
+
+// The other way round.
+template <typename V>
+ATTNRES_INLINE void deinterleave(V& first, V& second) {
+  const V v = first, w = second;
+  if constexpr (sizeof(V) == 64) {
+    first =
+        __builtin_shufflevector(v, w, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    second =
+        __builtin_shufflevector(v, w, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  } else if constexpr (sizeof(V) == 32) {
+    first = __builtin_shufflevector(v, w, 0, 2, 4, 6, 8, 10, 12, 14);
+    second = __builtin_shufflevector(v, w, 1, 3, 5, 7, 9, 11, 13, 15);
+  } else {
+    first = __builtin_shufflevector(v, w, 0, 2, 4, 6);
+    second = __builtin_shufflevector(v, w, 1, 3, 5, 7);
   }
 }
 

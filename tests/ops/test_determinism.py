@@ -147,3 +147,21 @@ def test_layout_does_not_change_a_bit(
     strided, _ = evaluate(operator, ops, {"sources": sources, **weights})
     dense, _ = evaluate(operator, ops, {"sources": [s.contiguous() for s in sources], **weights})
     assert_all_same_bits(strided, dense)
+
+
+@pytest.mark.parametrize("hidden", [5, 63, 96, 1000])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_how_rows_are_stored_changes_no_bit(dtype: torch.dtype, hidden: int) -> None:
+    """On the CPU equal values give equal results, as halves, as floats, and some of each."""
+    halves = make_sources(4, (7, hidden), dtype=dtype)
+    floats = [source.float() for source in halves]
+    some = [halves[0], floats[1], halves[2], floats[3]]
+    options = make_weights(hidden)
+    for operator in (depth_attention, inter_block):
+        as_halves = operator(ops, halves, **options)
+        as_floats = operator(ops, floats, **options)
+        for half, single, mixed in zip(
+            as_halves, as_floats, operator(ops, some, **options), strict=True
+        ):
+            assert_same_bits("some of each", mixed, single)
+            assert_same_bits("halves", half, single.to(half.dtype))
