@@ -39,7 +39,7 @@ PHASE_ONE = [
     *itertools.product((3, 20), (3,), (264,), ([BF16], [FP16], [FP32], [BF16, FP32])),
     *itertools.product((3,), (3,), (67,), ([BF16], [FP64])),
     # Two tokens to a stage of the tile or one, and warps of all widths.
-    *itertools.product((3, 9), (3,), (128, 192, 224), ([BF16], [FP16])),
+    *itertools.product((3, 9), (3,), (128, 192, 448), ([BF16], [FP16])),
 ]
 #: D and dtypes: as many values of a row a thread as merging has kernels for.
 MERGING = [*itertools.product((72, 2048, 2304), ([BF16], [FP16]))]
