@@ -77,8 +77,8 @@ def best_run(
 ) -> tuple[dict[str, Any], list[Any], dict[str, tables.Rows]] | None:
     """The run to show, all of its rows, and those of ``suite`` by case.
 
-    The run with most of these cases, so that a filtered one does not hide the others; then that of
-    the largest suite, which meets most rivals; then the newest.
+    The run with most of these cases, so that a filtered one does not hide the others; of several
+    the newest.
 
     Args:
         folder: with results.
@@ -88,9 +88,9 @@ def best_run(
     """
     names = [case.name for case in registry.select(suite, device=device)]
 
-    def rank(run: tuple[dict[str, Any], list[Any]]) -> tuple[int, int, str]:
+    def rank(run: tuple[dict[str, Any], list[Any]]) -> tuple[int, str]:
         found = {row.case for row in run[1] if row.contestant == "ours"} & {*names}
-        return len(found), registry.SUITES.index(run[0]["suite"]), run[0]["date"]
+        return len(found), run[0]["date"]
 
     candidates = [
         run
