@@ -13,6 +13,9 @@ import torch
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
 
+#: What has a tensor-core tile, as ATTNRES_CUDA_CONFIG has it.
+TILES = ("depth_attention", "backward_depth_attention", "inter_block_attention")
+
 #: One more than an H100 has multiprocessors.
 MANY_TOKENS = 133
 
@@ -52,7 +55,7 @@ class Way:
     @property
     def config(self) -> str:
         """ATTNRES_CUDA_CONFIG."""
-        return "" if self.tile else "depth_attention=rows,backward_depth_attention=rows"
+        return "" if self.tile else ",".join(f"{name}=rows" for name in TILES)
 
     def tokens_on(self, device: str) -> int:
         """M."""
@@ -105,4 +108,8 @@ PHASE_ONE = [
     Way("tensor cores, cluster", 8, 4096, (FP16,), 16, tokens=300, cluster=2, cluster_backward=8),
     Way("tensor cores, Kimi K3", 8, 7168, (BF16,), 24, tokens=300, cluster=8, cluster_backward=16),
     Way("arithmetic, cluster", 8, 4096, (FP32,), 16, tokens=40, cluster=4, cluster_backward=8),
+    Way("tile, two tokens to a stage", 4, 256, (FP16,), 3, tokens=301, tile=(2, 128)),
+    Way("tile, Kimi Linear 48B", 9, 2304, (BF16,), 6, tokens=300, tile=(12, 192)),
+    Way("tile, cluster", 8, 4096, (FP16,), 16, tokens=300, cluster=4, tile=(5, 224)),
+    Way("tile, Kimi K3", 8, 7168, (BF16,), 24, tokens=300, cluster=8, tile=(4, 224)),
 ]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from attnres_ext.sources import source_hash
+from tools.gpu_check.build import sources as hashing
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -138,7 +138,7 @@ def build_library() -> Path:
 
     def link(output: Path) -> None:
         (generated / "attnres_source_hash.hpp").write_text(
-            f'#define ATTNRES_SOURCE_HASH "{source_hash(ROOT)}"\n'
+            f'#define ATTNRES_SOURCE_HASH "{hashing().source_hash(ROOT)}"\n'
         )
         with tempfile.TemporaryDirectory(dir=BUILD) as folder:
             command = [str(compiler()), "-shared", *LIBRARY_FLAGS]

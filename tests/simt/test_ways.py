@@ -32,6 +32,13 @@ def check_both(simulator: Simulator, way: Way, out: Tensor, leaves: list[Tensor]
     assert weight_gradients.num_spans == 0
 
 
+def check_tile(simulator: Simulator, way: Way) -> None:
+    """What was launched without gradients."""
+    (launched,) = simulator.launches()
+    check(way, launched, way.cluster)
+    assert (launched.warps, launched.columns) == way.tile
+
+
 def leaf(*shape: int) -> Tensor:
     return (0.1 * torch.randn(shape)).requires_grad_()
 
@@ -53,19 +60,21 @@ def test_depth_attention(simulator: Simulator, way: Way, monkeypatch: pytest.Mon
     if way.tile is not None:
         with torch.no_grad():
             depth_attention(sources, query)
-        (launched,) = simulator.launches()
-        check(way, launched, way.cluster)
-        assert (launched.warps, launched.columns) == way.tile
-        return
+        return check_tile(simulator, way)
     leaves = [source.requires_grad_() for source in sources]
     check_both(simulator, way, depth_attention(leaves, query), [*leaves, query])
 
 
 @pytest.mark.parametrize("way", PHASE_ONE, ids=lambda way: way.name)
-def test_phase_one(simulator: Simulator, way: Way) -> None:
+def test_phase_one(simulator: Simulator, way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their number of tokens makes no difference."""
+    monkeypatch.setenv("ATTNRES_CUDA_CONFIG", way.config)
     sources = make_sources(way.sources, (1, way.hidden), dtype=way.dtypes)
     leaves = [source.requires_grad_() for source in sources]
     queries = leaf(way.queries, way.hidden)
+    if way.tile is not None:
+        with torch.no_grad():
+            inter_block_attention(sources, queries)
+        return check_tile(simulator, way)
     out, lse = inter_block_attention(leaves, queries)
     check_both(simulator, way, out.float().sum() + lse.sum(), [*leaves, queries])
