@@ -145,6 +145,8 @@ def cuda_toolkit(work: Path) -> Path:
         (target / "include").symlink_to(here / "include")
         (libraries,) = unfinished.glob("wheel/nvidia/*/lib")
         shutil.copytree(libraries, target / "lib")
+        for library in (target / "lib").glob("*.so.*"):  # without the name that CMake looks for
+            library.with_name(library.name.split(".so")[0] + ".so").symlink_to(library.name)
         # nvcc's other name for it.
         (target.parent / "aarch64-linux").symlink_to("sbsa-linux")
         unfinished.rename(toolkit)
