@@ -121,7 +121,9 @@ def run_python(
 
 def cuda_toolkit(work: Path) -> Path:
     """The toolkit that is here, with the other processor's libraries in the place of its own."""
-    toolkit = work / "toolkit"
+    toolkit, unfinished = work / "toolkit", work / "toolkit.part"
+    if toolkit.exists():
+        return toolkit
     told = subprocess.run(
         ["nvcc", "-c", "-x", "cu", "/dev/null", "--dryrun"], capture_output=True, text=True
     ).stderr
@@ -129,27 +131,25 @@ def cuda_toolkit(work: Path) -> Path:
     version = re.search(r"release ([\d.]+)", subprocess.run(
         ["nvcc", "--version"], check=True, capture_output=True, text=True
     ).stdout)[1]  # fmt: skip
-    if not toolkit.exists():
-        unfinished = work / "toolkit.part"
-        # A copy: nvcc looks for everything else beside itself.
-        shutil.copytree(here / "bin", unfinished / "bin")
-        (unfinished / "nvvm").symlink_to(here / "nvvm")
-        subprocess.run(
-            [sys.executable, "-m", "pip", "install", "--quiet", "--target", unfinished / "wheel",
-             "--no-deps", "--only-binary=:all:", "--platform=manylinux2014_aarch64",
-             f"nvidia-cuda-runtime=={version}.*"],
-            check=True,
-        )  # fmt: skip
-        target = unfinished / "targets" / "sbsa-linux"
-        target.mkdir(parents=True)
-        (target / "include").symlink_to(here / "include")
-        (libraries,) = unfinished.glob("wheel/nvidia/*/lib")
-        shutil.copytree(libraries, target / "lib")
-        for library in (target / "lib").glob("*.so.*"):  # without the name that CMake looks for
-            library.with_name(library.name.split(".so")[0] + ".so").symlink_to(library.name)
-        # nvcc's other name for it.
-        (target.parent / "aarch64-linux").symlink_to("sbsa-linux")
-        unfinished.rename(toolkit)
+    # A copy: nvcc looks for everything else beside itself.
+    shutil.copytree(here / "bin", unfinished / "bin")
+    (unfinished / "nvvm").symlink_to(here / "nvvm")
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--target", unfinished / "wheel",
+         "--no-deps", "--only-binary=:all:", "--platform=manylinux2014_aarch64",
+         f"nvidia-cuda-runtime=={version}.*"],
+        check=True,
+    )  # fmt: skip
+    target = unfinished / "targets" / "sbsa-linux"
+    target.mkdir(parents=True)
+    (target / "include").symlink_to(here / "include")
+    (libraries,) = unfinished.glob("wheel/nvidia/*/lib")
+    shutil.copytree(libraries, target / "lib")
+    for library in (target / "lib").glob("*.so.*"):  # without the name that CMake looks for
+        library.with_name(library.name.split(".so")[0] + ".so").symlink_to(library.name)
+    # nvcc's other name for it.
+    (target.parent / "aarch64-linux").symlink_to("sbsa-linux")
+    unfinished.rename(toolkit)
     return toolkit
 
 

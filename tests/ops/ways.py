@@ -13,8 +13,8 @@ import torch
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
 
-#: What has a tensor-core tile, as ATTNRES_CUDA_CONFIG has it.
-TILES = ("depth_attention", "backward_depth_attention", "inter_block_attention")
+#: ATTNRES_CUDA_CONFIG for the general bodies, where there are tensor-core tiles.
+ROWS = "depth_attention=rows,backward_depth_attention=rows,inter_block_attention=rows"
 
 #: One more than an H100 has multiprocessors.
 MANY_TOKENS = 133
@@ -55,7 +55,7 @@ class Way:
     @property
     def config(self) -> str:
         """ATTNRES_CUDA_CONFIG."""
-        return "" if self.tile else ",".join(f"{name}=rows" for name in TILES)
+        return "" if self.tile else ROWS
 
     def tokens_on(self, device: str) -> int:
         """M."""

@@ -13,6 +13,7 @@ import torch
 
 from attnres_ext import depth_attention, inter_block_attention, merge_partial
 from tests.ops.cases import make_sources
+from tests.ops.ways import ROWS
 
 from .device import DEVICES, Device, Simulator
 
@@ -43,9 +44,6 @@ PHASE_ONE = [
 ]
 #: D and dtypes: as many values of a row a thread as merging has kernels for.
 MERGING = [*itertools.product((72, 2048, 2304), ([BF16], [FP16]))]
-
-#: Without tensor cores, where they are used.
-ROWS = "depth_attention=rows,backward_depth_attention=rows,inter_block_attention=rows"
 
 
 def launched_on(
